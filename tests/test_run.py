@@ -1,0 +1,248 @@
+"The recbook command on tiny books in temporary folders: what it runs, what it records, how it fails, what it publishes."
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+import nbformat, pytest
+from typer.testing import CliRunner
+
+from recbook import run as R
+
+CLAIM = """from IPython.display import display
+display({"application/vnd.recbook.claim+json": {"id": "demo.1", "paper": "demo", "statement": "Seven is larger.", "metric": "size",
+    "dataset": "world", "systems": ["seven", "six"], "seeds": [seed], "ours": [n], "theirs": [6.0], "effect": n-6.0, "ci": [0.5, 1.5],
+    "p": float("nan"), "verdict": "supported", "reported": None}, "text/plain": "demo.1 supported"}, raw=True)"""
+DEMO = ["# Demo: [a page]\n\n> It shows.", "seed = 0\nn = 7.0\nflag = False", "# ## Measure {#sec-measure}",
+    "import os, sys\nprint(os.getcwd(), sys.prefix, seed, flag)", CLAIM]
+PLAIN = ["# Plain\n\n> Nothing.", "seed = 0", "print('hello')"]
+BROKEN = ["# Broken\n\n> It fails.", "seed = 0", "# ## Here", "z = 3\nz / seed", "print('never')"]
+
+def page(cells):
+    new = lambda c: (nbformat.v4.new_markdown_cell if c.startswith("# ") else nbformat.v4.new_code_cell)(c)
+    nb = nbformat.v4.new_notebook(cells=[new(c) for c in cells])
+    nb.metadata["kernelspec"] = dict(name="python3", display_name="Python 3 (ipykernel)", language="python")
+    next(c for c in nb.cells if c.cell_type == "code").metadata["tags"] = ["parameters"]
+    return nb
+
+def write_page(root, name, cells, part="basics"):
+    path = root/"nbs"/part/f"{name}.ipynb"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(page(cells), path)
+    return path
+
+@pytest.fixture
+def book(tmp_path, monkeypatch):
+    "A checkout with the one chapter `demo`, and the shell standing in it."
+    (tmp_path/"recbook").mkdir()
+    (tmp_path/"recbook"/"dummy.py").write_text("x = 1\n")
+    (tmp_path/"settings.ini").write_text("[smoke]\n[cpu]\nn = 8.0\nn_seeds = 5\n[cpu.demo]\nflag = true  # only here\n")
+    write_page(tmp_path, "01_demo", DEMO)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+def cli(*args, code=0):
+    res = CliRunner().invoke(R.app, [str(a) for a in args])
+    assert res.exit_code == code, res.output + repr(res.exception)
+    return res.output
+
+def no_nan(text): return json.loads(text, parse_constant=lambda c: pytest.fail(f"{c} in JSON"))
+
+# --- names, profiles, parameters: nothing runs ---
+
+def test_chapters_in_reading_order(book):
+    write_page(book, "02_late", PLAIN, "trust"); write_page(book, "01_early", PLAIN, "foundations")
+    assert [c.area for c in R.chapters()] == ["early", "late", "demo"]
+    assert R.pick(["demo"])[0].title == "Demo: [a page]"
+
+def test_home_is_the_checkout_around_us(book, monkeypatch):
+    monkeypatch.chdir(book/"nbs"/"basics")
+    assert R.home() == book.resolve()
+
+@pytest.mark.parametrize("text,want", [("5", 5), ("1e-3", 1e-3), ("true", True), ("False", False), ("None", None), ("[1, 2]", [1, 2]),
+    ("ml-1m", "ml-1m"), ("'5'", "5"), ("/a/b c", "/a/b c")])
+def test_value(text, want): assert R.value(text) == want and type(R.value(text)) is type(want)
+
+def test_layers_of_parameters(book):
+    assert R.parameters("demo") == {}
+    assert R.parameters("demo", "cpu") == dict(n=8.0, flag=True) # n_seeds is not declared in this chapter
+    assert R.parameters("demo", "cpu", dict(flag=False)) == dict(n=8.0, flag=False)
+
+def test_override_for_a_chapter_must_exist(book):
+    (book/"settings.ini").write_text("[cpu]\n[cpu.demo]\nfleg = 1\n")
+    with pytest.raises(R.UsageError, match="Did you mean 'flag'"): R.parameters("demo", "cpu")
+
+def test_set_goes_where_it_is_declared(book):
+    write_page(book, "02_plain", PLAIN)
+    assert [p for _,p in R.plan(["all"], sets=dict(n=1, seed=4))] == [dict(n=1, seed=4), dict(seed=4)]
+
+@pytest.mark.parametrize("args,says", [(["demmo"], "'demo'"), (["demo", "--profile", "cpuu"], "'cpu'"),
+    (["demo", "--set", "flga=1"], "'flag'"),
+    (["demo", "--set", "flag"], "name=value"), ([], "'graph_cf'"), (["demo", "--profile", "cpu.demo"], "profile")])
+def test_wrong_names_end_with_2_and_run_nothing(book, args, says):
+    assert says in cli("run", *args, code=2)
+    assert not (book/"runs").exists()
+
+def test_save_needs_a_checkout(book):
+    (book/"recbook"/"dummy.py").unlink(); (book/"recbook").rmdir()
+    with pytest.raises(R.UsageError, match="checkout"): R.run_chapters(["demo"], root=book, save=True)
+
+def test_bare_folder_says_what_to_do(tmp_path):
+    with pytest.raises(R.UsageError, match="checkout"): R.pick(["all"], tmp_path)
+
+# --- running ---
+
+def test_run_record_resume_save(book):
+    out = cli("run", "demo", "--seed", 3, "--set", "n=7.5", "--save")
+    assert "supported" in out and "runs/smoke/demo.ipynb" in out
+
+    rec = no_nan((book/"runs/smoke/demo.json").read_text())
+    assert set(rec) == {"area", "profile", "commit", "started", "wall_s", "machine", "versions", "parameters", "fingerprint", "datasets",
+        "claims"}
+    assert rec["parameters"] == dict(seed=3, n=7.5, flag=False)
+    assert rec["datasets"] == ["world"] and rec["wall_s"] > 0
+    c, = rec["claims"]
+    assert (c["ours"], c["seeds"], c["p"], c["at"]) == ([7.5], [3], None, "sec-measure")
+    assert set(rec["machine"]) == {"cpu", "cores", "memory_gb", "gpu", "platform"} and rec["versions"]["python"]
+
+    text = (book/"nbs/basics/01_demo.ipynb").read_text()
+    nb = nbformat.reads(text, 4)
+    nbformat.validate(nb)
+    assert [c.source for c in nb.cells] == DEMO # the injected cell is not in
+    assert nb.cells[1].metadata == {"tags": ["parameters"]} and "papermill" not in nb.metadata
+    assert nb.cells[3].outputs[0].text.endswith("3 False\n") and "demo.1" in nb.cells[4].outputs[0].data["text/plain"]
+    assert str(book) not in text and sys.prefix not in text and str(Path.home()) + "/" not in text
+    assert all(c.execution_count is None for c in nb.cells if c.cell_type == "code")
+    saved = no_nan((book/"data/results/smoke/demo.json").read_text())
+    assert saved["claims"] == rec["claims"] and str(book) not in json.dumps(saved)
+
+    # publishing changed outputs only, so nothing runs again; another seed does
+    again = ["run", "demo", "--set", "n=7.5", "--resume", "--seed"]
+    assert "skipped" in cli(*again, 3)
+    assert "skipped" not in cli(*again, 4)
+    assert sorted(f.name for f in (book/"runs/smoke").iterdir()) == ["demo.ipynb", "demo.json"]
+    subprocess.run([sys.executable, "-c", "from nbdev.clean import nbdev_clean; nbdev_clean('nbs/basics/01_demo.ipynb')"], check=True,
+        cwd=_with_config(book))
+    assert (book/"nbs/basics/01_demo.ipynb").read_text() == text # already as nbdev-clean leaves it
+
+def _with_config(book):
+    (book/"pyproject.toml").write_text('[project]\nname="x"\nversion="0"\n[tool.nbdev]\nallowed_cell_metadata_keys = ["tags"]\n')
+    return book
+
+def test_failure_spares_others_and_the_good_result(book):
+    write_page(book, "02_broken", BROKEN); write_page(book, "03_plain", PLAIN)
+    assert R.run_chapters(["broken"], sets=dict(seed=1))[0].ok
+    whole = {f: (book/"runs/smoke"/f).read_bytes() for f in ("broken.ipynb", "broken.json")}
+
+    out = cli("run", "broken", "plain", "--seed", 0, "--jobs", 2, code=1)
+    assert "broken, cell 4: ZeroDivisionError" in out and "z / seed" in out and "never" not in out
+    assert {f: (book/"runs/smoke"/f).read_bytes() for f in whole} == whole
+    assert (book/"runs/smoke/plain.json").is_file()
+    err = no_nan((book/"runs/smoke/broken.failed.json").read_text())["error"]
+    assert err["cell"] == 4 and err["evalue"] == "division by zero" and "\x1b" not in err["traceback"]
+    partial = nbformat.read(book/"runs/smoke/broken.failed.ipynb", 4)
+    assert any(o.get("ename") == "ZeroDivisionError" for c in partial.cells for o in c.get("outputs", []))
+
+    # --resume after a failure runs what failed, and a success clears the failure away
+    write_page(book, "02_broken", [c.replace("z / seed", "z / 3") for c in BROKEN])
+    first, second = R.run_chapters(["broken", "plain"], sets=dict(seed=0), resume=True)
+    assert (first.ok, first.skipped, second.skipped) == (True, False, True)
+    assert not list((book/"runs/smoke").glob("*.failed.*"))
+
+def test_lost_kernel_is_a_failure_with_its_cell(book):
+    write_page(book, "02_gone", ["# Gone", "seed = 0", "import os\nos._exit(7)"])
+    res, = R.run_chapters(["gone"])
+    assert not res.ok and res.error["cell"] == 3 and "os._exit" in res.error["source"]
+    assert "gone, cell 3" in _text(R.failure_panel(res))
+
+def _text(x):
+    con = R.Console(width=120, record=True, file=open(os.devnull, "w"))
+    con.print(x)
+    return con.export_text()
+
+def test_kernels_see_the_book_first_and_share_the_cores(book):
+    write_page(book, "02_env", ["# Env", "seed = 0",
+        "import os\nprint(os.environ['PYTHONPATH'].split(os.pathsep)[0], os.environ['OMP_NUM_THREADS'])"])
+    before = dict(os.environ)
+    res = R.run_chapters(["env"], jobs=2, out=book/"elsewhere")[0]
+    assert dict(os.environ) == before and not (book/"runs").exists()
+    text = json.loads(res.notebook.read_text())["cells"][2]["outputs"][0]["text"][0].split()
+    assert text[0] == str(book) and 2*int(text[1]) <= max(2, R.cores())
+
+def test_fingerprint_knows_what_matters(book):
+    ch, toml = R.chapters()[0], book/"data/papers/demo.toml"
+    seen = {R.fingerprint(ch, {})}
+    def new(): n = len(seen); seen.add(R.fingerprint(ch, {})); return len(seen) > n
+    nb = nbformat.read(ch.path, 4)
+    nb.cells[0].source += " Better prose."; nb.cells[3].outputs = [nbformat.v4.new_output("stream", text="x")]
+    nbformat.write(nb, ch.path); assert not new()
+    nb.cells[3].source += "\n1"; nbformat.write(nb, ch.path); assert new()
+    (book/"recbook/dummy.py").write_text("x = 2\n"); assert new()
+    toml.parent.mkdir(parents=True); toml.write_text(""); assert new()
+    assert R.fingerprint(ch, dict(seed=1)) not in seen
+
+def test_publish_refuses_outputs_of_other_code(book):
+    res, = R.run_chapters(["demo"])
+    write_page(book, "01_demo", DEMO)
+    with pytest.raises(R.UsageError, match="run the chapter again"): R.publish(res)
+
+def test_save_that_fails_is_reported_and_spares_others(book, monkeypatch):
+    write_page(book, "02_plain", PLAIN)
+    real = R.publish
+    def publish(res, root): return real(res, root) if res.chapter.area == "plain" else (_ for _ in ()).throw(OSError("disk full"))
+    monkeypatch.setattr(R, "publish", publish)
+    assert "demo: OSError: disk full" in cli("run", "demo", "plain", "--save", "--jobs", 2, code=1)
+    assert (book/"data/results/smoke/plain.json").is_file()
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c_ends_at_once_and_leaves_no_half_notebook(book):
+    write_page(book, "02_slow", ["# Slow", "seed = 0", "import time\nopen('started', 'w').close()\ntime.sleep(60)"])
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from recbook.run import app; app()"
+    p = subprocess.Popen([sys.executable, "-c", code, "run", "slow"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=book)
+    for _ in range(200):
+        if (book/"started").exists(): break
+        time.sleep(0.1)
+    p.send_signal(signal.SIGINT)
+    assert "Stopped" in p.communicate(timeout=10)[1] and p.returncode == 130
+    assert not list((book/"runs/smoke").iterdir())
+
+# --- the smaller parts ---
+
+def test_harvest_keeps_the_last_of_an_id():
+    out = lambda i, v: dict(output_type="display_data", data={R.MIME: dict(id=i, v=v)}, metadata={})
+    cell = lambda *o: dict(cell_type="code", source="", outputs=list(o))
+    md = dict(cell_type="markdown", source=["## A {#sec-a}\n", "text"])
+    got = R.harvest(dict(cells=[cell(out("x", 0)), md, cell(out("y", 1), dict(output_type="stream", text="")), cell(out("x", 2))]))
+    assert got == [dict(id="x", v=2, at="sec-a"), dict(id="y", v=1, at="sec-a")]
+
+def test_scrub_only_whole_paths(monkeypatch):
+    monkeypatch.setenv("RECBOOK_MIRROR", "/mnt/mirror")
+    root = Path("/srv/book")
+    assert R.scrub("/srv/book/nbs /srv/bookshop /mnt/mirror/x", root) == "./nbs /srv/bookshop $RECBOOK_MIRROR/x"
+    assert R.scrub(f"{sys.prefix}/lib", root) == "<python>/lib"
+
+def test_commit_without_git_is_the_version(tmp_path): assert R.commit(tmp_path) == (R._version("recbook") or "unknown")
+
+def test_commit_in_git(tmp_path):
+    git = lambda *a: subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *a], cwd=tmp_path, check=True, capture_output=True)
+    git("init"); (tmp_path/"a").write_text("1"); git("add", "a"); git("commit", "-m", "a")
+    clean = R.commit(tmp_path)
+    (tmp_path/"a").write_text("2")
+    assert len(clean) >= 7 and R.commit(tmp_path) == clean + "+dirty"
+
+def test_list_shows_papers_claims_and_runs(book):
+    p = book/"data/papers/demo.toml"; p.parent.mkdir(parents=True)
+    p.write_text('[[paper]]\nid = "demo"\nname = "DemoNet"\n[[paper.claim]]\nid = "demo.1"\n[[paper.claim]]\nid = "demo.2"\n')
+    R.write_json(book/"data/results/cpu/demo.json", dict(started="2026-01-31T00:00:00+00:00"))
+    out = cli("list")
+    assert "Demo: [a page]" in out and "DemoNet" in out and " 2 " in out and "cpu 2026-01-31" in out
+
+def test_claims_table_takes_incomplete_records():
+    t = _text(R.claims_table([dict(id="a.1", verdict=None), dict(id="b.1", ours=[1, None, 2], theirs=[], ci=[None, None], effect=None,
+        systems=["A[x]", "B"], verdict="refuted")]))
+    assert "a.1" in t and "A[x] 1.5" in t and "refuted" in t
+
+def test_help_and_list_stay_light(book):
+    for args in (["--help"], ["list"]):
+        code = f"import sys; from recbook.run import app; app({args}, standalone_mode=False)\n" \
+            "print('HEAVY', [m for m in ('torch', 'transformers', 'pandas', 'papermill', 'numpy') if m in sys.modules])"
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=book)
+        assert "HEAVY []" in out.stdout, out.stdout + out.stderr
