@@ -94,7 +94,7 @@ def claim(
     effect, lo, hi, p = paired_interval(a-b)
     per_seed = lambda x: [float(v) for v in x.reshape(len(x), -1).mean(1)]
     num = lambda v: None if np.isnan(v) else float(v)
-    out = Claim(dict(id=id, paper=c["paper"], statement=c["statement"], metric=c["metric"], dataset=dataset, systems=[c["ours"], c["theirs"]],
+    out = Claim(dict(id=id, paper=c["paper"], area=c["area"], statement=c["statement"], metric=c["metric"], dataset=dataset, systems=[c["ours"], c["theirs"]],
         direction=c.get("direction", "higher"), margin=c.get("margin", 0.), seeds=seeds, ours=per_seed(a), theirs=per_seed(b), effect=float(effect), ci=[num(lo), num(hi)],
         p=num(p), verdict=verdict(lo, hi, c.get("direction", "higher"), c.get("margin", 0.)), reported=c.get("reported")))
     out._ipython_display_()
@@ -122,7 +122,7 @@ def line(r):
 def said(r):
     "What the paper reports, as text."
     rep = r.get("reported") or {}
-    both = f"{rep['ours']} against {rep['theirs']}" if "theirs" in rep else str(rep["ours"]) if "ours" in rep else ""
+    both = " against ".join(str(rep[k]) if k in rep else "..." for k in ("ours", "theirs")) if "theirs" in rep else str(rep.get("ours", ""))
     return " ".join(filter(None, [both, f"on {rep['on']}" if "on" in rep else "", rep.get("note", "")]))
 
 def card(r):

@@ -6,11 +6,11 @@
 __all__ = ['PARTS', 'OPENING', 'MIME', 'PACKAGES', 'COLOURS', 'app', 'Areas', 'Profile', 'data_app', 'Names', 'UsageError',
            'is_checkout', 'home', 'Chapter', 'chapters', 'unknown', 'pick', 'value', 'profiles', 'declared',
            'parameters', 'plan', 'execute', 'harvest', 'walk', 'finite', 'write_text', 'write_json', 'read_json',
-           'commit', 'cores', 'machine', 'versions', 'package', 'fingerprint', 'Result', 'label', 'Quiet', 'summary',
-           'Lines', 'Bars', 'failure', 'header', 'run_one', 'kernel_env', 'runs_dir', 'run_chapters', 'scrub',
-           'outputs_into', 'publish', 'console', 'table', 'number', 'claims_table', 'failure_panel', 'usage', 'pairs',
-           'stop', 'run_', 'report', 'catalogue', 'last_runs', 'list_', 'claims_', 'names_or_all', 'data_list',
-           'data_get', 'data_verify', 'Check', 'checkup', 'doctor_']
+           'commit', 'cores', 'machine', 'versions', 'package', 'fingerprint', 'Result', 'label', 'Quiet', 'counts',
+           'summary', 'Lines', 'Bars', 'failure', 'header', 'run_one', 'kernel_env', 'runs_dir', 'run_chapters',
+           'scrub', 'outputs_into', 'publish', 'console', 'table', 'number', 'coloured', 'claims_table',
+           'failure_panel', 'usage', 'pairs', 'stop', 'run_', 'report', 'catalogue', 'last_runs', 'list_', 'claims_',
+           'score_table', 'names_or_all', 'data_list', 'data_get', 'data_verify', 'Check', 'checkup', 'doctor_']
 
 # %% ../nbs/foundations/08_run.ipynb #bf9b39ca
 import ast, configparser, difflib, hashlib, json, math, os, platform, re, shutil, subprocess, sys, tempfile, time
@@ -188,14 +188,14 @@ def execute(
 # %% ../nbs/foundations/08_run.ipynb #4ce14e91
 def harvest(
     nb # an executed notebook
-) -> list[dict]: # the claims, in order; the last one wins when an id repeats
+) -> list[dict]: # the claims, in order; of two with the same id and data set the last one counts
     "The claim records that the cells of `nb` have displayed."
     found, at = {}, None
     for cell in nb["cells"]:
         if cell["cell_type"] == "markdown":
             at = (re.findall(r"^#+ .*\{#([\w-]+)", "".join(cell["source"]), re.M) or [at])[-1]
         for out in cell.get("outputs", []):
-            if MIME in out.get("data", {}): c = {"at": at} | out["data"][MIME]; found[c["id"]] = c
+            if MIME in out.get("data", {}): c = {"at": at} | out["data"][MIME]; found[c["id"], c.get("dataset")] = c
     return list(found.values())
 
 # %% ../nbs/foundations/08_run.ipynb #518a52bd
@@ -341,14 +341,15 @@ class Quiet:
     def cell(self, ch:Chapter, i:int, n:int, text:str): "Cell `i` of `n` begins."
     def done(self, res:Result): "A chapter has ended."
 
+def counts(verdicts): return ", ".join(f"{verdicts.count(v)} {v}" for v in ("supported", "refuted", "inconclusive") if v in verdicts)
+
 def summary(
     res:Result # of one chapter
 ) -> str: # one line
     "How a chapter ended."
     at = f"cell {res.error['cell']}: " if res.error and res.error["cell"] else ""
     if res.error: return f"✗ {res.chapter.area}: {at}{res.error['ename']}: {res.error['evalue'][:200]}"
-    verdicts = [c.get("verdict") for c in res.claims]
-    count = ", ".join(f"{verdicts.count(v)} {v}" for v in ("supported", "refuted", "inconclusive") if v in verdicts)
+    count = counts([c.get("verdict") for c in res.claims])
     how = "unchanged, skipped" if res.skipped else f"{res.record['wall_s']:.1f} s"
     return f"✓ {res.chapter.area}: {how}; " + (f"claims: {count}" if count else "no claims")
 
@@ -421,7 +422,7 @@ def run_one(
         err = failure(e, last[0], ids)
         write_json(to.with_suffix(".failed.json"), rec | dict(error=err))
         return Result(ch, to.with_suffix(".failed.ipynb"), error=err)
-    claims = harvest(nb)
+    claims = [c for c in harvest(nb) if c.get("area", ch.area) == ch.area] # a lesson may show the cards of another area
     rec |= dict(wall_s=round(time.perf_counter()-t, 1), datasets=sorted({c["dataset"] for c in claims if c.get("dataset")}), claims=claims)
     to.with_suffix(".failed.json").unlink(missing_ok=True)
     return Result(ch, to, read_json(write_json(to.with_suffix(".json"), rec)))
@@ -435,7 +436,7 @@ def kernel_env(
     "The environment that kernels started inside this block inherit."
     old = dict(os.environ)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [old.get("PYTHONPATH")])])
-    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
+    os.environ |= dict(PYDEVD_DISABLE_FILE_VALIDATION="1", TQDM_DISABLE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_PROGRESS_BARS="1") # no bars in saved pages
     if jobs > 1:
         n = max(1, cores() // jobs)
         os.environ["OMP_NUM_THREADS"] = str(min(n, int(old.get("OMP_NUM_THREADS") or n)))
@@ -551,10 +552,19 @@ def number(
     if isinstance(x, (list, tuple)):
         x = [v for v in x if v is not None]
         x = sum(x)/len(x) if x else None
-    return f"{x:.3g}" if isinstance(x, (int, float)) and math.isfinite(x) else "–" if x is None else str(x)
+    if x is None or isinstance(x, float) and not math.isfinite(x): return "–"
+    return f"{x:.3g}" if isinstance(x, (int, float)) else str(x)
 
 # %% ../nbs/foundations/08_run.ipynb #4800f966
 COLOURS = dict(supported="green", refuted="red", inconclusive="yellow")
+
+def coloured(v): return f"[{COLOURS.get(v.rstrip('*'), 'white')}]{v}[/]"
+
+def _reported(c):
+    "What the paper reports, as text."
+    if not c.get("reported"): return "–"
+    from recbook.claims import said
+    return said(c)
 
 def claims_table(
     claims:Iterable[dict], # records
@@ -566,7 +576,7 @@ def claims_table(
         ci, v = c.get("ci") or [None, None], str(c.get("verdict"))
         return [escape(c["id"]), escape(str(c.get("statement", ""))), escape(f"{c.get('metric', '')} on {c.get('dataset', '')}"),
             escape(f"{ours} {number(c.get('ours'))}"), escape(f"{theirs} {number(c.get('theirs'))}"), number(c.get("effect")),
-            escape(f"[{number(ci[0])}, {number(ci[1])}]"), escape(number(c.get("reported"))), f"[{COLOURS.get(v, 'white')}]{v}[/]"]
+            escape(f"[{number(ci[0])}, {number(ci[1])}]"), escape(_reported(c)), coloured(v)]
     cols = ["claim", "statement", "measured", "ours", "against", "effect", "95 % CI", "paper", "verdict"]
     return table(cols, map(row, claims), title, markup=True)
 
@@ -685,10 +695,20 @@ def claims_(areas: Areas = None, profile: Annotated[str | None, typer.Option(hel
     "Show the scoreboard: every published claim and its verdict."
     from recbook.claims import scoreboard
     with usage(): chosen = {c.area for c in pick(areas or ["all"])}
-    rows = [r for r in scoreboard(profile).to_dict("records") if "area" not in r or r["area"] in chosen]
-    if not rows: console().print("No published claims yet: `recbook run AREA --save` makes some."); return
-    verdicts = [r["verdict"] for r in rows]
-    console().print(claims_table(rows), "", ", ".join(f"{verdicts.count(v)} {v}" for v in COLOURS), f"of {len(rows)} claims")
+    rows = [r for r in scoreboard(profile).to_dict("records") if r["area"] in chosen]
+    if not rows: console().print("No published claims yet: recbook run AREA --save makes some."); return
+    console().print(score_table(rows), "", counts([r["verdict"].rstrip("*") for r in rows]) + f"; {len(rows)} in all", highlight=False)
+
+def score_table(
+    rows:Iterable[dict] # of `recbook.claims.scoreboard`
+) -> Table: # one row per claim, data set and profile
+    "The scoreboard; a star marks a verdict that does not survive Holm's correction."
+    def row(r):
+        what = [escape(str(r[k])) for k in ("area", "profile", "claim", "metric", "dataset", "ours", "theirs")]
+        ci = escape(f"[{number(r['low'])}, {number(r['high'])}]")
+        return [*what, number(r["effect"]), ci, str(r["seeds"]), escape(r["paper"] or "–"), coloured(r["verdict"])]
+    cols = ["area", "profile", "claim", "metric", "data", "ours", "against", "effect", "95 % CI", "seeds", "paper", "verdict"]
+    return table(cols, map(row, rows), markup=True)
 
 # %% ../nbs/foundations/08_run.ipynb #d51235a0
 data_app = typer.Typer(no_args_is_help=True, help="The data sets: list, get, verify.")
@@ -708,7 +728,7 @@ def data_list():
     "Show every data set: what it is, its size, the terms it comes with."
     from recbook.data import datasets_list
     cols = ["name", "what", "users", "items", "interactions", "mb", "terms"]
-    cell = lambda x: "" if str(x) in ("<NA>", "nan", "None") else shorten(str(x), 48, placeholder="…")
+    cell = lambda x: "" if str(x) in ("<NA>", "nan", "None") else shorten(str(x), 38, placeholder="…")
     console().print(table(cols, [map(cell, r) for r in datasets_list()[cols].values.tolist()]))
 
 # %% ../nbs/foundations/08_run.ipynb #f53cad8d
@@ -803,3 +823,6 @@ def doctor_():
     rows = [(mark(c), escape(c.name), escape(c.detail), "" if c.ok else escape(c.fix)) for c in found]
     console().print(table(["", "", "found", "fix"], rows, markup=True))
     raise typer.Exit(int(any(c.needed and not c.ok for c in found)))
+
+# %% ../nbs/foundations/08_run.ipynb #c3480e86
+if __name__ == "__main__" and "__file__" in globals(): app() # not inside a notebook

@@ -4,7 +4,7 @@
 
 # %% ../nbs/foundations/04_training.ipynb #eaf41ca6
 from __future__ import annotations
-import random
+import os, random
 from collections.abc import Callable, Iterable
 from time import perf_counter
 import numpy as np, pandas as pd, torch
@@ -31,7 +31,7 @@ def pick_device(
 class Rows(Dataset):
     "Rows of equally long arrays; a list of row numbers gives a whole batch of tensors at once, plus what `sample` adds to it."
     def __init__(self, arrays, sample:Callable|None=None):
-        self.arrays = [torch.as_tensor(a) for a in arrays]
+        self.arrays = [a if isinstance(a, Tensor) else torch.tensor(np.asarray(a)) for a in arrays]
         if len(lens := {len(a) for a in self.arrays}) != 1: raise ValueError(f"arrays of different lengths {sorted(lens)}: rows must correspond")
         self.sample = sample
     def __len__(self): return len(self.arrays[0])
@@ -76,7 +76,7 @@ def fit(
     monitor:str|None=None, # metric for early stopping, larger is better; the best weights are restored
     patience:int=5, # evaluations without improvement before stopping
     max_seconds:float|None=None, # stop after this much training time, evaluation not counted
-    progress:bool=True,
+    progress:bool=True, # a bar; the environment variable TQDM_DISABLE=1 silences it everywhere
     ) -> pd.DataFrame: # one row an epoch: epoch, step, seconds (training only), loss and the metrics
     "Train `model` in place and return the history."
     from accelerate import Accelerator
@@ -88,7 +88,8 @@ def fit(
     optim = acc.prepare(opt([p for p in objective.parameters() if p.requires_grad], lr=lr))
     n = len(loader); total = steps or epochs*n
     history, best, spent, step = [], None, 0., 0
-    bar = tqdm(total=total, disable=not (progress and acc.is_main_process), leave=False, mininterval=.5)
+    hidden = not (progress and acc.is_main_process) or bool(os.environ.get("TQDM_DISABLE"))
+    bar = tqdm(total=total, disable=hidden, leave=False, mininterval=.5)
     while step < total:
         t0, losses = perf_counter(), []
         objective.train()

@@ -196,7 +196,8 @@ def test_save_that_fails_is_reported_and_spares_others(book, monkeypatch):
 def test_ctrl_c_ends_at_once_and_leaves_no_half_notebook(book):
     write_page(book, "02_slow", ["# Slow", "seed = 0", "import time\nopen('started', 'w').close()\ntime.sleep(60)"])
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from recbook.run import app; app()"
-    p = subprocess.Popen([sys.executable, "-c", code, "run", "slow"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=book)
+    p = subprocess.Popen([sys.executable, "-c", code, "run", "slow"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        cwd=book)
     for _ in range(200):
         if (book/"started").exists(): break
         time.sleep(0.1)
@@ -206,12 +207,14 @@ def test_ctrl_c_ends_at_once_and_leaves_no_half_notebook(book):
 
 # --- the smaller parts ---
 
-def test_harvest_keeps_the_last_of_an_id():
-    out = lambda i, v: dict(output_type="display_data", data={R.MIME: dict(id=i, v=v)}, metadata={})
+def test_harvest_keeps_the_last_of_an_id_and_data_set():
+    out = lambda i, v, d="w": dict(output_type="display_data", data={R.MIME: dict(id=i, dataset=d, v=v)}, metadata={})
     cell = lambda *o: dict(cell_type="code", source="", outputs=list(o))
     md = dict(cell_type="markdown", source=["## A {#sec-a}\n", "text"])
-    got = R.harvest(dict(cells=[cell(out("x", 0)), md, cell(out("y", 1), dict(output_type="stream", text="")), cell(out("x", 2))]))
-    assert got == [dict(id="x", v=2, at="sec-a"), dict(id="y", v=1, at="sec-a")]
+    stream = dict(output_type="stream", text="")
+    got = R.harvest(dict(cells=[cell(out("x", 0)), md, cell(out("y", 1), stream), cell(out("x", 2), out("x", 3, "real"))]))
+    assert [(c["id"], c["dataset"], c["v"]) for c in got] == [("x", "w", 2), ("y", "w", 1), ("x", "real", 3)]
+    assert {c["at"] for c in got} == {"sec-a"}
 
 def test_scrub_only_whole_paths(monkeypatch):
     monkeypatch.setenv("RECBOOK_MIRROR", "/mnt/mirror")
@@ -234,6 +237,18 @@ def test_list_shows_papers_claims_and_runs(book):
     R.write_json(book/"data/results/cpu/demo.json", dict(started="2026-01-31T00:00:00+00:00"))
     out = cli("list")
     assert "Demo: [a page]" in out and "DemoNet" in out and " 2 " in out and "cpu 2026-01-31" in out
+
+def test_scoreboard_of_published_records(book):
+    assert "No published claims" in cli("claims")
+    claim = dict(id="demo.1", paper="demo", statement="S.", metric="recall@20", dataset="world", systems=["A", "B"],
+        direction="higher", seeds=[0, 1], ours=[.3, .4], theirs=[.1, .2], effect=.2, ci=[.1, .3],
+        p=.01, verdict="supported", reported=dict(ours=.5, on="gowalla"))
+    both = [claim, claim | dict(dataset="coat", verdict="refuted")]
+    R.write_json(book/"data/results/cpu/demo.json", dict(area="demo", profile="cpu", claims=both))
+    out = cli("claims", "--profile", "cpu")
+    assert "1 supported, 1 refuted; 2 in all" in out and "0.5 on gowalla" in out and "coat" in out
+    assert "No published claims" in cli("claims", "--profile", "gpu")
+    assert "0.5 on gowalla" in _text(R.claims_table([claim]))
 
 def test_claims_table_takes_incomplete_records():
     t = _text(R.claims_table([dict(id="a.1", verdict=None), dict(id="b.1", ours=[1, None, 2], theirs=[], ci=[None, None], effect=None,

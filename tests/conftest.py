@@ -1,0 +1,13 @@
+"Where the real data lie, one thread per process, and a quiet console."
+import os
+import pytest
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+@pytest.fixture(scope="session")
+def mirror():
+    "The mirror folder with the real data sets; tests that need it are skipped without."
+    folder = os.environ.get("RECBOOK_MIRROR")
+    if not folder or not os.path.isdir(folder): pytest.skip("RECBOOK_MIRROR is not set: no real data")
+    return folder

@@ -1,0 +1,51 @@
+"Every chapter runs from a clean kernel in the smoke profile, two at a time, and is well formed."
+import re
+import nbformat, pytest
+from recbook.claims import papers
+from recbook.data import root
+from recbook.run import chapters, run_chapters
+
+ALL = chapters(root())
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    done = run_chapters([c.area for c in ALL], profile="smoke", jobs=2, out=tmp_path_factory.mktemp("runs"))
+    return {r.chapter.area: r for r in done}
+
+
+@pytest.mark.parametrize("area", [c.area for c in ALL])
+def test_runs_in_the_smoke_profile(smoke, area):
+    r = smoke[area]
+    assert r.ok, f"{area}: {r.error}"
+    assert r.record["wall_s"] > 0 and r.record["profile"] == "smoke"
+
+
+@pytest.mark.parametrize("area", [c.area for c in ALL])
+def test_every_claim_of_the_area_is_measured(smoke, area):
+    if area not in {p["area"] for p in papers().values()}: pytest.skip("a foundation has no papers")
+    want = {c["id"] for p in papers(area).values() for c in p.get("claim", [])}
+    assert want and want == {c["id"] for c in smoke[area].claims}
+    assert all(c["verdict"] in ("supported", "refuted", "inconclusive") for c in smoke[area].claims)
+
+
+@pytest.mark.parametrize("chapter", ALL, ids=lambda c: c.area)
+def test_is_well_formed(chapter):
+    nb = nbformat.read(chapter.path, 4)
+    md = "\n\n".join(c.source for c in nb.cells if c.cell_type == "markdown")
+    assert len(re.findall(r"^# ", md, re.M)) == 1, "one H1"
+    assert sum("parameters" in c.metadata.get("tags", []) for c in nb.cells) == 1
+    code = [c for c in nb.cells if c.cell_type == "code"]
+    assert not any(o.output_type == "error" for c in code for o in c.outputs)
+    assert any(c.outputs for c in code), "no saved outputs: run it with --profile cpu --save"
+    text = "".join(str(c.get("outputs", "")) + c.source for c in nb.cells)
+    assert not re.search(r"/root/|/home/\w|site-packages", text), "a path of some machine"
+
+
+def test_the_catalogue_lists_136_papers_with_unique_claims():
+    all_papers = papers()
+    assert len(all_papers) == 136 and len({p["area"] for p in all_papers.values()}) == 32
+    ids = [c["id"] for p in all_papers.values() for c in p.get("claim", [])]
+    assert len(ids) == len(set(ids))
+    for p in all_papers.values():
+        for c in p.get("claim", []): assert c["id"].startswith(p["id"]+".") and {"statement", "metric", "ours", "theirs"} <= set(c)
