@@ -21,9 +21,10 @@ def topk(
     ) -> Tensor: # (n, k) int64, best first
     "The k best columns of each row; equal scores in order of column."
     if not 1 <= k <= S.shape[1]: raise ValueError(f"k={k}: must lie in 1..{S.shape[1]}, the number of items")
-    v, idx = S.topk(k)
-    tied = (S >= v[:, -1:]).sum(1) > k
-    if tied.any(): idx[tied] = first_of_ties(S[tied], v[tied, -1:], k)
+    v, idx = S.topk(min(k+1, S.shape[1]))
+    if v.isnan().any(): raise ValueError("scores contain NaN: check the model's loss")
+    idx, tied = idx[:, :k], (v[:, k-1] == v[:, -1]) & (v.shape[1] > k)
+    if tied.any(): idx[tied] = first_of_ties(S[tied], v[tied, k-1:k], k)
     idx = idx.sort(1).values
     order = S.gather(1, idx).sort(dim=1, descending=True, stable=True).indices
     return idx.gather(1, order)
@@ -70,7 +71,6 @@ def recommend(
     for s in range(0, len(users), chunk):
         u = users[s:s+chunk]
         S = score(torch.as_tensor(u)).float()
-        if not S.isfinite().all(): raise ValueError(f"scores of users {u[0]}..{u[-1]} contain NaN or infinity: check the model's loss")
         if seen is not None:
             r = seen[u]
             S = S.index_put((torch.from_numpy(np.repeat(np.arange(len(u)), np.diff(r.indptr))).to(S.device),
