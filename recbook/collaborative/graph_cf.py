@@ -14,9 +14,13 @@ from ..training import batches, fit, set_seed
 from ..world import World
 
 # %% auto #0
-__all__ = ['popularity', 'MF', 'bpr_loss', 'uniform_negatives', 'clicked', 'train_bpr', 'adjacency', 'sym_norm', 'sparse_tensor',
-           'SymMM', 'NGCF', 'drop_nodes', 'Smooth', 'horner', 'LightGCN', 'path_weights', 'gte', 'two_steps',
-           'closeness']
+__all__ = ['UNKNOWN', 'popularity', 'MF', 'bpr_loss', 'uniform_negatives', 'clicked', 'train_bpr', 'adjacency', 'sym_norm',
+           'sparse_tensor', 'SymMM', 'NGCF', 'drop_nodes', 'Smooth', 'horner', 'LightGCN', 'path_weights', 'gte',
+           'two_steps', 'closeness', 'successive_pairs', 'random_neighbour', 'visit_counts', 'top_neighbours',
+           'uniform_neighbours', 'equal_weights', 'Convolve', 'relu_linear', 'PinSage', 'computation_graph',
+           'embed_all', 'max_margin', 'personalised_pagerank', 'hard_negatives', 'curriculum', 'PinBatches', 'pin_loss',
+           'pair_ranks', 'scaled_mrr', 'power_law_graph', 'neighbour_batches', 'reverse_pagerank', 'pack', 'unpack',
+           'next_reuse', 'SharedCache', 'VictimBuffer', 'serve']
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #207d4cc0
 def popularity(
@@ -257,3 +261,440 @@ def closeness(
     P, S = P.toarray(), score(torch.as_tensor(users)).detach().cpu().numpy()
     taus = [kendalltau(s[c], p[c]).statistic for s, p, c in zip(S, P, (P > 0) & ~seen) if c.sum() > 1]
     return float(np.nanmean(taus))
+
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #9ebc7af2
+def successive_pairs(
+    events:pd.DataFrame, # user, item, session; in order of user and time
+    ) -> tuple[np.ndarray, np.ndarray]: # queries, (p,), and the items that follow them, (p,)
+    "Pairs (q, i) of different items clicked one after the other in the same session."
+    e = events[["user", "session", "item"]].to_numpy()
+    a, b = e[:-1], e[1:]
+    keep = (a[:, :2] == b[:, :2]).all(1) & (a[:, 2] != b[:, 2])
+    return a[keep, 2], b[keep, 2]
+
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #fed60071
+def random_neighbour(
+    G:sp.csr_matrix, # (n, m) adjacency
+    nodes:np.ndarray, # (b,) rows; each must have an edge
+    rng:np.random.Generator,
+    ) -> np.ndarray: # (b,) columns
+    "One uniform neighbour of each node."
+    return G.indices[G.indptr[nodes] + (rng.random(len(nodes))*np.diff(G.indptr)[nodes]).astype(np.int64)]
+
+def visit_counts(
+    graph:sp.csr_matrix, # (n_items, n_users), entries 1
+    n_walks:int=50, # walks from each item
+    length:int=3, # hops item -> user -> item in a walk
+    restart:float=.3, # probability of returning to the start before a hop
+    seed:int=0,
+    ) -> sp.csr_matrix: # (n_items, n_items), zero diagonal
+    "How often walks from an item (row) visit other items (columns); items without clicks have empty rows."
+    rng, back, n = np.random.default_rng(seed), graph.T.tocsr(), graph.shape[0]
+    start = np.repeat(np.diff(graph.indptr).nonzero()[0], n_walks)
+    at, seen = start, []
+    for _ in range(length):
+        at = np.where(rng.random(len(at)) < restart, start, at)
+        at = random_neighbour(back, random_neighbour(graph, at, rng), rng)
+        seen.append(at)
+    to, start = np.concatenate(seen), np.tile(start, length)
+    other = to != start
+    C = sp.csr_matrix((np.ones(other.sum()), (start[other], to[other])), (n, n))
+    C.sum_duplicates()
+    return C
+
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #53f86e41
+def top_neighbours(
+    visits:sp.csr_matrix, # (n, n) scores of neighbours, e.g. `visit_counts`
+    T:int=10, # neighbours to keep
+    ) -> tuple[np.ndarray, np.ndarray]: # N (n, T) item numbers; alpha (n, T), rows sum to 1
+    "The T top-scored neighbours and their L1-normalised scores; short rows repeat the first at weight 0, empty rows name the node."
+    C, n = visits.tocoo(), visits.shape[0]
+    order = np.lexsort((C.col, -C.data, C.row))
+    row, col, score = C.row[order], C.col[order], C.data[order]
+    rank = np.arange(len(row)) - np.searchsorted(row, row)
+    keep = rank < T
+    N, alpha = np.tile(np.arange(n)[:, None], T), np.zeros((n, T), np.float32)
+    N[row[rank == 0]] = col[rank == 0, None]
+    N[row[keep], rank[keep]], alpha[row[keep], rank[keep]] = col[keep], score[keep]
+    alpha[alpha.sum(1) == 0, 0] = 1
+    return N, alpha/alpha.sum(1, keepdims=True)
+
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #9dae603c
+def uniform_neighbours(
+    graph:sp.csr_matrix, # (n_items, n_users)
+    T:int=10,
+    seed:int=0,
+    ) -> tuple[np.ndarray, np.ndarray]: # as `top_neighbours`, all weights of a row equal
+    "T random items that share a user with each item: the ablation of importance neighbourhoods."
+    C = (graph @ graph.T).tolil(); C.setdiag(0); C = C.tocsr(); C.eliminate_zeros()
+    C.data = np.random.default_rng(seed).random(len(C.data)) + 1e-9
+    N, alpha = top_neighbours(C, T)
+    return N, equal_weights(alpha)
+
+def equal_weights(
+    alpha:np.ndarray, # (n, T)
+    ) -> np.ndarray: # (n, T), rows sum to 1
+    "The same weight for every neighbour: mean pooling."
+    return ((alpha > 0)/(alpha > 0).sum(1, keepdims=True)).astype(np.float32)
+
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #617a6f50
+class Convolve(nn.Module):
+    "One PinSage convolution (Ying et al. 2018, algorithm 1); `pool` is 'sum' with given weights or 'max'."
+    def __init__(self,
+        d_in:int, d_hidden:int, d_out:int, # widths of h_v, of Q h_v and of the result
+        pool:str="sum"):
+        super().__init__()
+        self.Q,self.W,self.pool = relu_linear(d_in, d_hidden),relu_linear(d_in+d_hidden, d_out),pool
+    def forward(self,
+        h:Tensor, # (n, d_in) vectors of all nodes that are needed
+        own:Tensor, # (b,) rows of h: the nodes to convolve
+        nb:Tensor, # (b, T) rows of h: their neighbours
+        alpha:Tensor, # (b, T) importances; T = 0 gives no neighbourhood at all
+        ) -> Tensor: # (b, d_out), unit rows
+        M = F.relu(self.Q(h))
+        if not nb.shape[1]: n = M.new_zeros(len(own), M.shape[1])
+        elif self.pool == "max": n = M[nb].amax(1)
+        else: n = F.embedding_bag(nb, M, per_sample_weights=alpha, mode="sum")
+        return F.normalize(F.relu(self.W(torch.cat([h[own], n], 1))), dim=1)
+
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #8708131d
+def relu_linear(d_in, d_out, bias=True):
+    "A linear layer with He initialisation and zero biases: PyTorch's default biases would drown unit vectors."
+    l = nn.Linear(d_in, d_out, bias)
+    nn.init.kaiming_uniform_(l.weight, nonlinearity="relu")
+    if bias: nn.init.zeros_(l.bias)
+    return l
+
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #c23bfd91
+class PinSage(nn.Module):
+    "K stacked convolutions and a head, from features to embeddings (Ying et al. 2018, algorithm 2)."
+    def __init__(self,
+        d_in:int, # features
+        d_hidden:int=64,
+        d_out:int=32, # width of z
+        K:int=2, # convolutions
+        pool:str="sum"):
+        super().__init__()
+        self.convs = nn.ModuleList(Convolve(d_in if k == 0 else d_hidden, d_hidden, d_hidden, pool) for k in range(K))
+        self.G1,self.G2 = relu_linear(d_hidden, d_hidden),relu_linear(d_hidden, d_out, bias=False)
+    def head(self, h): return self.G2(F.relu(self.G1(h)))
+    def forward(self,
+        x:Tensor, # (n, d_in) features of the nodes K hops around
+        blocks, # K triples (own, nb, alpha), see `computation_graph`
+        ) -> Tensor: # (b, d_out)
+        for conv, block in zip(self.convs, blocks): x = conv(x, *block)
+        return self.head(x)
+
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #b4f8a2b4
+def computation_graph(
+    nodes:np.ndarray, # (b,) distinct nodes to embed
+    N:np.ndarray, alpha:np.ndarray, # (n, T) neighbourhoods
+    K:int=2, # convolutions
+    ) -> tuple[np.ndarray, list]: # input nodes; K triples (own (b_k,), nb (b_k, T), alpha (b_k, T)), first layer first
+    "The sampled K-hop computation graph of a batch, row numbers local to each layer."
+    blocks = []
+    for _ in range(K):
+        need, pos = np.unique(np.concatenate([nodes, N[nodes].ravel()]), return_inverse=True)
+        blocks.insert(0, tuple(map(torch.from_numpy, (pos[:len(nodes)], pos[len(nodes):].reshape(len(nodes), -1), alpha[nodes]))))
+        nodes = need
+    return nodes, blocks
+
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #3073c903
+@torch.no_grad()
+def embed_all(
+    model:PinSage,
+    X:np.ndarray, # (n, d_in)
+    N:np.ndarray, alpha:np.ndarray, # (n, T)
+    ) -> Tensor: # (n, d_out)
+    "Embeddings of all items by layerwise inference: every node is convolved once per layer."
+    dev = next(model.parameters()).device
+    h, every, nb, a = (torch.as_tensor(t).to(dev) for t in (X, np.arange(len(X)), N, alpha))
+    for conv in model.convs: h = conv(h, every, nb, a)
+    return model.head(h).cpu()
+
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #aa0731f3
+def max_margin(
+    pos:Tensor, # (b,) scores of the positives
+    neg:Tensor, # (b, m) scores of the negatives
+    allowed:Tensor, # (b, m) bool: False where the "negative" is a known positive
+    margin:float=.1, # Delta
+    ) -> Tensor: # scalar
+    "Hinge of negatives against their positive, averaged over the allowed pairs (Ying et al. 2018, eq. 1)."
+    return (F.relu(neg - pos[:, None] + margin)*allowed).sum()/allowed.sum().clamp(min=1)
+
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #9538821f
+def personalised_pagerank(
+    graph:sp.csr_matrix, # (n_items, n_users), entries 1
+    queries:np.ndarray, # (b,) items
+    restart:float=.3, # r
+    iters:int=25, # error below (1-r)^iters
+    ) -> np.ndarray: # (b, n_items), rows sum to 1
+    "Personalised PageRank of items by power iteration over item-user hops; an item without clicks keeps its walker."
+    rows = lambda G: sp.diags_array(1/np.maximum(np.asarray(G.sum(1), np.float32).ravel(), 1)) @ G
+    A, B = (rows(G).T.tocsr() for G in (graph, graph.T.tocsr()))
+    lonely = (np.diff(graph.indptr) == 0)[:, None]
+    E = np.zeros((graph.shape[0], len(queries)), np.float32); E[queries, np.arange(len(queries))] = 1
+    p = E
+    for _ in range(iters): p = restart*E + (1-restart)*(B @ (A @ p) + lonely*p)
+    return p.T
+
+def hard_negatives(
+    graph:sp.csr_matrix, # (n_items, n_users)
+    lo:float=.05, hi:float=.15, # band of ranks, as shares of the catalogue
+    restart:float=.3,
+    chunk:int=512,
+    ) -> np.ndarray: # (n_items, m) in order of rank
+    "For each query the items whose personalised PageRank lies in the band (the query itself is rank 0)."
+    n = graph.shape[0]; a, b = int(lo*n), max(int(hi*n), int(lo*n)+1)
+    if not 0 <= lo < hi <= 1 or a == 0: raise ValueError(f"band {lo}..{hi} of {n} items: must lie in 0..1 and leave out the query itself")
+    out = []
+    for k in range(0, n, chunk):
+        q = np.arange(k, min(k+chunk, n))
+        p = personalised_pagerank(graph, q, restart); p[np.arange(len(q)), q] = 2
+        out.append(np.argsort(-p, axis=1, kind="stable")[:, a:b])
+    return np.concatenate(out)
+
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #74213e52
+def curriculum(
+    epoch:int, # counted from 1
+    ) -> int:
+    "Hard negatives for each query in this epoch: n-1 in epoch n (Ying et al. 2018)."
+    return epoch - 1
+
+class PinBatches:
+    "A `sample` function for `batches`: draws negatives for the pairs (q, i) and produces the computation graph with its features."
+    def __init__(self,
+        X:np.ndarray, N:np.ndarray, alpha:np.ndarray, # (n, d_in) features, (n, T) neighbourhoods
+        q:np.ndarray, i:np.ndarray, # (p,) all training pairs: never used as negatives
+        hard:np.ndarray|None=None, # (n, m) candidates for hard negatives of each query
+        schedule=curriculum, # epoch -> number of hard negatives
+        epoch_steps:int=100, # steps in an epoch of the schedule
+        n_uniform:int=128, # uniform negatives shared by the batch
+        K:int=2, # convolutions of the model
+        seed:int=0):
+        self.X,self.N,self.alpha,self.K,self.n_uniform = X,N,alpha,K,n_uniform
+        self.hard,self.schedule,self.epoch_steps = hard,schedule,epoch_steps
+        self.known = torch.from_numpy(np.unique(np.concatenate([q*len(X) + i, np.arange(len(X))*(len(X)+1)])))
+        self.rng,self.step = np.random.default_rng(seed),0
+
+    def negatives(self, q):
+        "Negatives of each query, (b, m): the shared uniform ones, then its hard ones."
+        h = 0 if self.hard is None else min(self.schedule(1 + self.step//self.epoch_steps), self.hard.shape[1])
+        shared = np.broadcast_to(self.rng.integers(len(self.X), size=self.n_uniform), (len(q), self.n_uniform))
+        if not h: return shared
+        return np.hstack([shared, self.hard[q[:, None], self.rng.integers(self.hard.shape[1], size=(len(q), h))]])
+
+    def __call__(self, q:Tensor, i:Tensor): # (b,) and (b,)
+        "Features of the needed nodes, blocks, rows of q, i, shared and hard negatives in the batch, and the allowed mask."
+        neg = self.negatives(q.numpy()); m, b = self.n_uniform, len(q); self.step += 1
+        nodes, at = np.unique(np.concatenate([q, i, neg[0, :m], neg[:, m:].ravel()]), return_inverse=True)
+        need, blocks = computation_graph(nodes, self.N, self.alpha, self.K)
+        rows = torch.from_numpy(at).split([b, b, m, len(at)-2*b-m])
+        allowed = ~clicked(self.known, q[:, None]*len(self.X) + torch.from_numpy(neg.copy()))
+        return torch.from_numpy(self.X[need]), blocks, rows, allowed
+
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #344c5284
+def pin_loss(
+    model:PinSage,
+    batch, # from `PinBatches`
+    margin:float=.1,
+    ) -> Tensor: # scalar
+    "Max-margin loss of a produced batch: shared uniform negatives and each query's own hard ones."
+    x, blocks, (q, i, n, h), allowed = batch
+    z = model(x, blocks)
+    zq, zh = z[q], z[h].view(len(q), -1, z.shape[1])
+    neg = torch.cat([zq @ z[n].T, torch.einsum("bd,bhd->bh", zq, zh)], 1)
+    return max_margin((zq*z[i]).sum(1), neg, allowed, margin)
+
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #cad84a98
+def pair_ranks(
+    Z:Tensor, # (n, d) embeddings
+    q:np.ndarray, i:np.ndarray, # (p,) queries and targets
+    chunk:int=1024,
+    ) -> np.ndarray: # (p,) ranks from 1
+    "Rank of each target among all items but the query; ties go to the smaller item number."
+    out = []
+    for a in range(0, len(q), chunk):
+        u, v = torch.as_tensor(q[a:a+chunk]), torch.as_tensor(i[a:a+chunk])
+        S = Z[u] @ Z.T; S.scatter_(1, u[:, None], -torch.inf)
+        t = S.gather(1, v[:, None])
+        out.append(1 + ((S > t) | ((S == t) & (torch.arange(len(Z)) < v[:, None]))).sum(1))
+    return torch.cat(out).numpy()
+
+def scaled_mrr(
+    ranks:np.ndarray, # (p,)
+    scale:int=10, # ranks in a block share a value
+    ) -> float:
+    "Mean of 1/ceil(rank/scale) (Ying et al. 2018, section 4.2)."
+    return float((1/np.ceil(ranks/scale)).mean())
+
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #cd2b0fd1
+def power_law_graph(
+    n:int=20_000, # nodes
+    degree:int=15, # neighbours of each node
+    exponent:float=.8, # the k-th most popular node is a neighbour with weight 1/k^exponent
+    seed:int=0,
+    ) -> sp.csr_matrix: # (n, n); row v holds the nodes whose features v aggregates
+    "A random graph in which a few nodes are everybody's neighbours."
+    rng = np.random.default_rng(seed)
+    p = 1/np.arange(1, n+1)**exponent
+    hubs = rng.permutation(n)[rng.choice(n, n*degree, p=p/p.sum())]
+    return sp.csr_matrix((np.ones(n*degree, np.float32), hubs, np.arange(0, n*degree+1, degree)), (n, n))
+
+def neighbour_batches(
+    G:sp.csr_matrix, # (n, n) each node with at least one neighbour
+    n_batches:int,
+    n_seeds:int=64, # seed nodes of a batch, without repetition until all had their turn
+    fanouts=(10, 5), # neighbours drawn for each node, hop by hop
+    seed:int=0,
+    ) -> list[np.ndarray]: # distinct nodes of each batch, in the order of sampling
+    "The requests of K-hop neighbour sampling, batch by batch (Hamilton et al. 2017)."
+    rng, n, out = np.random.default_rng(seed), G.shape[0], []
+    if n_seeds > n: raise ValueError(f"n_seeds={n_seeds}: the graph has only {n} nodes")
+    epochs = -(-n_batches//(n//n_seeds))
+    order = np.concatenate([rng.permutation(n)[:n//n_seeds*n_seeds] for _ in range(epochs)]).reshape(-1, n_seeds)
+    for hop in order[:n_batches]:
+        seen = [hop]
+        for f in fanouts: seen.append(hop := random_neighbour(G, np.repeat(hop, f), rng))
+        nodes, first = np.unique(np.concatenate(seen), return_index=True)
+        out.append(nodes[first.argsort()])
+    return out
+
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #f0bfe577
+def reverse_pagerank(
+    G:sp.csr_matrix, # (n, n); rows point to the nodes they aggregate
+    damping:float=.85,
+    iters:int=30,
+    ) -> np.ndarray: # (n,), sums to 1
+    "Long-run share of visits of a walker who follows aggregation edges and restarts anywhere: static hotness."
+    n, d = G.shape[0], np.asarray(G.sum(1)).ravel()
+    back = (sp.diags_array(1/np.maximum(d, 1)) @ G).T.tocsr()
+    x = np.full(n, 1/n)
+    for _ in range(iters): x = damping*(back @ x + x[d == 0].sum()/n) + (1-damping)/n
+    return x
+
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #08f77210
+UNKNOWN = 0xFFFF # next reuse outside the window
+
+def pack(tau, gpu, position):
+    "Time to next use, GPU and position in its batch in one integer."
+    return np.int64(tau) << 40 | np.int64(gpu) << 32 | position
+
+def unpack(p):
+    "tau, gpu, position of packed values."
+    return p >> 40, p >> 32 & 0xFF, p & 0xFFFFFFFF
+
+def next_reuse(
+    window, # the next batches, nearest first; no other batch is looked at
+    n:int, # nodes
+    t:int=0, # time of the current batch: batch t+tau runs on GPU (t+tau) mod gpus
+    gpus:int=1,
+    ) -> np.ndarray: # (n,) packed
+    "For each node its first use in the window, packed (LSM-GNN's reuse update)."
+    out = np.full(n, pack(UNKNOWN, 0, 0))
+    for tau in range(len(window), 0, -1): out[window[tau-1]] = pack(tau, (t+tau) % gpus, np.arange(len(window[tau-1])))
+    return out
+
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #0c8b4409
+class SharedCache:
+    "A set-associative cache over the memory of all GPUs; rows are inserted after serving and evicted by `policy` (Park et al. 2024)."
+    policies = ("random", "lru", "static", "look-ahead", "hybrid")
+    def __init__(self,
+        n:int, # nodes
+        lines:int, # rows it can hold, all GPUs together
+        policy:str="hybrid",
+        hotness:np.ndarray|None=None, # (n,) static hotness, for 'static' and 'hybrid'
+        gpus:int=2, ways:int=16, # ways: lines in a set
+        dim:int=0, # width of the feature rows it stores
+        seed:int=0):
+        if policy not in self.policies: raise ValueError(f"policy={policy!r}: must be one of {self.policies}")
+        if hotness is None and policy in ("static", "hybrid"): raise ValueError(f"policy={policy!r} needs hotness: reverse_pagerank(G)")
+        if lines % (gpus*ways): raise ValueError(f"lines={lines}: must be a multiple of gpus*ways = {gpus*ways}")
+        self.n,self.policy,self.gpus,self.ways,self.rng = n,policy,gpus,ways,np.random.default_rng(seed)
+        sets = lines//(gpus*ways); v = np.arange(n)
+        self.set_of = v % gpus*sets + v//gpus % sets
+        self.tags = np.full((gpus*sets, ways), -1) # node in each line
+        self.slot = np.full(n, -1) # flat line of each resident node
+        self.used,self.hand = np.zeros(n, np.int64),np.zeros(gpus*sets, np.int64)
+        self.rows = np.zeros((lines, dim), np.float32)
+        if hotness is not None:
+            self.cold = np.empty(n, np.int64); self.cold[np.argsort(-hotness, kind="stable")] = v # 0: the hottest
+        if policy == "static":
+            top = np.argsort(self.cold)[:lines]
+            self.tags.flat[:len(top)] = top; self.slot[top] = np.arange(len(top))
+
+    def worth_evicting(self, sets, reuse):
+        "A number for each line of these sets; the largest goes. Empty lines first."
+        T = self.tags[sets]
+        if self.policy == "random": key = self.rng.integers(1 << 30, size=T.shape)
+        elif self.policy == "lru": key = -self.used[T]
+        elif self.policy == "hybrid": key = (reuse[T] >> 40)*self.n + self.cold[T]
+        else: key = (reuse[T] >> 40)*self.ways - (np.arange(self.ways) - self.hand[sets, None]) % self.ways
+        return np.where(T < 0, np.iinfo(np.int64).max, key)
+
+    def insert(self, new, reuse, rows=None):
+        "Put the nodes `new` in, in order; returns the evicted nodes and their rows."
+        if self.policy == "static": return np.empty(0, np.int64), self.rows[:0]
+        s = self.set_of[new]; order = s.argsort(kind="stable"); s = s[order]
+        turn = np.arange(len(s)) - np.searchsorted(s, s) # how many newcomers are ahead of it in its set
+        gone, gone_rows = [], []
+        for k in range(turn.max(initial=-1)+1):
+            pick = order[turn == k]; v, sets = new[pick], self.set_of[new[pick]]
+            way = self.worth_evicting(sets, reuse).argmax(1)
+            old, line = self.tags[sets, way], sets*self.ways + way
+            full = old >= 0; self.slot[old[full]] = -1
+            gone.append(old[full]); gone_rows.append(self.rows[line[full]])
+            self.tags[sets, way], self.slot[v], self.hand[sets] = v, line, (way + 1) % self.ways
+            if rows is not None: self.rows[line] = rows[pick]
+        return (np.concatenate(gone), np.concatenate(gone_rows)) if gone else (np.empty(0, np.int64), self.rows[:0])
+
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #b662ed75
+class VictimBuffer:
+    "A ring of pinned buffers, one for each of the next batches, indexed by time of next use (Park et al. 2024)."
+    def __init__(self,
+        window:int, # W: number of buffers
+        depth:int, # rows in a buffer
+        ):
+        self.depth,self.head,self.ring = depth,0,[[] for _ in range(window)]
+    def put(self, nodes, rows, packed):
+        "Park evicted nodes (m,) with rows (m, d) and packed next reuse; unknown reuse and overflow are dropped."
+        tau, _, pos = unpack(packed)
+        for t in np.unique(tau[tau <= len(self.ring)]):
+            k, buf = (tau == t).nonzero()[0], self.ring[(self.head + t) % len(self.ring)]
+            k = k[:self.depth - sum(len(b[0]) for b in buf)]
+            buf.append((nodes[k], pos[k], rows[k]))
+    def take(self):
+        "Advance to the next batch and empty its buffer: nodes, positions in the batch, rows."
+        self.head = (self.head + 1) % len(self.ring)
+        got, self.ring[self.head] = self.ring[self.head], []
+        return [np.concatenate(x) for x in zip(*got)] if got else None
+
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #123e6ac8
+def serve(
+    trace, # iterable of arrays of distinct nodes, pulled from as the window moves
+    cache:SharedCache,
+    window:int=8, # W: batches known in advance
+    pvp:int=0, # rows of pinned memory for victims, all buffers together
+    features:np.ndarray|None=None, # (n, d) the storage
+    ): # yields (batch, features of its rows (b, d), counts)
+    "Serve sampled batches through cache and victim buffer; counts: requested, local, peer, pvp, reads. A row counts once a batch."
+    from collections import deque
+    it, ahead, t = iter(trace), deque(), -1
+    X = np.zeros((cache.n, cache.rows.shape[1]), np.float32) if features is None else features
+    ring = VictimBuffer(window, pvp//window) if pvp and window else None
+    if cache.policy == "static": cache.rows = X[np.maximum(cache.tags.ravel(), 0)]
+    for _ in range(window+1): ahead.extend([b for b in [next(it, None)] if b is not None])
+    while ahead:
+        nodes = ahead.popleft(); t += 1
+        x, slot, back = np.empty((len(nodes), X.shape[1]), np.float32), cache.slot[nodes], np.zeros(len(nodes), bool)
+        hit = slot >= 0; x[hit] = cache.rows[slot[hit]]
+        if ring and (got := ring.take()): back[got[1]] = True; x[got[1]] = got[2]
+        read = ~hit & ~back; x[read] = X[nodes[read]]
+        own = nodes % cache.gpus == t % cache.gpus
+        counts = dict(local=hit & own, peer=hit & ~own, pvp=back, reads=read)
+        yield nodes, x, dict(requested=len(nodes)) | {k: int(c.sum()) for k, c in counts.items()}
+        cache.used[nodes] = t
+        reuse = next_reuse(ahead, cache.n, t, cache.gpus)
+        gone, rows = cache.insert(nodes[~hit], reuse, x[~hit])
+        if ring and len(gone): ring.put(gone, rows, reuse[gone])
+        ahead.extend([b for b in [next(it, None)] if b is not None])
