@@ -62,7 +62,7 @@ def recommend(
     users, # (n,) user numbers
     k:int=20,
     seen:csr_matrix|None=None, # (n_users, n_items): items never to recommend again, usually the training set
-    chunk:int=1024, # users scored at a time; memory is chunk x n_items floats
+    chunk:int=256, # users scored at a time; memory is chunk x n_items floats
     ) -> np.ndarray: # (n, k) item numbers, best first
     "Rank the whole catalogue for each user, seen items excluded."
     users, out = np.asarray(users), []
@@ -109,7 +109,7 @@ def evaluate(
     test, # Interactions or csr_matrix of held-out items
     seen=None, # Interactions or csr_matrix never to be recommended
     k:int|Iterable[int]=20,
-    chunk:int=1024,
+    chunk:int=256, # users scored at a time
     ) -> pd.DataFrame: # one row for each user who has test items; columns such as `recall@20`
     "Full-ranking metrics for each user: `.mean()` is what papers print, the rows are what tests of significance need."
     T, seen = (m.csr() if hasattr(m, "csr") else m for m in (test, seen))
