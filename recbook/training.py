@@ -79,11 +79,12 @@ def fit(
     progress:bool=True, # a bar; the environment variable TQDM_DISABLE=1 silences it everywhere
     ) -> pd.DataFrame: # one row an epoch: epoch, step, seconds (training only), loss and the metrics
     "Train `model` in place and return the history."
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
     if (epochs is None) == (steps is None): raise ValueError(f"epochs={epochs}, steps={steps}: give exactly one of them")
     if monitor and not evaluate: raise ValueError(f"monitor={monitor!r} needs an `evaluate` function that measures it")
     set_seed(seed)
-    acc = Accelerator(cpu=pick_device(device).type == "cpu")
+    same_everywhere = DistributedDataParallelKwargs(broadcast_buffers=False) # buffers are constants such as a graph, sparse ones cannot be sent
+    acc = Accelerator(cpu=pick_device(device).type == "cpu", kwargs_handlers=[same_everywhere])
     objective, loader = acc.prepare(Objective(model, loss), loader)
     optim = acc.prepare(opt([p for p in objective.parameters() if p.requires_grad], lr=lr))
     n = len(loader); total = steps or epochs*n
