@@ -42,9 +42,9 @@ def test_is_well_formed(chapter):
     assert not re.search(r"/root/|/home/\w|site-packages", text), "a path of some machine"
 
 
-def test_the_catalogue_lists_136_papers_with_unique_claims():
+def test_the_catalogue_lists_the_papers_with_unique_claims():
     all_papers = papers()
-    assert len(all_papers) == 136 and len({p["area"] for p in all_papers.values()}) == 32
+    assert len(all_papers) >= 136 and len({p["area"] for p in all_papers.values()}) >= 32
     ids = [c["id"] for p in all_papers.values() for c in p.get("claim", [])]
     assert len(ids) == len(set(ids))
     for p in all_papers.values():
