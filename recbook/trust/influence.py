@@ -145,6 +145,7 @@ def linear_layers(
     if not modules: raise ValueError("no linear layer chosen: EK-FAC needs nn.Linear modules; method='ggn' or 'hessian' takes any parameters")
     return {k: have[k] for k in have if k in set(modules)}
 
+# %% ../../nbs/trust/01_influence.ipynb #5e9300d7
 def layer_grads(
     model:nn.Module, task:Task, batch,
     layers:dict[str, nn.Linear],
@@ -368,6 +369,7 @@ def influence(
     if rank: V = {k: low_rank(v, min(rank, *v.shape[1:])) for k, v in V.items()}
     return (pair_scores(model, task, train, V, by, batch_size)/len(train[0])).cpu().numpy()
 
+# %% ../../nbs/trust/01_influence.ipynb #85656b7d
 def check_rows(train, query):
     "Both must be sequences of equally long arrays."
     for name, data in (("train", train), ("query", query)):
@@ -421,7 +423,7 @@ def detection(
     s, f = np.asarray(suspicion, float), np.asarray(flipped, bool)
     if not 0 < f.sum() < len(f): raise ValueError(f"{f.sum()} of {len(f)} labels are flipped: need some of both")
     found = f[np.argsort(-s, kind="stable")].cumsum()/f.sum()
-    return dict(auc=roc_auc_score(f, s), ap=average_precision_score(f, s)) | {f"found@{p}%": found[max(1, int(p/100*len(f)))-1] for p in (10, 20, 40)}
+    return dict(auc=float(roc_auc_score(f, s)), ap=float(average_precision_score(f, s))) | {f"found@{p}%": float(found[max(1, int(p/100*len(f)))-1]) for p in (10, 20, 40)}
 
 # %% ../../nbs/trust/01_influence.ipynb #79ff268a
 def lm_task(tok) -> Task:
@@ -478,6 +480,7 @@ def open_sklearn(model):
     kind = "squares" if model.loss == "squared_error" else "binary" if K == 1 else "classes"
     return Boosted(kind, eta, 0., base, leaves, value, getattr(model, "classes_", None))
 
+# %% ../../nbs/trust/01_influence.ipynb #6ad5bbd5
 def open_lightgbm(model, y):
     b = getattr(model, "booster_", model)
     said = dict(re.findall(r"^\[(\w+): (.*)\]$", b.model_to_string(), re.M))
