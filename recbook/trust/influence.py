@@ -11,11 +11,10 @@ import numpy as np, pandas as pd, scipy.sparse as sp, torch
 from scipy.special import expit, log_softmax, softmax
 from torch import Tensor, nn
 from torch.func import grad, jvp, vjp, vmap
-from ..data import fetch
 from ..gradients import Bound, dense, flatten, ggn_vp, hvp, params_of, per_sample_grads, solve, unflatten
 
 # %% auto #0
-__all__ = ['LAYERWISE', 'WHOLE', 'TREES', 'Task', 'row_losses', 'ggn_rows', 'ggn_matrix', 'blocks', 'pbrf', 'minimise',
+__all__ = ['LAYERWISE', 'WHOLE', 'TREES', 'Task', 'row_losses', 'ggn_rows', 'ggn_matrix', 'blocks', 'pbrf', 'lbfgs', 'minimise',
            'pseudo_losses', 'linear_layers', 'layer_grads', 'weight_grads', 'chunks', 'Factors', 'ekfac_factors',
            'precondition', 'spectrum', 'query_grads', 'low_rank', 'pair_scores', 'products', 'ggn_products', 'lissa',
            'solve_curvature', 'influence', 'check_rows', 'whole_influence', 'agreement', 'removal_curve', 'detection',
@@ -23,7 +22,7 @@ __all__ = ['LAYERWISE', 'WHOLE', 'TREES', 'Task', 'row_losses', 'ggn_rows', 'ggn
            'rounds', 'targets', 'derivatives', 'raw_losses', 'Leaves', 'leaf_values', 'leaf_moves', 'boostin',
            'in_leaves', 'leaf_influence', 'trex', 'representers', 'tree_sim', 'losses_of', 'retrainer', 'leave_one_out',
            'tree_influence', 'with_one', 'fit_head', 'head_influence', 'folds_of', 'cross_influence', 'vote',
-           'macro_f1', 'repair', 'inf_relabel', 'knn_relabel', 'loss_relabel', 'sst2', 'reannotate', 'silver_order']
+           'macro_f1', 'repair', 'inf_relabel', 'knn_relabel', 'loss_relabel', 'reannotate', 'silver_order']
 
 # %% ../../nbs/trust/01_influence.ipynb #0000000e
 class Task(NamedTuple):
@@ -58,7 +57,7 @@ def ggn_rows(
             o = task.outputs(m, b).reshape(len(b[0]), width)
             return (o[:, j] if task.kind == "squares" else -o.log_softmax(-1)[:, j]).mean()
         g = per_sample_grads(model, loss, batch, params, chunk_size=256)
-        return g if task.kind == "squares" else g*y.softmax(-1)[:, j:j+1].sqrt()
+        return (g if task.kind == "squares" else g*y.softmax(-1)[:, j:j+1].sqrt()).detach()
     return torch.cat([one(j) for j in range(width)])
 
 def ggn_matrix(model, task, train, params):
@@ -78,24 +77,41 @@ def pbrf(
     which, # (m,) rows of train to add once more
     damping:float, # lambda
     params:dict[str, nn.Parameter]|None=None,
+    copies:float=1., # how much of a copy; the response is divided by it
     steps:int=200, tol:float=1e-6, # stop when every gradient is this much smaller than the push
+    dense_below:int=3000, # more parameters than this: one problem after the other by L-BFGS
+    warp:Callable|None=None, # for L-BFGS: linear, invertible (p,) -> (p,); better coordinates, the same minimum
     ) -> np.ndarray: # (m, q), fall of each query's loss
     "Proximal Bregman response to one more copy of a training example (Bae et al. 2022; Grosse et al. 2023, eq. 11), really solved."
     params = params or params_of(model)
-    theta0, n = flatten(params).detach(), len(train[0])
+    theta0, n, t = flatten(params).detach(), len(train[0]), task.targets(train)
     with torch.no_grad(): y0 = task.outputs(model, train)
     def pull(y):
         if task.kind == "squares": return .5*(y - y0).square().sum()/n
-        return (y0.softmax(-1)*(y0.log_softmax(-1) - y.log_softmax(-1))).sum()/n
+        kl = (y0.softmax(-1)*(y0.log_softmax(-1) - y.log_softmax(-1))).sum(-1)
+        return (kl*(t >= 0)).sum()/n
     bound = lambda th: Bound(model, unflatten(th, params))
     def objective(th, row):
-        push = task.mean(bound(th), tuple(x[None] for x in row))/n
+        push = task.mean(bound(th), tuple(x[None] for x in row))*copies/n
         return pull(task.outputs(bound(th), train)) + push + .5*damping*(th - theta0).square().sum()
     which = torch.as_tensor(np.asarray(which)); rows = tuple(x[which] for x in train)
-    L = torch.linalg.cholesky(ggn_matrix(model, task, train, params) + damping*torch.eye(len(theta0)).to(theta0))
-    Th = minimise(vmap(objective), vmap(grad(objective)), theta0.expand(len(which), -1).clone(), rows, L, steps, tol)
+    if len(theta0) > dense_below:
+        move = (lambda u: theta0 + warp(u)) if warp else (lambda u: theta0 + u)
+        Th = [move(lbfgs(lambda u, r=r: objective(move(u), r), 0*theta0, steps, tol)) for r in zip(*rows)]
+    else:
+        L = torch.linalg.cholesky(ggn_matrix(model, task, train, params) + damping*torch.eye(len(theta0)).to(theta0))
+        Th = minimise(vmap(objective), vmap(grad(objective)), theta0.expand(len(which), -1).clone(), rows, L, steps, tol)
     loss = lambda th: task.losses(bound(th), query)
-    with torch.no_grad(): return (loss(theta0) - torch.stack([loss(th) for th in Th])).cpu().numpy()
+    with torch.no_grad(): return ((loss(theta0) - torch.stack([loss(th) for th in Th]))/copies).cpu().numpy()
+
+def lbfgs(f, start, steps, tol):
+    "The minimum of f near `start`, for many parameters."
+    th = start.clone().requires_grad_(True); f(th).backward(); first = th.grad.norm().item()
+    opt = torch.optim.LBFGS([th], lr=1., max_iter=steps, history_size=30, tolerance_grad=tol*first/len(th)**.5, tolerance_change=0., line_search_fn="strong_wolfe")
+    def closure(): opt.zero_grad(); l = f(th); l.backward(); return l
+    opt.step(closure); closure()
+    if (left := th.grad.norm().item()/first) > 1e-2: raise RuntimeError(f"gradient only fell to {left:.1e} of the push after {steps} steps: raise damping or steps")
+    return th.detach()
 
 def minimise(f, df, Th, rows, L, steps, tol):
     "Many small problems at once: steps preconditioned by L L^T, halved where the objective does not fall."
@@ -381,7 +397,8 @@ def whole_influence(model, train, query, task, method, modules, params, damping,
     "Influence through the curvature of all chosen parameters together."
     names = params if params is not None else [f"{k}.{p}".lstrip(".") for k, m in linear_layers(model, modules).items() for p, _ in m.named_parameters(recurse=False)]
     theta = params_of(model, names)
-    g = lambda data: per_sample_grads(model, task.mean, data, theta, 256).detach()
+    vectorize = kw.pop("vectorize", True) # False for models that torch.func cannot trace
+    g = lambda data: per_sample_grads(model, task.mean, data, theta, 256, vectorize).detach()
     kw = {k: v for k, v in kw.items() if method == "lissa" or k == "dense_below"}
     return (g(train) @ solve_curvature(model, task, train, theta, g(query), method, damping, **kw).T/len(train[0])).cpu().numpy()
 
@@ -767,14 +784,6 @@ def loss_relabel(scale=1., l2=1e-3, folds=5):
         other = np.where(y == 1, 1-p, p)
         return np.where(other >= np.minimum(scale*limit[1-y], .999), 1-y, y)
     return relabel
-
-# %% ../../nbs/trust/01_influence.ipynb #ce97983b
-def sst2() -> pd.DataFrame: # text, label (1: positive), split
-    "SST-2 sentences with their split (Socher et al. 2013)."
-    parts = [("train", "train"), ("dev", "valid"), ("test", "test")]
-    files = fetch("text-classification", [f"sst2/{f}.tsv" for f, _ in parts])
-    read = lambda f: pd.read_csv(files[f"sst2/{f}.tsv"], sep="\t", names=["text", "label"], quoting=3)
-    return pd.concat([read(f).assign(split=s) for f, s in parts], ignore_index=True)
 
 # %% ../../nbs/trust/01_influence.ipynb #41b56621
 def reannotate(
