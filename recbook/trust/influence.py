@@ -82,7 +82,7 @@ def pbrf(
     dense_below:int=3000, # more parameters than this: one problem after the other by L-BFGS
     warp:Callable|None=None, # for L-BFGS: linear, invertible (p,) -> (p,); better coordinates, the same minimum
     ) -> np.ndarray: # (m, q), fall of each query's loss
-    "Proximal Bregman response to one more copy of a training example (Bae et al. 2022; Grosse et al. 2023, eq. 11), really solved."
+    "Proximal Bregman response to one more copy of a training example (Bae et al. 2022; Grosse et al. 2023), really solved."
     params = params or params_of(model)
     theta0, n, t = flatten(params).detach(), len(train[0]), task.targets(train)
     with torch.no_grad(): y0 = task.outputs(model, train)
@@ -136,7 +136,7 @@ def pseudo_losses(
     labels:str="model", # "model": drawn from the model's prediction; "exact": every label, weighted; "data": the true ones
     generator:torch.Generator|None=None,
     ): # yields (n,) losses, whose gradients' outer products sum to the Gauss-Newton matrix on average
-    "Losses under labels that the model itself believes in (Grosse et al. 2023, section 2.2)."
+    "Losses under labels that the model itself believes in (Grosse et al. 2023)."
     z, shape = y.detach(), t.shape if kind == "squares" else y.shape[:-1]
     if labels == "data": yield row_losses(y, t, kind)
     elif labels == "model" and kind == "squares": yield row_losses(y, z.reshape(shape) + torch.randn(shape, generator=generator).to(z), kind)
@@ -216,7 +216,7 @@ def ekfac_factors(
     labels:str="model", # see `pseudo_losses`
     batch_size:int=128, seed:int=0,
     ) -> dict[str, Factors]: # by layer
-    "Two passes over the training data: Kronecker factors, then eigenvalues corrected in their basis (George et al. 2018; Grosse et al. 2023, section 2.4)."
+    "Two passes over the training data: Kronecker factors, then eigenvalues corrected in their basis (George et al. 2018; Grosse et al. 2023)."
     layers = linear_layers(model, modules)
     def sweep():
         g = torch.Generator().manual_seed(seed)
@@ -246,7 +246,7 @@ def precondition(
     method:str="ekfac", # "ekfac", "kfac", "diagonal"
     damping:float|None=None, # lambda; None: a tenth of the mean eigenvalue of this layer
     ) -> Tensor: # (..., d_out, d_in)
-    "(G + lambda I)^{-1} W in one layer (Grosse et al. 2023, eq. 20)."
+    "(G + lambda I)^{-1} W in one layer (Grosse et al. 2023)."
     L = spectrum(f, method)
     lam = .1*L.mean() if damping is None else damping
     if method == "diagonal": return W/(L + lam)
@@ -595,7 +595,7 @@ def boostin(
     newton:bool=True, # with the theta*h term
     same_leaf:bool=True, # only rounds in which both share a leaf
     ) -> np.ndarray: # (n, q)
-    "BoostIn (Brophy et al. 2023, eq. 8): in each round, how a training row moved the leaf that the query falls into."
+    "BoostIn (Brophy et al. 2023): in each round, how a training row moved the leaf that the query falls into."
     A = leaf_moves(b, train, leaf_values(b, train), newton)
     if not same_leaf: return A.reshape(len(A), -1) @ query.g.reshape(len(query.g), -1).T
     return np.asarray((in_leaves(A, train.L, b.value.size) @ in_leaves(query.g, query.L, b.value.size).T).todense())
@@ -629,7 +629,7 @@ def trex(
     b:Boosted, train:Rounds, query:Rounds,
     l2:float=.003, # lambda
     ) -> np.ndarray: # (n, q)
-    "TREX (Brophy et al. 2023, section 4.2): loss of the query without row i's term in the surrogate, minus the loss with it."
+    "TREX (Brophy et al. 2023): loss of the query without row i's term in the surrogate, minus the loss with it."
     alpha, f, Kq = representers(b, train, query, l2)
     without = f[None] - alpha[:, None]*Kq.T[..., None]
     return raw_losses(b.kind, without, query.Y) - raw_losses(b.kind, f, query.Y)
