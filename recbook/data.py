@@ -664,3 +664,9 @@ def _tallrec(get):
 
 @_loader("goodreads-sprec")
 def _goodreads(get): return pd.DataFrame(json.loads(get("train.json").read_text(encoding="utf-8")))
+
+@_loader("text-classification")
+def _sst2(get):
+    "SST-2 sentences: text, label (1 positive), split."
+    read = lambda f: pd.read_csv(get(f"sst2/{f}.tsv"), sep="\t", names=["text","label"], quoting=3)
+    return _parts_frame({s: read(f) for s,f in zip(_parts, ("train","dev","test"))})

@@ -447,6 +447,7 @@ def test_tables(mirror):
     assert t.groupby("split").output.value_counts().to_dict()=={
         ("valid","Yes."): 658, ("valid","No."): 342, ("test","Yes."): 528, ("test","No."): 472}
     assert len(loaded("goodreads-sprec"))==5_000
+    assert loaded("text-classification").groupby("split").label.agg(["size", "sum"]).to_numpy().tolist()==[[1_821, 909], [6_920, 3_610], [872, 444]]
     p = loaded("coat/propensities").propensity
     assert len(p)==87_000 and p.between(.0025, .6903).all()
 

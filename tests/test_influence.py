@@ -1,0 +1,382 @@
+"influence: invariants against independent oracles."
+import copy
+import numpy as np, pytest, torch
+from lightgbm import LGBMClassifier, LGBMRegressor
+from scipy.optimize import minimize
+from scipy.special import expit
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
+from sklearn.ensemble import GradientBoostingClassifier, GradientBoostingRegressor
+from torch import nn
+from recbook.gradients import dense, flatten, ggn_vp, params_of, per_sample_grads, unflatten
+from recbook.trust import influence as I
+
+light = dict(n_estimators=15, num_leaves=6, min_child_samples=5, verbose=-1, n_jobs=1, deterministic=True, force_row_wise=True)
+close = np.testing.assert_allclose
+
+
+def double(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+@pytest.fixture(scope="module")
+def data(): return double(30, 4), torch.randint(3, (30,), generator=torch.Generator().manual_seed(1))
+
+
+class Tagger(nn.Module):
+    "A label for each token: layers without and with bias, mixing over time, so that tokens meet."
+    def __init__(self):
+        super().__init__()
+        self.up,self.out = nn.Linear(4, 6, bias=False),nn.Linear(6, 3)
+    def forward(self, x): return self.out(torch.tanh(self.up(x).cumsum(1)))
+
+
+def sequences(n=20, length=5, pad=0):
+    x, y = double(n, length, 4), torch.randint(3, (n, length), generator=torch.Generator().manual_seed(2))
+    y[: n//2, -2:] = -100
+    return torch.cat([x, 7*torch.ones(n, pad, 4).double()], 1), torch.cat([y, torch.full((n, pad), -100)], 1)
+
+
+def tagger():
+    torch.manual_seed(0)
+    return Tagger().double()
+
+
+TAGS = I.Task(mask=lambda b: b[1] >= 0)
+
+
+# linear models: influence is what retraining does
+
+@pytest.mark.parametrize("method", ["hessian", "ggn", "ekfac"])
+def test_ridge_equals_retraining(method):
+    X, y, l2 = double(50, 4), double(50, 1, seed=1), .1
+    fit = lambda w: torch.linalg.solve((X*w[:, None]).T @ X/50 + l2*torch.eye(4).double(), (X*w[:, None]).T @ y/50)
+    lin = nn.Linear(4, 1, bias=False).double()
+    with torch.no_grad(): lin.weight.copy_(fit(torch.ones(50).double()).T)
+    loss = lambda w: .5*(X[:6] @ fit(w) - y[:6])[:, 0]**2
+    e, one = 1e-4, torch.eye(50).double()
+    real = torch.stack([(loss(1 - e*one[i]) - loss(1 + e*one[i]))/(2*e) for i in range(50)])
+    got = I.influence(lin, (X, y), (X[:6], y[:6]), I.Task(kind="squares"), method, damping=l2, labels="exact")
+    close(got, real, rtol=1e-4, atol=1e-8)
+
+
+def test_logistic_regression_equals_retraining():
+    X, y, l2 = double(60, 3).numpy(), (np.arange(60) % 3 > 0).astype(int), .05
+    def fit(w):
+        v = np.zeros(3)
+        for _ in range(20): p = expit(X @ v); v = v - np.linalg.solve((X*(w*p*(1-p))[:, None]).T @ X/60 + l2*np.eye(3), X.T @ (w*(p - y))/60 + l2*v)
+        return v
+    v = fit(np.ones(60)); loss = lambda w: np.logaddexp(0, X[:5] @ fit(w)) - y[:5]*(X[:5] @ fit(w))
+    real = np.array([(loss(1 - 1e-4*np.eye(60)[i]) - loss(1 + 1e-4*np.eye(60)[i]))/2e-4 for i in range(60)])
+    close(I.head_influence(X, y, v, l2, X[:5], y[:5]), real, rtol=1e-4, atol=1e-8)
+    lin = nn.Linear(3, 1, bias=False).double()
+    with torch.no_grad(): lin.weight.copy_(torch.tensor(v)[None])
+    task = I.Task(lambda m, b: torch.cat([torch.zeros_like(z := m(b[0])), z], 1))
+    tensors = torch.tensor(X), torch.tensor(y)
+    close(I.influence(lin, tensors, tuple(t[:5] for t in tensors), task, "hessian", damping=l2), real, rtol=1e-4, atol=1e-8)
+
+
+# curvature
+
+@pytest.mark.parametrize("kind", ["classes", "squares"])
+def test_gauss_newton_matrix(net, data, kind):
+    task, batch = I.Task(kind=kind), data if kind == "classes" else (data[0], double(30, 3))
+    theta = params_of(net)
+    G = dense(lambda v: ggn_vp(net, task.outputs, lambda y, b: I.row_losses(y, b[1], kind).mean(), batch, v, theta), flatten(theta))
+    close(I.ggn_matrix(net, task, batch, theta), G, atol=1e-10)
+    V = double(4, len(G))
+    close(I.ggn_products(net, task, batch, theta, V), V @ G, atol=1e-10)
+    B = I.blocks(theta); assert B[:25, :25].all() and not B[:25, 25:].any() and B[25:, 25:].all()
+
+
+def block(model, task, batch, layer, labels):
+    "Rows of one layer's pseudo-gradients and their exact block."
+    R = torch.cat([I.weight_grads(io[layer]) for io in I.layer_grads(model, task, batch, I.linear_layers(model), labels)])
+    return R, torch.einsum("noi,npj->oipj", R, R)/len(batch[0])
+
+
+@pytest.mark.parametrize("layer", ["0", "2"])
+def test_corrected_eigenvalues_are_the_diagonal_in_the_basis(net, data, layer):
+    f = I.ekfac_factors(net, I.Task(), data, labels="exact")[layer]
+    for Q in (f.Q_A, f.Q_S): close(Q.T @ Q, np.eye(len(Q)), atol=1e-10)
+    _, B = block(net, I.Task(), data, layer, "exact")
+    turned = torch.einsum("oipj,oa,ib,pc,jd->abcd", B, f.Q_S, f.Q_A, f.Q_S, f.Q_A)
+    close(torch.einsum("abab->ab", turned), f.Lambda, atol=1e-12)
+    close(torch.einsum("oioi->oi", B), f.diagonal, atol=1e-12)
+    assert (f.Lambda - torch.outer(f.L_S, f.L_A)).abs().max() > 1e-3*f.Lambda.max()
+    err = lambda L: (torch.diag(L.flatten()) - turned.flatten(2).flatten(0, 1)).norm()
+    assert err(f.Lambda) < err(torch.outer(f.L_S, f.L_A)) # optimal in its basis
+
+
+def test_with_one_example_ekfac_is_exact(net, data):
+    one = tuple(x[:1] for x in data)
+    for k, f in I.ekfac_factors(net, I.Task(), one, labels="exact").items():
+        _, B = block(net, I.Task(), one, k, "exact"); W = double(*f.Lambda.shape)
+        exact = torch.linalg.solve(B.flatten(2).flatten(0, 1) + .1*torch.eye(W.numel()).double(), W.flatten())
+        for m in ("ekfac", "kfac"): close(I.precondition(f, W, m, .1).flatten(), exact, atol=1e-8)
+
+
+def test_kfac_inverts_the_kronecker_product(net, data):
+    f = I.ekfac_factors(net, I.Task(), data, labels="data")["2"]; W = double(*f.Lambda.shape)
+    a, s = next(I.layer_grads(net, I.Task(), data, I.linear_layers(net)))["2"]
+    A, S = a[:, 0].T @ a[:, 0]/30, s[:, 0].T @ s[:, 0]/30
+    close(I.precondition(f, W, "kfac", .01).flatten(), torch.linalg.solve(torch.kron(S, A) + .01*torch.eye(W.numel()).double(), W.flatten()), atol=1e-8)
+    lam = .1*f.Lambda.mean()
+    close(I.precondition(f, W), I.precondition(f, W, damping=lam))
+
+
+def test_squares_are_those_of_sequences_not_of_tokens():
+    m, batch = tagger(), sequences()
+    F = I.ekfac_factors(m, TAGS, batch, labels="data")
+    theta = params_of(m); g = per_sample_grads(m, TAGS.mean, batch, theta)
+    close(F["up"].diagonal, unflatten(g, theta)["up.weight"].square().mean(0), atol=1e-10)
+    R = unflatten(g, theta)["up.weight"]
+    close(F["up"].Lambda, (F["up"].Q_S.T @ R @ F["up"].Q_A).square().mean(0), atol=1e-10)
+    a, s = next(I.layer_grads(m, TAGS, batch, I.linear_layers(m)))["up"]
+    by_token = torch.einsum("nto,nti->oi", s**2, a**2)/len(a)
+    assert (by_token - F["up"].diagonal).abs().max() > .05*by_token.max()
+
+
+def test_padding_changes_nothing():
+    m = tagger()
+    for x, y in zip(I.ekfac_factors(m, TAGS, sequences(), labels="data").values(), I.ekfac_factors(m, TAGS, sequences(pad=3), labels="data").values()):
+        close(x.Lambda, y.Lambda, atol=1e-10); close(x.L_A, y.L_A, atol=1e-10); close(x.L_S, y.L_S, atol=1e-10); assert x.length == y.length
+
+
+def test_drawn_labels_give_the_exact_factors_on_average(net, data):
+    many = tuple(torch.cat([x]*400) for x in data)
+    exact, drawn = (I.ekfac_factors(net, I.Task(), many, labels=l, batch_size=4000)["0"] for l in ("exact", "model"))
+    close(drawn.diagonal, exact.diagonal, rtol=.15, atol=2e-3)
+
+
+# scores
+
+def test_scores_split_and_compress():
+    m, batch = tagger(), sequences()
+    query = tuple(x[:4] for x in batch)
+    run = lambda **kw: I.influence(m, batch, query, TAGS, labels="data", **kw)
+    whole = run()
+    assert whole.shape == (20, 4)
+    close(run(by="layer").sum(0), whole, atol=1e-12); close(run(by="token").sum(1), whole, atol=1e-12)
+    close(run(rank=6), whole, atol=1e-10); close(run(rank=6, by="token").sum(1), whole, atol=1e-10)
+    close(run(batch_size=3), whole, atol=1e-10)
+    g = lambda b: per_sample_grads(m, TAGS.mean, b).detach()
+    close(I.influence(m, batch, query, TAGS, "dot"), g(batch) @ g(query).T/20, atol=1e-12)
+
+
+def test_whole_matrix_methods_agree_with_dense_solves(net, data):
+    theta, task = params_of(net), I.Task()
+    g = per_sample_grads(net, task.mean, data, theta).detach(); G = I.ggn_matrix(net, task, data, theta).detach()
+    exact = (g @ torch.linalg.solve(G + .05*torch.eye(len(G)).double(), g[:3].T)/30).numpy(); query = tuple(x[:3] for x in data)
+    close(I.influence(net, data, query, method="ggn", damping=.05), exact, atol=1e-10)
+    close(I.influence(net, data, query, method="ggn", damping=.05, dense_below=1), exact, atol=1e-5) # by conjugate gradients
+    got = I.influence(net, data, query, method="lissa", damping=.05, steps=800, batch_size=30)
+    assert I.agreement(got, exact).min() > .99
+    only = I.influence(net, data, query, method="ggn", damping=.05, modules=["2"])
+    close(only, I.influence(net, data, query, method="ggn", damping=.05, params=["2.weight", "2.bias"]))
+
+
+def test_pbrf_is_the_brute_force_minimum_and_gauss_newton_its_derivative(net, data):
+    theta, task, lam, n = params_of(net), I.Task(), .05, 30
+    p0, y0 = flatten(theta).detach().clone(), net(data[0]).detach()
+    def objective(v, eps):
+        v = torch.tensor(v, requires_grad=True); m = I.Bound(net, unflatten(v, theta))
+        f = (y0.softmax(1)*(y0.log_softmax(1) - m(data[0]).log_softmax(1))).sum()/n + eps*task.losses(m, tuple(x[3:4] for x in data))[0] + lam/2*((v - p0)**2).sum()
+        return f.item(), torch.autograd.grad(f, v)[0].numpy()
+    def fall(eps):
+        v = minimize(objective, p0.numpy(), (eps,), "L-BFGS-B", jac=True, options=dict(maxiter=5000, ftol=1e-16, gtol=1e-11)).x
+        return (task.losses(net, data) - task.losses(I.Bound(net, unflatten(torch.tensor(v), theta)), data)).detach().numpy()
+    close(I.pbrf(net, task, data, data, [3], lam)[0], fall(1/n), atol=1e-6)
+    slope = (fall(1e-4) - fall(-1e-4))/2e-4
+    close(I.influence(net, data, data, method="ggn", damping=lam)[3]*n, slope, atol=1e-4*np.abs(slope).max() + 1e-6)
+
+
+def test_factors_leave_the_model_as_it_was(net, data):
+    before = copy.deepcopy(net.state_dict()); I.influence(net, data, data)
+    assert all((before[k] == v).all() for k, v in net.state_dict().items()) and not net[0]._forward_hooks
+
+
+# kronfluence
+
+def kron(model, task, loss, train, query, tmp, mask=None, **kw):
+    pytest.importorskip("kronfluence")
+    from kronfluence.analyzer import Analyzer, prepare_model
+    from kronfluence.arguments import FactorArguments, ScoreArguments
+    from kronfluence.task import Task
+    from torch.utils.data import TensorDataset
+    class Its(Task):
+        def compute_train_loss(self, batch, model, sample=False): return loss(model, batch)
+        def compute_measurement(self, batch, model): return loss(model, batch)
+        def get_influence_tracked_modules(self): return None
+        def get_attention_mask(self, batch): return mask(batch) if mask else None
+    t = Its(); an = Analyzer("t", prepare_model(copy.deepcopy(model).float(), t), t, cpu=True, output_dir=str(tmp), disable_tqdm=True)
+    one = lambda b: TensorDataset(*(x.float() if x.is_floating_point() else x for x in b))
+    an.fit_all_factors("f", one(train), per_device_batch_size=8, factor_args=FactorArguments("ekfac", use_empirical_fisher=True))
+    an.compute_pairwise_scores("s", "f", one(query), one(train), per_device_query_batch_size=4, per_device_train_batch_size=8, score_args=ScoreArguments(damping_factor=None))
+    return an.load_pairwise_scores("s")["all_modules"].T.numpy()
+
+
+@pytest.mark.parametrize("which", ["rows", "sequences"])
+def test_equal_to_kronfluence(which, net, data, tmp_path):
+    "The library does not divide by the number of rows and cannot sum over all labels; with the data's labels all else is the same."
+    model, task, batch, mask = (net, I.Task(), data, None) if which == "rows" else (tagger(), TAGS, sequences(pad=2), TAGS.mask)
+    query = tuple(x[:4] for x in batch)
+    theirs = kron(model, task, lambda m, b: I.row_losses(m(b[0]), b[1]).sum(), batch, query, tmp_path, mask)
+    close(I.influence(model, batch, query, task, labels="data")*len(batch[0]), theirs, rtol=2e-3, atol=2e-4*np.abs(theirs).max())
+
+
+# boosters
+
+XY = {k: f(return_X_y=True) for k, f in dict(binary=load_breast_cancer, classes=load_wine, squares=load_diabetes).items()}
+BOOSTERS = {"sklearn binary": (GradientBoostingClassifier(n_estimators=15), "binary"), "sklearn classes": (GradientBoostingClassifier(n_estimators=10), "classes"),
+    "sklearn squares": (GradientBoostingRegressor(n_estimators=15), "squares"), "lightgbm binary": (LGBMClassifier(**light), "binary"),
+    "lightgbm l2": (LGBMClassifier(**light, reg_lambda=3.), "binary"), "lightgbm from zero": (LGBMClassifier(**light, boost_from_average=False), "binary"),
+    "lightgbm classes": (LGBMClassifier(**light), "classes"), "lightgbm squares": (LGBMRegressor(**light, reg_lambda=.5), "squares")}
+
+
+def opened(name):
+    model, kind = BOOSTERS[name]; X, y = (v[::2] for v in XY[kind]); y = y/np.std(y) if kind == "squares" else y
+    model.fit(X, y); b = I.open_booster(model, y)
+    return model, b, I.rounds(b, X, y), (X, y)
+
+
+@pytest.mark.parametrize("name", BOOSTERS)
+def test_leaves_and_predictions_are_the_librarys(name):
+    model, b, r, (X, y) = opened(name)
+    assert I.leaf_values(b, r).error < 1e-6
+    raw = model.predict(X, raw_score=True) if "lightgbm" in name else model.predict(X) if "squares" in name else model.decision_function(X)
+    close(r.F[:, -1], np.reshape(raw, (len(X), -1)), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", BOOSTERS)
+def test_boostin_is_a_finite_difference_of_leaf_values(name):
+    _, b, r, (X, y) = opened(name); n, i, e = len(X), 3, 1e-5
+    nudge = lambda w: I.leaf_values(b, r, 1 + w*(np.arange(n) == i), tol=None).theta
+    slope = (nudge(e) - nudge(-e))/(2*e)
+    brute = sum(-b.eta*slope[r.L[:, t, k]]*r.g[:, t, k] for t in range(r.L.shape[1]) for k in range(r.L.shape[2]))
+    close(I.boostin(b, r, r)[i], brute, atol=1e-6)
+
+
+def refit(b, r, w):
+    "Losses after training again with weights w, every tree's structure fixed."
+    F = r.F[:, 0].copy()
+    for t in range(r.L.shape[1]):
+        g, h = I.derivatives(b.kind, F, r.Y); L = r.L[:, t]; new = np.zeros_like(F)
+        for k in range(F.shape[1]):
+            for l in np.unique(L[:, k]):
+                m = L[:, k] == l; new[m, k] = -(w[m]*g[m, k]).sum()/max((w[m]*h[m, k]).sum() + b.lam, 1e-12)
+        F = F + b.eta*new
+    return I.raw_losses(b.kind, F, r.Y)
+
+
+@pytest.mark.parametrize("name", ["sklearn binary", "lightgbm l2", "sklearn squares"])
+def test_leaf_influence_is_the_derivative_of_fixed_structure_training(name):
+    _, b, r, (X, _) = opened(name); n, e = len(X), 1e-5; L = I.leaf_influence(b, r, r)
+    close(refit(b, r, np.ones(n)), I.raw_losses(b.kind, r.F[:, -1], r.Y), atol=1e-6)
+    for i in (0, 7):
+        one = e*(np.arange(n) == i)
+        close(L[i], (refit(b, r, 1 - one) - refit(b, r, 1 + one))/(2*e), atol=1e-6)
+
+
+def test_boostin_follows_brute_force_leave_one_out_on_a_tiny_set():
+    X, y = (v[:60] for v in XY["binary"]); model = GradientBoostingClassifier(n_estimators=10, max_depth=2, random_state=0).fit(X, y); b = I.open_booster(model, y); r = I.rounds(b, X, y)
+    before = refit(b, r, np.ones(60)); loo = np.stack([refit(b, r, 1.*(np.arange(60) != i)) - before for i in range(60)])
+    off = ~np.eye(60, dtype=bool)
+    assert np.corrcoef(I.boostin(b, r, r)[off], loo[off])[0, 1] > .9 > .7 > np.corrcoef(I.boostin(b, r, r, same_leaf=False)[off], loo[off])[0, 1]
+    retrain = I.retrainer(model, (X, y), (X[:2], y[:2])); really = I.leave_one_out(retrain, 60, [4, 5])
+    again = GradientBoostingClassifier(n_estimators=10, max_depth=2, random_state=0).fit(np.delete(X, 5, 0), np.delete(y, 5))
+    p = again.predict_proba(X[:2])[np.arange(2), y[:2]]
+    close(really[1], -np.log(p) + np.log(model.predict_proba(X[:2])[np.arange(2), y[:2]]), atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["sklearn binary", "lightgbm classes", "lightgbm squares"])
+def test_trex_terms_sum_to_the_surrogates_prediction(name):
+    _, b, r, (X, y) = opened(name); l2, n = .003, len(X)
+    alpha, f, K = I.representers(b, r, r, l2)
+    close(K @ alpha, f)
+    # the representer weights solve the penalised problem: w = Phi' alpha has zero gradient
+    slope = (expit(f) if b.kind == "binary" else np.exp(f)/np.exp(f).sum(1, keepdims=True) if b.kind == "classes" else f) - r.Y
+    close(K @ (slope/n + 2*l2*alpha), 0, atol=1e-5)
+    S = I.trex(b, r, r, l2)
+    without = f - alpha[5]*K[:, 5:6]
+    close(S[5], I.raw_losses(b.kind, without, r.Y) - I.raw_losses(b.kind, f, r.Y), atol=1e-10)
+
+
+def test_tree_similarity():
+    _, b, r, (X, y) = opened("lightgbm binary"); S = I.tree_sim(b, r, r)
+    close(np.diag(S), 1); assert (np.sign(S)[S != 0] == np.where(y[:, None] == y, 1, -1)[S != 0]).all()
+    share = (r.L[4] == r.L[9]).mean()
+    close(abs(S[4, 9]), share)
+
+
+@pytest.mark.parametrize("model", [LGBMClassifier(**light, subsample=.5, subsample_freq=1), LGBMClassifier(**light, reg_alpha=2.), LGBMClassifier(**light, class_weight="balanced")])
+def test_boosters_with_other_leaves_are_refused(model):
+    X, y = XY["binary"]; model.fit(X, y)
+    with pytest.raises(ValueError, match="differ from Newton steps"): I.influence(model, (X, y), (X[:3], y[:3]))
+
+
+# harnesses and label repair
+
+def test_harnesses():
+    S = np.random.default_rng(0).normal(size=(40, 3)); close(I.agreement(S, 3*S - 1), 1); close(I.agreement(S, np.exp(S), "spearman"), 1)
+    c = I.removal_curve(S, lambda keep: S[~keep].sum(0), [1, 5]); close(c[(c["query"] == 2) & (c.k == 5)].rise, np.sort(S[:, 2])[-5:].sum())
+    bad = np.arange(40) < 8; d = I.detection(-np.arange(40), bad); assert d["auc"] == d["ap"] == 1 and d["found@10%"] == .5 and d["found@20%"] == 1
+
+
+def test_no_row_is_its_own_influencer():
+    rng = np.random.default_rng(0); X = I.with_one(rng.normal(size=(60, 3))); y = (X[:, 0] > 0).astype(int)
+    A, p = I.cross_influence(X, y, .01, 4, 1)
+    for t in I.folds_of(y, 4, 1):
+        r = np.setdiff1d(np.arange(60), t); w = I.fit_head(X[r], y[r], .01)
+        assert not A[np.ix_(t, t)].any(); close(p[t], expit(X[t] @ w), atol=1e-6)
+        close(A[np.ix_(r, t)], I.head_influence(X[r], y[r], w, .01, X[t], p[t] > .5), atol=1e-8)
+
+
+def test_repair_finds_planted_flips_and_never_lowers_dev():
+    rng = np.random.default_rng(0); X = I.with_one(rng.normal(size=(500, 4))); y = (X[:, 0] + .3*X[:, 1] > 0).astype(int)
+    bad = rng.random(300) < .25; noisy = np.where(bad, 1 - y[:300], y[:300])
+    new, history = I.repair(X[:300], noisy, X[300:], y[300:], I.inf_relabel(10, .6, .01), .01, 3)
+    assert (np.diff(history) > 0).all() and (new == y[:300]).mean() > (noisy == y[:300]).mean() + .1
+    same, h = I.repair(X[:300], noisy, X[300:], y[300:], lambda X, y, t: 1 - y, .01, 3); assert (same == noisy).all() and len(h) == 1
+    given = I.inf_relabel(10, .6, .01, about="given")(X[:300], noisy, 0)
+    assert (given != noisy).mean() < .05 # a wrong label is helped by others that are wrong in the same way
+
+
+def test_silver_orders():
+    rng = np.random.default_rng(0); X = I.with_one(rng.normal(size=(200, 3))); y = (X[:, 0] > 0).astype(int); gold = np.arange(200) < 30
+    wrong = np.where(np.arange(200) == 150, 1 - y, y)
+    for how in ("influence", "confidence", "random"): assert sorted(I.silver_order(X, wrong, gold, .01, X[:50], y[:50], how)) == list(range(30, 200))
+    far = int(np.argmax(np.where(gold, -1, X[:, 0]))); wrong = np.where(np.arange(200) == far, 1 - y, y)
+    assert I.silver_order(X, wrong, gold, .01, X[:30], y[:30])[0] == far
+    assert (I.reannotate(wrong, y, [far, 40], 1) == y).all()
+
+
+def test_completions_only():
+    from recbook.lm import nano_tokenizer
+    tok = nano_tokenizer(["The partner of A is B."]*9)
+    x, y = I.lm_batch(tok, ["The partner of A is B.", "A is"], ["The partner of A is", ""])
+    assert tok.decode(y[0][y[0] >= 0]) == " B." and x.shape == y.shape
+    with pytest.raises(ValueError, match="does not begin"): I.lm_batch(tok, ["A is B"], ["B is"])
+
+
+# bad input
+
+def test_bad_input(net, data):
+    q = tuple(x[:2] for x in data); X, y = XY["binary"]; forest = GradientBoostingClassifier(n_estimators=3).fit(X, y)
+    for match, call in {
+        "method='newton'": lambda: I.influence(net, data, q, method="newton"), "method='ekfac'": lambda: I.influence(forest, (X, y), (X, y), method="ekfac"),
+        "no linear layers": lambda: I.influence(net, data, q, modules=["7"]), "rows must correspond": lambda: I.influence(net, (data[0], data[1][:5]), q),
+        "query is empty": lambda: I.influence(net, data, tuple(x[:0] for x in data)), "no factors for layers": lambda: I.influence(net, data, q, factors=I.ekfac_factors(net, I.Task(), data, ["0"])),
+        "dropout": lambda: I.influence(nn.Sequential(net, nn.Dropout(.5)).train(), data, q), "positive damping": lambda: I.influence(net, data, q, method="lissa", damping=0.),
+        "labels='true'": lambda: I.influence(net, data, q, labels="true"), "without tokens": lambda: I.ekfac_factors(tagger(), TAGS, sequences(), labels="exact"),
+        "rank=": lambda: I.low_rank(torch.ones(2, 3, 4), 9), "not a fitted": lambda: I.influence(object(), (X, y), (X, y)),
+        "unknown to the booster": lambda: I.influence(forest, (X, y), (X[:2], [5, 5])), "subsample=0.5": lambda: I.influence(GradientBoostingClassifier(n_estimators=3, subsample=.5).fit(X, y), (X, y), (X, y)),
+        "more than once": lambda: I.influence(nn.Sequential(*[net[0]], nn.Linear(5, 4).double(), net[0], nn.Linear(5, 3).double()), data, q),
+        "one tree a round": lambda: I.influence(LGBMClassifier(**light).fit(*XY["classes"]), XY["classes"], XY["classes"], method="leafinfluence"),
+        "same rows and queries": lambda: I.agreement(np.ones((2, 2)), np.ones((3, 2))), "need some of both": lambda: I.detection([1, 2], [0, 0]), "k=9": lambda: I.removal_curve(np.ones((9, 1)), lambda k: [0], [9]),
+        "about='x'": lambda: I.cross_influence(np.ones((4, 2)), [0, 1, 0, 1], about="x"), "how='x'": lambda: I.silver_order(I.with_one(X), y, y == 0, .1, I.with_one(X), y, "x")}.items():
+        with pytest.raises(ValueError, match=match): call()
