@@ -88,7 +88,7 @@ def per_sample_grads(
     one = lambda th, row: loss(Bound(model, th), tuple(x[None] for x in row))
     with sdpa_kernel(SDPBackend.MATH):
         g = vmap(grad(one), (None, 0), chunk_size=chunk_size)(theta, batch)
-    return torch.cat([g[k].reshape(n, -1) for k in params], 1)
+    return torch.cat([g[k].reshape(n, -1) for k in params], 1).detach()
 
 # %% ../nbs/foundations/05_gradients.ipynb #45d0ad16
 class Bound:

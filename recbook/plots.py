@@ -27,9 +27,9 @@ def compare(
     ax:Axes|None=None) -> Axes:
     "Means with 95 % t intervals over runs, a dot for each run, and the oracle line."
     need(df, x, y, hue)
-    ax = ax or plt.gca()
-    sns.pointplot(df, x=x, y=y, hue=hue, errorbar=t_interval, linestyle="none", capsize=.15, markersize=5, dodge=.3 if hue else False, ax=ax)
-    sns.stripplot(df, x=x, y=y, hue=hue, dodge=bool(hue), alpha=.45, size=3.5, legend=False, ax=ax, **({} if hue else dict(color="grey")))
+    ax, apart = ax or plt.gca(), hue is not None and df[hue].nunique() > 1
+    sns.pointplot(df, x=x, y=y, hue=hue, errorbar=t_interval, linestyle="none", capsize=.15, markersize=5, dodge=.3 if apart else False, ax=ax)
+    sns.stripplot(df, x=x, y=y, hue=hue, dodge=apart, alpha=.45, size=3.5, legend=False, ax=ax, **({} if hue else dict(color="grey")))
     if oracle is not None:
         ax.axhline(oracle, ls="--", lw=1, c="k"); ax.annotate("oracle", (1, oracle), xycoords=("axes fraction", "data"), ha="right", va="bottom")
     ax.set(xlabel="")
