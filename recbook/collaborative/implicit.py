@@ -135,7 +135,7 @@ def ips_loss(
     M:float=0., # propensities below M are raised to M
     kind:str="log",
     ) -> Tensor: # scalar
-    "Unbiased (M=0) or clipped estimate of the loss on true relevance (Saito et al. 2020, eqs. 9 and 13)."
+    "Unbiased (M=0) or clipped estimate of the loss on true relevance (Saito et al. 2020)."
     theta = torch.as_tensor(theta).clamp(min=M)
     if not (theta > 0).all(): raise ValueError(f"the smallest propensity is {float(theta.min()):g}: an item that cannot be shown cannot be weighed; use M > 0")
     d1, d0 = point_losses(logits, kind)
@@ -148,7 +148,7 @@ def ips_bias_variance(
     M:float=0.,
     kind:str="log",
     ) -> tuple[float, float]: # bias and variance of `ips_loss` over redraws of the clicks
-    "What clipping costs and saves, in closed form (Saito et al. 2020, theorems 3.2 to 3.5)."
+    "What clipping costs and saves, in closed form (after Saito et al. 2020)."
     d1, d0 = (d.double() for d in point_losses(logits, kind))
     gamma, theta = gamma.double(), theta.double(); t = theta.clamp(min=M)
     bias = (gamma*(theta/t - 1)*(d1-d0)).mean()
@@ -210,7 +210,7 @@ def exposure_posterior(
     mu, # (n_items,) prior probability of being shown
     lam_y:float=1., # precision of a click given exposure
     ): # (n_users, n_items)
-    "E-step of ExpoMF: probability that each pair was shown (Liang et al. 2016, eq. 6)."
+    "E-step of ExpoMF: probability that each pair was shown (Liang et al. 2016)."
     like = mu*np.sqrt(lam_y/(2*np.pi))*np.exp(-lam_y*S**2/2)
     return np.where(Y > 0, 1., like/(like + 1 - mu))
 
@@ -243,7 +243,7 @@ def item_propensity(
     Y, # (n_users, n_items) training clicks
     power:float=.5,
     ) -> Tensor: # (n_items,), floored at one click
-    "Propensity of each item from its share of clicks, 1 for the most clicked (Saito et al. 2020, section 5.2)."
+    "Propensity of each item from its share of clicks, 1 for the most clicked (Saito et al. 2020)."
     n = torch.as_tensor(np.asarray(Y.sum(0)), dtype=torch.float32).clamp(min=1)
     return (n/n.max())**power
 
@@ -476,7 +476,7 @@ def item_fields(self:World, rng) -> pd.DataFrame:
 def mutual_information(
     a, b, # (n,) int codes
     ) -> float: # nats
-    "Mutual information of two categorical fields from their joint counts (Yao et al. 2021, eq. 5)."
+    "Mutual information of two categorical fields from their joint counts (Yao et al. 2021)."
     a, b = (pd.factorize(np.asarray(v))[0] for v in (a, b))
     if len(a) != len(b): raise ValueError(f"fields of {len(a)} and {len(b)} values: one value per item in each")
     P = np.bincount(a*(b.max()+1) + b, minlength=(a.max()+1)*(b.max()+1)).reshape(a.max()+1, -1)/len(a)
@@ -500,7 +500,7 @@ def view_mask(
     relatedness=None, # (k, k), needed for "cfm"
     rng:np.random.Generator|None=None,
     ) -> tuple[Tensor, Tensor]: # two (k,) bool masks, True = hidden
-    "Which fields the two views hide (Yao et al. 2021, section 4)."
+    "Which fields the two views hide (Yao et al. 2021)."
     rng = rng or np.random.default_rng()
     hide = np.zeros(k, bool)
     if how == "spread": return torch.from_numpy(hide), torch.from_numpy(hide.copy())
@@ -514,7 +514,7 @@ def view_mask(
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #a928f437
 class ItemTower(nn.Module):
-    "Categorical fields -> MLP -> unit vector; masked fields show a learned default (Yao et al. 2021, section 3)."
+    "Categorical fields -> MLP -> unit vector; masked fields show a learned default (after Yao et al. 2021)."
     def __init__(self,
         fields:list, # one (n_items,) or (n_items, values) int array a field; -1 pads
         dim:int=16, # width of a field's embedding
@@ -555,7 +555,7 @@ def batch_softmax(
     log_freq:Tensor|None=None, # (b,) log sampling frequency of the rows of X, subtracted from the logits
     ids:Tensor|None=None, # (b,) what the rows of X are: equal ids are not each other's negatives
     ) -> Tensor: # scalar
-    "In-batch softmax; with two views of the same items it is the contrastive loss (Yao et al. 2021, eqs. 1 to 3)."
+    "In-batch softmax; with two views of the same items it is the contrastive loss (Yao et al. 2021)."
     if not tau > 0: raise ValueError(f"tau={tau}: the temperature must be positive")
     S = Q @ X.T/tau
     if log_freq is not None: S = S - log_freq
