@@ -187,10 +187,10 @@ def test_new_chapter_runs_in_the_smoke_profile(grown, tmp_path):
     assert done[0].ok and done[0].record["wall_s"] < 60 and [c["id"] for c in done[0].claims] == ["demo_example.1"]
 
 def test_new_chapter_is_in_step_and_listed(grown):
-    nb = nbformat.read(grown.chapter.path, 4)
-    assert C.badge("trust/01_demo.ipynb") in nb.cells[0].source and next(c for c in nb.cells if c.cell_type == "code").source == C.COLAB
+    nb, page = nbformat.read(grown.chapter.path, 4), f"trust/{grown.chapter.path.name}"
+    assert C.badge(page) in nb.cells[0].source and next(c for c in nb.cells if c.cell_type == "code").source == C.COLAB
     yml = yaml.safe_load((grown.root/"_quarto.yml").read_text())
-    assert any(isinstance(c, dict) and "trust/01_demo.ipynb" in c["chapters"] for c in yml["book"]["chapters"])
+    assert any(isinstance(c, dict) and c["chapters"][-1] == page for c in yml["book"]["chapters"])
     assert "@misc{demo_example" in (grown.root/"nbs/references.bib").read_text()
     before = {f: f.read_bytes() for f in [*grown.root.glob("recbook/**/*.py"), grown.chapter.path]}
     for tool in ("nbdev-export", "nbdev-clean"): sh(Path(sys.executable).parent/tool, cwd=grown.root, env=ENV | dict(PYTHONPATH=str(grown.root)))
