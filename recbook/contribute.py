@@ -5,6 +5,7 @@
 # %% ../nbs/foundations/10_contribute.ipynb #27ea6f22
 from __future__ import annotations
 import base64, keyword, re, sys
+from collections import Counter
 from pathlib import Path
 import nbformat
 from .run import PARTS, UsageError, bibliography, chapters, home, is_checkout, read_json, unknown, write_text
@@ -65,10 +66,13 @@ def relative(
 # %% ../nbs/foundations/10_contribute.ipynb #c19646d4
 def picture(
     records:list[dict], # of `published`
-    n:int=24 # rows at most
+    n:int=24 # rows at most, spread over the papers
 ):
     "Relative effects with their 95 % intervals as a matplotlib Axes, coloured by verdict; None when nothing is published."
-    rows = relative([c for r in records for c in r["claims"]])[:n]
+    turn, rows = Counter(), []
+    for c in (c for r in records for c in r["claims"]):
+        for row in relative([c]): turn[c["paper"]] += 1; rows.append(row | dict(turn=turn[c["paper"]]))
+    rows = [r for r in rows if r in sorted(rows, key=lambda r: r["turn"])[:n]] # every paper's first claims before any paper's last
     if not rows: return
     import matplotlib.pyplot as plt
     from recbook.plots import theme
