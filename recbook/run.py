@@ -177,9 +177,13 @@ def execute(
     import papermill
     to.parent.mkdir(parents=True, exist_ok=True)
     tmp, failed = to.with_name(f".{to.stem}.{os.getpid()}.ipynb"), to.with_suffix(".failed.ipynb")
+    go = lambda: papermill.execute_notebook(str(path), str(tmp), params, kernel_name="python3", progress_bar=False,
+        on_cell_start=on_cell, resources=dict(metadata=dict(path=str(cwd))), extra_arguments=["--log-level=50"])
     try:
-        nb = papermill.execute_notebook(str(path), str(tmp), params, kernel_name="python3", progress_bar=False,
-            on_cell_start=on_cell, resources=dict(metadata=dict(path=str(cwd))), extra_arguments=["--log-level=50"])
+        try: nb = go()
+        except RuntimeError as e:
+            if "Kernel didn't respond" not in str(e): raise
+            nb = go() # kernels that start at the same moment may pick the same port: once more
     except Exception:
         if tmp.exists(): os.replace(tmp, failed)
         raise

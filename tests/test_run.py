@@ -261,3 +261,19 @@ def test_help_and_list_stay_light(book):
             "print('HEAVY', [m for m in ('torch', 'transformers', 'pandas', 'papermill', 'numpy') if m in sys.modules])"
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=book)
         assert "HEAVY []" in out.stdout, out.stdout + out.stderr
+
+
+def test_a_kernel_that_does_not_start_is_tried_once_more(tmp_path, monkeypatch):
+    import papermill
+    from recbook.run import execute
+    write_page(tmp_path, "01_demo", DEMO); tries, real = [], papermill.execute_notebook
+    def flaky(*args, **kwargs):
+        tries.append(1)
+        if len(tries) == 1: raise RuntimeError("Kernel didn't respond in 60 seconds")
+        return real(*args, **kwargs)
+    monkeypatch.setattr(papermill, "execute_notebook", flaky)
+    page = next(tmp_path.rglob("01_demo.ipynb"))
+    execute(page, tmp_path/"out.ipynb", {}, tmp_path)
+    assert len(tries) == 2 and (tmp_path/"out.ipynb").is_file()
+    monkeypatch.setattr(papermill, "execute_notebook", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("Kernel didn't respond in 60 seconds")))
+    with pytest.raises(RuntimeError): execute(page, tmp_path/"out.ipynb", {}, tmp_path)
