@@ -139,7 +139,7 @@ def test_z_lowers_the_loss_and_does_not_depend_on_the_batch(model, tok, facts):
     alone = torch.cat([E.compute_z(model, tok, [e], 1) for e in es])
     assert torch.allclose(together, alone, atol=1e-6)
     for e, z in zip(es, together):
-        with E.hooked(model.model.layers[1], lambda h: torch.cat([h[:, :-1], z[None, None]], 1)):
+        with E.hooked(model.model.layers[1], lambda h, z=z: torch.cat([h[:, :-1], z[None, None]], 1)):
             inside = E.answer_scores(model, tok, [e.prompt], [e.new])[0]
         assert inside > E.answer_scores(model, tok, [e.prompt], [e.new])[0]
 
