@@ -1,5 +1,6 @@
 "editing: closed forms against dense algebra, edits against the model's own output, LTE's data and memory, bad input."
 import copy
+from itertools import islice
 import numpy as np, pandas as pd, pytest, torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from recbook.lm import completion_ids, encode, mark_ids, nano_tokenizer, prompt_ids
@@ -182,8 +183,8 @@ def test_memory_finds_and_replaces(facts):
 
 def test_alignment_rows_are_the_grid(facts):
     train = facts.subjects[:16]
-    R = E.alignment_rows(facts, train, 1200, fresh=0.)
-    assert R.kind.value_counts().eq(200).all()
+    R = E.alignment_rows(facts, train, 200, fresh=0.)
+    assert R.kind.value_counts().to_dict() == dict.fromkeys(E.KINDS[:4], 200) | dict.fromkeys(E.KINDS[4:], 40)
     answer = {(facts.ask([k], T)[0]): a for T in E.ONE_HOP for k, a in enumerate(facts.table.object)} | {facts.ask([k], T)[0]: a for T in E.TWO_HOP for k, a in enumerate(facts.table.hop)}
     query = R.prompt.str.split("[Question]: ", regex=False).str[-1]
     first = R.answer.str.split(".").str[0]
@@ -194,14 +195,43 @@ def test_alignment_rows_are_the_grid(facts):
     assert not edited.str.contains("|".join(facts.subjects[16:])).any()
     n = R[R.kind == "in"].prompt.str.count(r" \d\. ")
     assert abs((n == 1).mean() - .5) < .12 and abs((n == 2).mean() - .25) < .1
-    assert not E.alignment_rows(facts, train, 300, augment=False).prompt.str.contains(" 2. ", regex=False).any()
+    assert not E.alignment_rows(facts, train, 50, more=(1.,)).prompt.str.contains(" 2. ", regex=False).any()
 
 def test_alignment_learns_and_leaves_the_model_alone(model, tok, facts, tmp_path, monkeypatch):
     monkeypatch.setenv("RECBOOK_CACHE", str(tmp_path))
-    R, before = E.alignment_rows(facts, facts.subjects[:16], 60), copy.deepcopy(model)
+    R, before = E.alignment_rows(facts, facts.subjects[:16], 14), copy.deepcopy(model)
     m = E.align(model, tok, R, steps=25, lr=3e-3, batch_size=16)
-    loss = lambda m: float(E.answer_loss(m, *next(E.answer_batches(tok, R, 60, 0))))
+    (some, parts), = islice(E.answer_batches(tok, R, len(R), 0), 1)
+    assert sorted(some) == list(range(len(R))) and len(parts) == 2 and parts[0][0]["input_ids"].shape[1] <= parts[1][0]["input_ids"].shape[1]
+    loss = lambda m: float(sum(E.answer_loss(m, *p)[0] for p in parts))
     assert loss(m) < loss(model) - .5 and all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters()))
+
+def test_answer_loss_is_the_weighted_cross_entropy_of_the_answer(model, tok):
+    rows = pd.DataFrame(dict(prompt=["The brand of Quiet Cup:", "a:"], answer=["Acme", "Nova. Kite"]))
+    (_, parts), = islice(E.answer_batches(tok, rows, 2, 0, parts=1), 1)
+    x, start = parts[0]
+    with torch.no_grad(): loss, hit = E.answer_loss(model, x, start); logits = model(**x).logits.log_softmax(-1)
+    total = weight = 0.
+    for i in range(2):
+        for t in range(int(start[i]), int(x["attention_mask"][i].sum())):
+            w = 1. if t == start[i] else .3
+            total, weight = total - w*float(logits[i, t-1, x["input_ids"][i, t]]), weight + w
+        assert bool(hit[i]) == (int(logits[i, start[i]-1].argmax()) == int(x["input_ids"][i, start[i]]))
+    assert abs(float(loss) - total/weight) < 1e-4
+
+def test_tuner_moves_attention_and_leaves_the_rest_at_slow_zero(model, tok):
+    m = copy.deepcopy(model)
+    rows = pd.DataFrame(dict(prompt=["The brand of Quiet Cup:"], answer=["Acme"]))
+    E.Tuner(m, 1e-2, slow=0.).step(next(E.answer_batches(tok, rows, 1, 0, 1))[1])
+    moved = {n for (n, a), b in zip(m.named_parameters(), model.parameters()) if not torch.equal(a, b)}
+    assert moved and all("attn" in n or "norm" in n for n in moved)
+
+def test_curriculum_starts_easy_and_is_cached(model, tok, facts, tmp_path, monkeypatch):
+    monkeypatch.setenv("RECBOOK_CACHE", str(tmp_path))
+    m, h = E.reading_lm(model, tok, facts, facts.subjects[:16], steps=4, every=2, batch_size=8, enough=-1.)
+    assert h.groupby("step")["level"].first().tolist() == [0, 1] and not all(torch.equal(a, b) for a, b in zip(m.parameters(), model.parameters()))
+    again, h2 = E.reading_lm(model, tok, facts, facts.subjects[:16], steps=4, every=2, batch_size=8, enough=-1.)
+    assert h2.equals(h) and all(torch.equal(a, b) for a, b in zip(m.parameters(), again.parameters()))
 
 @pytest.mark.parametrize("bad,kw,match", [
     ([], {}, "no requests"),

@@ -8,7 +8,8 @@ import copy, difflib, hashlib, json, re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from functools import lru_cache
+from itertools import islice
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -17,17 +18,18 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 from ..data import fetch
-from ..lm import cached, completion_ids, load_lm, lora, mark_ids, nano_tokenizer, next_token_loss, pretrain, prompt_ids, read
+from ..lm import cached, completion_ids, load_lm, lora, mark_ids, nano_tokenizer, next_token_loss, prompt_ids, read
 from ..world import CUES, World
 
 # %% auto #0
-__all__ = ['RELATIONS', 'ONE_HOP', 'TWO_HOP', 'METHODS', 'FRAME', 'KINDS', 'Facts', 'fact_lm', 'studied', 'fresh_llama',
+__all__ = ['RELATIONS', 'ONE_HOP', 'TWO_HOP', 'METHODS', 'FRAME', 'KINDS', 'LEVELS', 'Facts', 'fact_lm', 'studied', 'fresh_llama',
            'answer_scores', 'padded', 'accuracy', 'Edit', 'evaluate_edits', 'continuations', 'next_logprobs', 'drift',
            'ngram_entropy', 'module_at', 'first', 'hooked', 'sites', 'causal_trace', 'place_of', 'passes', 'read_sites',
            'all_keys', 'replay', 'compute_z', 'sample_prefixes', 'rome_update', 'memit_update', 'null_space',
            'alphaedit_update', 'rect', 'prune', 'finetune', 'Memory', 'remember', 'check_requests', 'weight_of', 'edit',
-           'write', 'mean_keys', 'zsre_edits', 'align', 'answer_batches', 'answer_loss', 'known_rows', 'reader_lm',
-           'lte_prompt', 'descriptor', 'EditMemory', 'alignment_rows', 'queries_of', 'outside_of']
+           'write', 'mean_keys', 'zsre_edits', 'Tuner', 'answer_loss', 'answer_batches', 'align', 'weights_mark',
+           'known_rows', 'reader_lm', 'lte_prompt', 'descriptor', 'EditMemory', 'alignment_rows', 'say', 'some_object',
+           'lookalikes', 'invented_items', 'inside_of', 'outside_of', 'reading_lm']
 
 # %% ../../nbs/trust/03_editing.ipynb #571108b8
 RELATIONS = { # relation: a synonym, its 16 objects, what an object belongs to, and the 8 values of that
@@ -149,11 +151,13 @@ def edits(self:Facts,
     n_neighbours:int=3, # other subjects with the same old object
     ) -> list[Edit]:
     "A counterfactual edit of each fact: another object of the same relation."
-    rng, t, out = np.random.default_rng([self.seed, seed]), self.table, []
+    rng, out = np.random.default_rng([self.seed, seed]), []
+    S, Rs, O, _ = (self.table[c].to_numpy() for c in self.table)
+    free = ~self.table.index.isin(list(rows))
     for k in rows:
-        s, r, old, _ = t.iloc[k]
+        s, r, old = S[k], Rs[k], O[k]
         new = str(rng.choice([o for o in RELATIONS[r][1] if o != old]))
-        same = np.flatnonzero((t.relation == r) & (t.object == old) & ~t.index.isin(list(rows)))
+        same = np.flatnonzero((Rs == r) & (O == old) & free)
         same = rng.choice(same, min(n_neighbours, len(same)), replace=False)
         hop = [(self.ask([k], T)[0], self.belongs[r][new]) for T in TWO_HOP] if self.belongs[r][new] != self.belongs[r][old] else []
         out.append(Edit(s, self.ask([k], ONE_HOP[0])[0], new, old, [self.ask([k], T)[0] for T in ONE_HOP[1:]], [(p, old) for p in self.ask(same, ONE_HOP[0])], hop))
@@ -603,11 +607,55 @@ def zsre_edits(
     return out
 
 # %% ../../nbs/trust/03_editing.ipynb #f918e3d3
+class Tuner:
+    "AdamW on answers alone. Whatever is not attention may learn more slowly: facts live there."
+    def __init__(self, model, lr, slow=1.):
+        names = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        parts = [[p for n, p in names if ("attn" in n or "norm" in n) == fast] for fast in (True, False)]
+        self.model, self.groups = model, [dict(params=p, lr=l, top=l) for p, l in zip(parts, (lr, lr*slow)) if p]
+        self.opt = torch.optim.AdamW(self.groups, betas=(.9, .98), weight_decay=0.)
+
+    def step(self,
+        parts, # pairs (ids, first position of the answer): one batch, split by length
+        pace:float=1., # share of the learning rate
+        ) -> list[Tensor]: # for each part: is the answer's first token right?
+        "One step on a batch."
+        hits = []
+        self.opt.zero_grad()
+        for x, start in parts:
+            loss, hit = answer_loss(self.model, x, start)
+            (loss/len(parts)).backward(); hits.append(hit)
+        for g in self.opt.param_groups: g["lr"] = pace*g["top"]
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.); self.opt.step()
+        return hits
+
+def answer_loss(model, x, start, rest=.3):
+    "Cross-entropy of the tokens from `start` on, those behind the first one weighted by `rest`; and whether the first is right."
+    y, at = x["input_ids"], torch.arange(x["input_ids"].shape[1])
+    on = (at >= start[:, None]) & x["attention_mask"].bool()
+    lead = (at == start[:, None])[on]
+    logits = model.get_output_embeddings()(model.base_model(**x, use_cache=False)[0][:, :-1][on[:, 1:]])
+    w = torch.where(lead, 1., rest).to(logits)
+    ce = F.cross_entropy(logits, y[on], reduction="none")
+    return (ce*w).sum()/w.sum(), logits[lead].argmax(-1) == y[on][lead]
+
+# %% ../../nbs/trust/03_editing.ipynb #3fc3a8e5
+def answer_batches(tok, rows:pd.DataFrame, batch_size:int=128, seed:int=0, parts:int=2):
+    "Endless batches of rows (prompt, answer): numbers of the rows, and `parts` pairs (ids, first position of the answer), short rows apart from long ones."
+    P, A = prompt_ids(tok, rows.prompt.tolist()), [completion_ids(tok, f" {a}.", True) for a in rows.answer]
+    ids, rng = [p + a for p, a in zip(P, A)], np.random.default_rng(seed)
+    while True:
+        order = rng.permutation(len(ids))
+        for k in range(0, len(order), batch_size):
+            some = np.array(sorted(order[k:k+batch_size], key=lambda j: len(ids[j])))
+            cells = [c for c in np.array_split(some, parts) if len(c)]
+            yield some, [(padded(tok, [ids[j] for j in c]), torch.tensor([len(P[j]) for j in c])) for c in cells]
+
 def align(
     model, tok,
     rows:pd.DataFrame, # prompt, answer
-    steps:int=500, lr:float=1e-3, batch_size:int=64, seed:int=0,
-    warm:float=.4, # share of the steps with at most one descriptor: reading comes first, choosing second
+    steps:int=250, lr:float=1e-3, batch_size:int=128, seed:int=0,
+    slow:float=.3, # learning rate of everything but attention, as a share
     r:int=0, # rank of LoRA; 0 trains all weights
     ): # a new model, from the cache if it was trained before
     "LTE's alignment phase: supervised fine-tuning on the answers alone."
@@ -616,33 +664,17 @@ def align(
             torch.manual_seed(seed)
             m = copy.deepcopy(model)
             if r: m = lora(m, r, 2*r)
-            easy = rows[~rows.prompt.str.contains(" 2. ", regex=False)]
-            parts = chain(islice(answer_batches(tok, easy, batch_size, seed), int(warm*steps)), answer_batches(tok, rows, batch_size, seed))
-            pretrain(m, lambda b: answer_loss(m, *b), parts, steps, lr, "alignment")
+            tuner = Tuner(m, lr, slow)
+            for k, (_, parts) in enumerate(islice(answer_batches(tok, rows, batch_size, seed), steps)): tuner.step(parts, min(1, (k+1)/20, 1.5*(1 - k/steps)))
         (m.merge_and_unload() if r else m).save_pretrained(to); tok.save_pretrained(to)
-    mark = hashlib.sha256(b"".join(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for p in model.parameters())).hexdigest()
     docs = [f"{p}\t{a}" for p, a in zip(rows.prompt, rows.answer)]
-    return load_lm(cached("lte", docs, dict(model=mark, warm=warm, steps=steps, lr=lr, batch_size=batch_size, seed=seed, r=r), build))[0]
+    return load_lm(cached("lte", docs, dict(model=weights_mark(model), slow=slow, steps=steps, lr=lr, batch_size=batch_size, seed=seed, r=r), build))[0]
 
-def answer_batches(tok, rows, batch_size, seed):
-    "Endless batches of (ids, first position of the answer)."
-    P, A = prompt_ids(tok, rows.prompt.tolist()), [completion_ids(tok, f" {a}.", True) for a in rows.answer]
-    ids = [p + a for p, a in zip(P, A)]
-    rng, size = np.random.default_rng(seed), np.array(list(map(len, ids)))
-    while True:
-        order = rng.permutation(len(ids))
-        order = np.concatenate([sorted(order[k:k+8*batch_size], key=lambda j: size[j]) for k in range(0, len(order), 8*batch_size)])
-        parts = [order[k:k+batch_size] for k in range(0, len(order), batch_size)]
-        for k in rng.permutation(len(parts)): yield padded(tok, [ids[j] for j in parts[k]]), torch.tensor([len(P[j]) for j in parts[k]])
+def weights_mark(model):
+    "A digest of all weights."
+    return hashlib.sha256(b"".join(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for p in model.parameters())).hexdigest()
 
-def answer_loss(model, x, start):
-    "Cross-entropy of the tokens from `start` on."
-    y, T = x["input_ids"], x["input_ids"].shape[1]
-    on = (torch.arange(T) >= start[:, None]) & x["attention_mask"].bool()
-    logits = model(**x, use_cache=False).logits[:, :-1]
-    return F.cross_entropy(logits[on[:, 1:]], y[:, 1:][on[:, 1:]])
-
-# %% ../../nbs/trust/03_editing.ipynb #3fc3a8e5
+# %% ../../nbs/trust/03_editing.ipynb #969f4dc2
 def known_rows(edits:Sequence[Edit]) -> pd.DataFrame: # prompt, answer
     "What a model must know before the edits: old answers to prompts and paraphrases, and the neighbours' answers."
     rows = [(p, e.old) for e in edits for p in [e.prompt, *e.paraphrases]] + [n for e in edits for n in e.neighbours]
@@ -651,16 +683,16 @@ def known_rows(edits:Sequence[Edit]) -> pd.DataFrame: # prompt, answer
 def reader_lm(
     rows:pd.DataFrame, # prompt, answer
     hidden_size:int=96, n_layers:int=3, intermediate_size:int=1024,
-    steps:int=600, lr:float=.0012, batch_size:int=64, seed:int=0):
+    steps:int=600, lr:float=.002, batch_size:int=64, seed:int=0):
     "A small Llama that answers `rows`, names of several tokens included, and its tokenizer."
     tok = nano_tokenizer([f"{p} {a}." for p, a in zip(rows.prompt, rows.answer)], 2048)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         m = fresh_llama(tok, hidden_size, n_layers, intermediate_size)
-    return align(m, tok, rows, steps, lr, batch_size, seed, warm=0.), tok
+    return align(m, tok, rows, steps, lr, batch_size, seed, slow=1.), tok
 
 # %% ../../nbs/trust/03_editing.ipynb #451dd568
-FRAME = "Use what fits. [Updated Information]:{} [Question]: {}"
+FRAME = "[Updated Information]:{} [Question]: {}"
 
 def lte_prompt(
     query:str,
@@ -711,54 +743,95 @@ KINDS = ["in", "in, no edit", "out", "out, no edit", "free", "free, no edit"]
 def alignment_rows(
     facts:Facts,
     subjects:Sequence[str], # whose facts are edited; keep those of the test out
-    n_rows:int=12000,
-    kinds:Sequence[str]=KINDS, # which cells of the grid
+    n_edits:int=2000,
+    kinds:Sequence[str]=KINDS, # which cells of the grid; free form for every fifth edit only
     fresh:float=.5, # share of in-scope rows about invented items, as in LTE's recent-facts data
-    augment:bool=True, # with probability 1/4 each one or two distractors beside the true descriptor
+    more:Sequence[float]=(.5, .25, .25), # probabilities of 0, 1, 2 distractors beside the true descriptor: LTE's augmentation
+    nearest:bool=True, # distractors are among the five nearest descriptors; else they are about any other item
+    mix:Sequence[float]=(.3, .35, .35), # in-scope questions: the edit's own prompt, a paraphrase, a consequence
     seed:int=0,
     ) -> pd.DataFrame: # kind, prompt, answer
     "LTE's parallel data: {with, without edit} x {in scope, out of scope, free form}."
-    rng, t = np.random.default_rng([facts.seed, seed]), facts.table
-    rows = np.flatnonzero(t.subject.isin(list(subjects)))
-    chosen = rng.choice(rows, max(1, n_rows//len(kinds)))
-    es = facts.edits(chosen, seed, 0)
-    mem = EditMemory(facts.corpus()).add(es)
-    number = {p: k for k, (p, _) in enumerate(mem.lines)}
-    near = mem.search([p for p, _ in mem.lines], 12)
-    free = [(f"The {h} of the {r} {o}:", facts.belongs[r][o]) for r, (_, O, h, _) in RELATIONS.items() for o in O]
-    moods, genres = ([w for ws in CUES[a].values() for w in ws] for a in ("mood", "genre"))
-    taken, out = set(facts.subjects), []
-    for k, e in zip(chosen, es):
-        others = [mem.lines[j][1] for j in near[number[e.prompt]] if e.subject not in mem.lines[j][0]][:5]
-        others = list(rng.choice(others, min(rng.choice([0, 1, 2], p=[.5, .25, .25]), len(others)), replace=False)) if augment else []
-        q = dict(zip(("in", "out", "free"), (queries_of(facts, k, e.new, rng), outside_of(facts, k, rng), free[rng.integers(len(free))])))
-        D = list(rng.permutation([descriptor(e)] + others))
+    rng, near, out = np.random.default_rng([facts.seed, seed]), lookalikes(facts, tuple(subjects)), []
+    S, R, O, _ = (facts.table[c].tolist() for c in facts.table)
+    invented, rows = invented_items(facts), list(near)
+    for n in range(n_edits):
+        k = rows[rng.integers(len(rows))]
+        new, told = some_object(R[k], rng), rng.permutation(near[k] if nearest else [j for j in rng.choice(rows, 3) if S[j] != S[k]])[:rng.choice(len(more), p=more)]
+        others = [f"{say(ONE_HOP[0], S[j], R[j])} {some_object(R[j], rng)}" for j in told]
+        turn = rng.permutation(len(others) + 1)
+        r = list(RELATIONS)[rng.integers(len(RELATIONS))]; o, h = some_object(r, rng), RELATIONS[r][2]
+        asked = rng.choice(3, p=mix), rng.integers(1, len(ONE_HOP)), rng.integers(len(TWO_HOP))
+        cells = {"out": outside_of(facts, k, rng, told), "free": (f"The {h} of the {r} {o}:", facts.belongs[r][o])}
         for kind in kinds:
             what, edited = kind.split(",")[0], not kind.endswith("no edit")
-            prompt, *answers = q[what]
-            prompt, answer = lte_prompt(prompt, D if edited else ()), answers[-1] if what == "in" and not edited else answers[0]
-            if kind == "in" and rng.random() < fresh: # the same row about an item that nobody has heard of
-                known = e.subject
-                s = next(s for s in iter(lambda: f"{rng.choice(moods)} {rng.choice(genres)}", None) if s not in taken)
-                prompt, answer = prompt.replace(known, s), answer.replace(known, s)
-            out.append((kind, prompt, answer))
+            if what == "free" and n % 5: continue
+            s = invented[rng.integers(len(invented))] if kind == "in" and rng.random() < fresh else S[k]
+            lines = [f"{say(ONE_HOP[0], s, R[k])} {new}", *others]
+            q, a = cells[what] if what != "in" else inside_of(facts, s, R[k], new if edited else O[k], *asked)
+            out.append((kind, lte_prompt(q, [lines[j] for j in turn] if edited else ()), a))
     return pd.DataFrame(out, columns=["kind", "prompt", "answer"])
 
 # %% ../../nbs/trust/03_editing.ipynb #eed4f66c
-def queries_of(facts, k, new, rng):
-    "An in-scope question about fact k with its new and its old answer: .3 the edit's own prompt, .35 a paraphrase, .35 a consequence (answer first, then the chain)."
-    s, r, old, hop = facts.table.iloc[k]
-    kind = rng.choice(3, p=[.3, .35, .35])
-    if kind < 2:
-        T = ONE_HOP[0] if kind == 0 else ONE_HOP[rng.integers(1, len(ONE_HOP))]
-        return facts.ask([k], T)[0], new, old
-    chain = lambda o: f"{facts.belongs[r][o]}. {facts.ask([k], ONE_HOP[0])[0]} {o}"
-    return facts.ask([k], TWO_HOP[rng.integers(len(TWO_HOP))])[0], chain(new), chain(old)
+def say(template, s, r): return template.format(s=s, r=r, q=RELATIONS[r][0], h=RELATIONS[r][2])
+def some_object(r, rng): return RELATIONS[r][1][rng.integers(16)]
 
-def outside_of(facts, k, rng):
-    "A question about another fact with its true answer: half of them share the relation, half the subject."
+@lru_cache(8)
+def lookalikes(facts, subjects):
+    "For each fact about `subjects` the five facts of other subjects whose descriptors are nearest by TF-IDF."
+    rows = np.flatnonzero(facts.table.subject.isin(subjects))
+    mem, who = EditMemory(facts.corpus()), facts.table.subject.to_numpy()[rows]
+    V = mem.embed(facts.ask(rows, ONE_HOP[0]))
+    sim = np.where(who[:, None] == who, -1, V @ V.T)
+    return dict(zip(rows.tolist(), rows[np.argsort(-sim, 1, kind="stable")[:, :5]].tolist()))
+
+@lru_cache(8)
+def invented_items(facts):
+    "Titles that no item has."
+    moods, genres = ([w for ws in CUES[a].values() for w in ws] for a in ("mood", "genre"))
+    return [t for a in moods for b in genres if (t := f"{a} {b}") not in set(facts.subjects)]
+
+def inside_of(facts, s, r, o, what, j, i):
+    "A question in scope with its answer if the object is o: the edit's own prompt, paraphrase j, or consequence i (answer first, then the chain)."
+    if what < 2: return say(ONE_HOP[j if what else 0], s, r), o
+    return say(TWO_HOP[i], s, r), f"{facts.belongs[r][o]}. {say(ONE_HOP[0], s, r)} {o}"
+
+def outside_of(facts, k, rng, told=()):
+    "A question about another fact, none of those `told`, with its true answer: half of them share the relation, half the subject."
     t, n = facts.table, len(RELATIONS)
-    if rng.random() < .5: j = (k + n*int(rng.integers(1, len(facts)//n))) % len(facts)
+    if rng.random() < .5: j = next(j for j in iter(lambda: (k + n*int(rng.integers(1, len(facts)//n))) % len(facts), None) if j not in told)
     else: j = k//n*n + (k + int(rng.integers(1, n))) % n
-    if rng.random() < .35: return facts.ask([j], TWO_HOP[rng.integers(len(TWO_HOP))])[0], t.hop.iloc[j]
-    return facts.ask([j], ONE_HOP[rng.integers(len(ONE_HOP))])[0], t.object.iloc[j]
+    s, r, o, h = t.iat[j, 0], t.iat[j, 1], t.iat[j, 2], t.iat[j, 3]
+    if rng.random() < .35: return say(TWO_HOP[rng.integers(len(TWO_HOP))], s, r), h
+    return say(ONE_HOP[rng.integers(len(ONE_HOP))], s, r), o
+
+# %% ../../nbs/trust/03_editing.ipynb #664c2fe4
+LEVELS = [ # of the curriculum; mix: questions about the edit's own prompt, a paraphrase, a consequence
+    dict(mix=(1., 0., 0.), more=(1.,)), dict(mix=(1., 0., 0.), more=(.2, .8), nearest=False),
+    dict(mix=(.3, .35, .35), more=(.5, .5), nearest=False)]
+
+def reading_lm(
+    model, tok, facts:Facts,
+    subjects:Sequence[str], # about whose facts there are edits in the context
+    steps:int=480, lr:float=2e-3, slow:float=.3, # as in `align`
+    batch_size:int=128,
+    enough:float=.8, # of the in-scope rows must be right before the next level begins
+    every:int=20, # steps between two looks
+    seed:int=0,
+    ) -> tuple[PreTrainedModel, pd.DataFrame]: # and how it went: step, level, kind, accuracy
+    "A copy of `model` that can read its context, by a curriculum; cached."
+    def build(to):
+        m, level, log = copy.deepcopy(model), 0, []
+        tuner = Tuner(m, lr, slow)
+        for done in range(0, steps, every):
+            rows = alignment_rows(facts, subjects, every*batch_size//4, seed=seed+done, **LEVELS[level]).iloc[:every*batch_size]
+            right = np.zeros(len(rows))
+            for k, (some, parts) in enumerate(islice(answer_batches(tok, rows, batch_size, seed), every)):
+                right[some] = torch.cat(tuner.step(parts, min(1, (done+k+1)/50, 3*(1 - (done+k)/steps))))
+            acc = pd.Series(right).groupby(rows.kind.to_numpy()).mean()
+            log += [dict(step=done+every, level=level, kind=n, accuracy=a) for n, a in acc.items()]
+            level = min(level + (acc["in"] > enough), len(LEVELS)-1)
+        m.save_pretrained(to); tok.save_pretrained(to); pd.DataFrame(log).to_json(to/"curriculum.json", orient="records")
+    s = dict(model=weights_mark(model), subjects=list(subjects), steps=steps, lr=lr, slow=slow, batch_size=batch_size, enough=enough, every=every, seed=seed)
+    home = cached("reader", facts.corpus(), s, build)
+    return load_lm(home)[0], pd.DataFrame(json.loads((home/"curriculum.json").read_text()))
