@@ -1,0 +1,258 @@
+"editing: closed forms against dense algebra, edits against the model's own output, LTE's data and memory, bad input."
+import copy
+from itertools import islice
+import numpy as np, pandas as pd, pytest, torch
+from transformers import GPT2Config, GPT2LMHeadModel
+from recbook.lm import completion_ids, encode, mark_ids, nano_tokenizer, prompt_ids
+from recbook.trust import editing as E
+
+torch.set_num_threads(1)
+DOWN = "model.layers.{}.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def facts(): return E.Facts(24, 3)
+
+@pytest.fixture(scope="module")
+def tok(facts): return nano_tokenizer(facts.corpus(), 1024)
+
+@pytest.fixture
+def model(tok):
+    torch.manual_seed(0)
+    return E.fresh_llama(tok, 32, 3, 96).double().eval()
+
+def random_keys(n, d=40, rank=None, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    X = torch.randn(d, n, generator=g, dtype=torch.float64)
+    return X if rank is None else torch.randn(d, rank, generator=g, dtype=torch.float64) @ X[:rank]
+
+
+def test_facts_are_consistent(facts):
+    t = facts.table
+    assert len(t) == 24*5 and t.groupby("subject").relation.nunique().eq(5).all()
+    assert all(facts.belongs[r][o] == h for r, o, h in zip(t.relation, t.object, t.hop))
+    assert all(pd.Series(b.values()).value_counts().eq(2).all() for b in facts.belongs.values())
+    text = facts.corpus()
+    assert all(f"{p} {a}." in text for p, a in zip(facts.ask(range(9), E.ONE_HOP[2]), facts.answers(range(9))))
+    assert E.Facts(24, 3).corpus() == text != E.Facts(24, 4).corpus()
+
+def test_edits_say_what_follows(facts):
+    for k, e in zip([3, 8, 50], facts.edits([3, 8, 50], 1)):
+        f = facts.table.iloc[k]
+        assert e.subject in e.prompt and e.old == f.object != e.new and len(e.paraphrases) == 3
+        assert all(a == e.old and e.subject not in p for p, a in e.neighbours)
+        assert all(a == facts.belongs[f.relation][e.new] for _, a in e.two_hop)
+
+def test_answer_scores_against_one_by_one(model, tok):
+    P, A = ["The brand of Quiet Elf:", "For Grim Clue we note the shelf:", "The brand of Quiet Elf:"], ["Acme", "games and toys", "Bolt"]
+    lp, hit = E.answer_scores(model, tok, P, A, batch_size=2)
+    for p, a, l, h in zip(P, A, lp, hit):
+        x, y = prompt_ids(tok, [p])[0], completion_ids(tok, " "+a)
+        z = model(input_ids=torch.tensor([x+y])).logits[0, len(x)-1:-1].log_softmax(-1)
+        assert l.item() == pytest.approx(z[range(len(y)), y].sum().item(), abs=1e-5) and h == (z.argmax(-1).tolist() == y)
+
+def test_drift_and_entropy():
+    p = torch.tensor([[.5, .5], [.9, .1]]).log(); q = torch.tensor([[.25, .75], [.9, .1]]).log()
+    assert E.drift(p, p) == 0 and E.drift(p, q) == pytest.approx(.5*(.5*np.log(2) + .5*np.log(2/3)))
+    assert E.ngram_entropy(["a a a a a"]) == 0 and E.ngram_entropy(["a b c d e"]) == pytest.approx(2/3*np.log2(3) + 1/3*2)
+
+def test_rome_writes_its_key_and_is_the_least_change():
+    K = random_keys(200); C = K @ K.T/200
+    W, k, v = random_keys(40, 8, seed=1), random_keys(1, seed=2)[:, 0], random_keys(1, 8, seed=3)[:, 0]
+    D = E.rome_update(W, k, v, C)
+    assert torch.allclose((W+D) @ k, v, atol=1e-10) and torch.linalg.matrix_rank(D) == 1
+    other = D + torch.outer(torch.ones(8, dtype=k.dtype), (u := random_keys(1, seed=4)[:, 0]) - k*(u @ k)/(k @ k)) # also writes the key
+    assert torch.allclose((W+other) @ k, v, atol=1e-9) and torch.trace(D @ C @ D.T) < torch.trace(other @ C @ other.T)
+
+def test_memit_solves_the_normal_equations():
+    K, R, C, Kp = random_keys(5), random_keys(5, 8, seed=1), random_keys(90, seed=2), random_keys(7, seed=3)
+    C, Kp, lam = C @ C.T/90, Kp @ Kp.T, 3.
+    for past in (None, Kp):
+        D = E.memit_update(R, K, C, lam, past)
+        grad = (D @ K - R) @ K.T + D @ (lam*C + (0 if past is None else past)) # of |DK-R|^2 + lam tr(DCD') + tr(D Kp D')
+        assert grad.abs().max() < 1e-9
+
+def test_alphaedit_leaves_preserved_keys_alone():
+    K0, K, R, Kp = random_keys(60, rank=25), random_keys(4, seed=5), random_keys(4, 8, seed=6), random_keys(3, seed=7)
+    P = E.null_space(K0 @ K0.T, 1e-10)
+    assert torch.allclose(P @ P, P, atol=1e-10) and round(torch.trace(P).item()) == 15
+    D = E.alphaedit_update(R, K, P, Kp @ Kp.T, .5)
+    assert (D @ K0).abs().max() < 1e-9*K0.abs().max() and (D @ K - R).norm() < R.norm()
+    X = random_keys(40, 8, seed=8).requires_grad_() # D = X P minimises the constrained objective: its gradient vanishes
+    Y = D.clone().requires_grad_()
+    loss = ((Y @ P @ K - R)**2).sum() + (Y @ P @ (Kp @ Kp.T) @ P @ Y.T).trace() + .5*(Y @ P).square().sum()
+    assert torch.autograd.grad(loss, Y)[0].abs().max() < 1e-8 and X is not Y
+
+def test_without_anything_to_preserve_alphaedit_is_ridge():
+    K, R, I = random_keys(6), random_keys(6, 8, seed=1), torch.eye(40, dtype=torch.float64)
+    assert torch.allclose(E.alphaedit_update(R, K, I, 0., 2.), E.memit_update(R, K, I, 2.), atol=1e-10)
+
+def test_rect_and_prune():
+    W, D = random_keys(30, 10), random_keys(30, 10, seed=1)
+    kept = E.rect(W, D, .3)
+    assert 85 <= (kept != 0).sum() <= 95 and (D/W).abs()[kept != 0].min() >= (D/W).abs()[kept == 0].max()
+    top = torch.linalg.matrix_norm(W, 2)
+    assert torch.allclose(E.prune(W, D*1e-3), D*1e-3, atol=1e-12)
+    assert top < torch.linalg.matrix_norm(E.prune(W, D*50), 2) < torch.linalg.matrix_norm(D*50, 2)
+
+def test_exact_null_space_keeps_logits(model, tok, facts):
+    keep = [f"{p} {a}." for p, a in zip(facts.ask(range(2), E.ONE_HOP[0]), facts.answers(range(2)))]
+    mem = E.remember(model, tok, keep, (0, 1), threshold=1e-12)
+    x = encode(tok, keep); before = model(**x).logits; old = copy.deepcopy(model)
+    es = facts.edits([50, 60, 70], 0)
+    after = E.edit(model, tok, es, "alphaedit", memory=mem, mu=.01)
+    assert (model(**x).logits - before).abs()[x["attention_mask"].bool()].max() < 1e-8
+    nll = lambda m: -E.answer_scores(m, tok, [e.prompt for e in es], [e.new for e in es])[0].mean()
+    assert nll(model) < nll(old) - .5
+    assert all(after.Kp[l].trace() > 0 == mem.Kp[l].trace() for l in (0, 1)) and all(torch.equal(after.P[l], mem.P[l]) for l in (0, 1))
+
+@pytest.mark.parametrize("module", [DOWN])
+def test_rome_in_the_model_puts_z_at_the_site(model, tok, facts, module):
+    e = facts.edits([7], 0)[0]
+    mem = E.remember(model, tok, facts.corpus()[:50], (1,))
+    z = E.compute_z(model, tok, [e], 1)
+    E.edit(model, tok, [e], "rome", layers=(1,), memory=mem)
+    at = E.read_sites(model, tok, [e.prompt], [e.subject], "last", model.model.layers[1])
+    assert torch.allclose(at, z, atol=1e-8)
+
+def test_only_the_named_weights_change(model, tok, facts):
+    mem = E.remember(model, tok, facts.corpus()[:3], (0, 1))
+    for method in E.METHODS:
+        m = copy.deepcopy(model)
+        E.edit(m, tok, facts.edits([7], 0), method, memory=mem)
+        moved = {n for (n, a), b in zip(m.named_parameters(), model.parameters()) if not torch.equal(a, b)}
+        layers = (1,) if method in ("ft", "ft-clamp", "rome") else (0, 1)
+        assert moved == {DOWN.format(l)+".weight" for l in layers}, method
+        assert all(p.requires_grad for p in m.parameters())
+
+def test_editing_nothing_changes_nothing(model, tok, facts):
+    "A request that is fulfilled from the start (its loss is below `stop`) has z = h, and no method moves a weight."
+    mem, es = E.remember(model, tok, facts.corpus()[:3], (0, 1)), facts.edits([7, 33], 0)
+    for method in ("rome", "memit", "memit-seq", "rect", "alphaedit"):
+        m = copy.deepcopy(model)
+        E.edit(m, tok, es, method, memory=mem, stop=1e9)
+        assert all(torch.allclose(a, b, atol=1e-12, rtol=0) for a, b in zip(m.parameters(), model.parameters())), method
+
+def test_z_lowers_the_loss_and_does_not_depend_on_the_batch(model, tok, facts):
+    es = facts.edits([7, 33, 90], 0)
+    es[1] = E.Edit(es[1].subject, "Tell me, friend, and be quick about it: " + es[1].prompt, es[1].new) # another length: padding
+    together = E.compute_z(model, tok, es, 1)
+    alone = torch.cat([E.compute_z(model, tok, [e], 1) for e in es])
+    assert torch.allclose(together, alone, atol=1e-6)
+    for e, z in zip(es, together):
+        with E.hooked(model.model.layers[1], lambda h, z=z: torch.cat([h[:, :-1], z[None, None]], 1)):
+            inside = E.answer_scores(model, tok, [e.prompt], [e.new])[0]
+        assert inside > E.answer_scores(model, tok, [e.prompt], [e.new])[0]
+
+def test_prefixes_and_subject_site(model, tok, facts):
+    es = facts.edits([7, 33], 0)
+    ids, at = E.sites(tok, [e.prompt for e in es], [e.subject for e in es], "subject_last")
+    assert all(tok.decode(x[:k+1], skip_special_tokens=True).endswith(e.subject) for x, k, e in zip(ids, at, es))
+    z = E.compute_z(model, tok, es, 1, site="subject_last", prefixes=["One more thing.", "Look here."])
+    assert z.shape == (2, 32) and torch.isfinite(z).all()
+    bare, both = (E.mean_keys(model, tok, [e.prompt for e in es], [e.subject for e in es], "last", model.model.layers[0].mlp.down_proj, p) for p in ([], ["Look here."]))
+    assert bare.shape == (96, 2) and not torch.allclose(bare, both)
+
+def test_gpt2_edits_too(tok, facts):
+    "Weights stored transposed (Conv1D), learned positions: ROME puts z at the site there as well."
+    torch.manual_seed(0)
+    m = GPT2LMHeadModel(GPT2Config(vocab_size=len(tok), n_embd=32, n_layer=2, n_head=2, n_positions=128, **mark_ids(tok))).double().eval()
+    e = facts.edits([7], 0)[0]
+    z = E.compute_z(m, tok, [e], 0, module="transformer.h.{}")
+    mem = E.edit(m, tok, [e], "rome", layers=(0,), module="transformer.h.{}.mlp.c_proj", preserve=facts.corpus()[:50])
+    assert torch.allclose(E.read_sites(m, tok, [e.prompt], [e.subject], "last", m.transformer.h[0]), z, atol=1e-6)
+    assert mem.C[0].shape == (128, 128)
+
+def test_trace_restores_the_clean_run(model, tok, facts):
+    f = facts.table.iloc[0]
+    t = E.causal_trace(model, tok, facts.ask([0], E.ONE_HOP[0])[0], f.subject, f.object, samples=3)
+    end = t[(t.place == "last token") & (t.layer == 2)].iloc[0]
+    assert end.effect == pytest.approx(end.clean - end.corrupted, abs=1e-6) # the last state decides the answer
+    assert t[t.place == "before subject"].effect.abs().max() < 1e-9 # the past does not know the subject
+
+def test_memory_finds_and_replaces(facts):
+    es = facts.edits([3, 8, 50, 71], 1)
+    mem = E.EditMemory(facts.corpus()).add(es)
+    assert (mem.search([e.prompt for e in es], 1)[:, 0] == np.arange(4)).all()
+    V = mem.embed([e.prompt for e in es]); want = np.argsort(-(V @ mem.vectors.T), 1, kind="stable")
+    assert (mem.search([e.prompt for e in es], 4) == want).all()
+    newer = copy.copy(es[0]); newer.new = "Nova"
+    mem.add([newer])
+    assert len(mem) == 4 and sum(es[0].prompt == p for p, _ in mem.lines) == 1 and f"{newer.prompt} Nova" in mem.prompts([newer.prompt], 1)[0]
+    assert E.EditMemory(facts.corpus()).prompts(["a"]) == ["a"]
+
+def test_alignment_rows_are_the_grid(facts):
+    train = facts.subjects[:16]
+    R = E.alignment_rows(facts, train, 200, fresh=0.)
+    assert R.kind.value_counts().to_dict() == dict.fromkeys(E.KINDS[:4], 200) | dict.fromkeys(E.KINDS[4:], 40)
+    answer = {(facts.ask([k], T)[0]): a for T in E.ONE_HOP for k, a in enumerate(facts.table.object)} | {facts.ask([k], T)[0]: a for T in E.TWO_HOP for k, a in enumerate(facts.table.hop)}
+    query = R.prompt.str.split("[Question]: ", regex=False).str[-1]
+    first = R.answer.str.split(".").str[0]
+    old = np.array([answer.get(q) == a for q, a in zip(query, first)])
+    assert old[R.kind.isin(["in, no edit", "out", "out, no edit"])].all() and old[R.kind == "in"].mean() < .2
+    assert (R.prompt.str.contains("Updated") == ~R.kind.str.endswith("no edit")).all()
+    edited = R[R.kind == "in"].prompt.str.split("[Question]").str[0]
+    assert not edited.str.contains("|".join(facts.subjects[16:])).any()
+    n = R[R.kind == "in"].prompt.str.count(r" \d\. ")
+    assert abs((n == 1).mean() - .5) < .12 and abs((n == 2).mean() - .25) < .1
+    assert not E.alignment_rows(facts, train, 50, more=(1.,)).prompt.str.contains(" 2. ", regex=False).any()
+
+def test_alignment_learns_and_leaves_the_model_alone(model, tok, facts, tmp_path, monkeypatch):
+    monkeypatch.setenv("RECBOOK_CACHE", str(tmp_path))
+    R, before = E.alignment_rows(facts, facts.subjects[:16], 14), copy.deepcopy(model)
+    m = E.align(model, tok, R, steps=25, lr=3e-3, batch_size=16)
+    (some, parts), = islice(E.answer_batches(tok, R, len(R), 0), 1)
+    assert sorted(some) == list(range(len(R))) and len(parts) == 2 and parts[0][0]["input_ids"].shape[1] <= parts[1][0]["input_ids"].shape[1]
+    loss = lambda m: sum(E.answer_loss(m, *p)[0].item() for p in parts)
+    assert loss(m) < loss(model) - .5 and all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters()))
+
+def test_answer_loss_is_the_weighted_cross_entropy_of_the_answer(model, tok):
+    rows = pd.DataFrame(dict(prompt=["The brand of Quiet Cup:", "a:"], answer=["Acme", "Nova. Kite"]))
+    (_, parts), = islice(E.answer_batches(tok, rows, 2, 0, parts=1), 1)
+    x, start = parts[0]
+    with torch.no_grad(): loss, hit = E.answer_loss(model, x, start); logits = model(**x).logits.log_softmax(-1)
+    total = weight = 0.
+    for i in range(2):
+        for t in range(int(start[i]), int(x["attention_mask"][i].sum())):
+            w = 1. if t == start[i] else .3
+            total, weight = total - w*float(logits[i, t-1, x["input_ids"][i, t]]), weight + w
+        assert bool(hit[i]) == (int(logits[i, start[i]-1].argmax()) == int(x["input_ids"][i, start[i]]))
+    assert abs(float(loss) - total/weight) < 1e-4
+
+def test_tuner_moves_attention_and_leaves_the_rest_at_slow_zero(model, tok):
+    m = copy.deepcopy(model)
+    rows = pd.DataFrame(dict(prompt=["The brand of Quiet Cup:"], answer=["Acme"]))
+    E.Tuner(m, 1e-2, slow=0.).step(next(E.answer_batches(tok, rows, 1, 0, 1))[1])
+    moved = {n for (n, a), b in zip(m.named_parameters(), model.parameters()) if not torch.equal(a, b)}
+    assert moved and all("attn" in n or "norm" in n for n in moved)
+
+def test_curriculum_starts_easy_and_is_cached(model, tok, facts, tmp_path, monkeypatch):
+    monkeypatch.setenv("RECBOOK_CACHE", str(tmp_path))
+    m, h = E.reading_lm(model, tok, facts, facts.subjects[:16], steps=4, every=2, batch_size=8, enough=-1.)
+    assert h.groupby("step")["level"].first().tolist() == [0, 1] and not all(torch.equal(a, b) for a, b in zip(m.parameters(), model.parameters()))
+    again, h2 = E.reading_lm(model, tok, facts, facts.subjects[:16], steps=4, every=2, batch_size=8, enough=-1.)
+    assert h2.equals(h) and all(torch.equal(a, b) for a, b in zip(m.parameters(), again.parameters()))
+
+@pytest.mark.parametrize("bad,kw,match", [
+    ([], {}, "no requests"),
+    ([dict(subject="Elf", prompt="The brand of Quiet Cup:", new="Acme")], {}, "subject 'Elf' does not occur"),
+    ([dict(subject="", prompt="x", new="Acme")], {}, "does not occur"),
+    ([dict(subject="Elf", prompt="Elf:", new=" ")], {}, "no new answer"),
+    ([dict(subject="Elf", prompt="Elf:", new="Acme")], dict(method="mend"), "method='mend'"),
+    ([dict(subject="Elf", prompt="Elf:", new="Acme")], dict(module="model.layers.{}.mlp.down"), "did you mean model.layers.{}.mlp.down_proj"),
+    ([dict(subject="Elf", prompt="Elf:", new="Acme")], dict(module="down_proj"), "layer's number"),
+    ([dict(subject="Elf", prompt="Elf:", new="Acme")], dict(layers=(9,)), "layers count from 0 to 2"),
+    ([dict(subject="Elf", prompt="Elf:", new="Acme")], dict(layers=()), "no layers"),
+    ([dict(subject="Elf", prompt="Elf:", new="Acme")], dict(module="model.layers.{}.mlp"), "only linear maps"),
+    ([dict(subject="Elf", prompt="Elf:", new="Acme")], {}, "preserve is empty"),
+    ([dict(subject="Elf", prompt="Elf:", new="Acme")], dict(preserve=["The brand of Quiet Elf: Acme."]*3 + [f"{a}{b} is {c}" for a in "abcdef" for b in "uvwxyz" for c in "klmnop"]), "null space of layer 0 is empty"),
+    ([dict(subject="Elf", prompt="Elf:", new="Acme")], dict(site="first", preserve=["a b"]), "site='first'")])
+def test_bad_requests(model, tok, bad, kw, match):
+    before = copy.deepcopy(model)
+    with pytest.raises(ValueError, match=match.replace("{}", r"\{\}")): E.edit(model, tok, bad, **kw)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters()))
+
+def test_bad_memory_and_world(facts):
+    with pytest.raises(ValueError, match="empty"): E.EditMemory(facts.corpus()).search(["a"])
+    with pytest.raises(ValueError, match="no requests"): E.EditMemory(facts.corpus()).add([])
+    with pytest.raises(ValueError, match="does not occur"): E.causal_trace(None, None, "a prompt", "nobody", "x")
