@@ -670,3 +670,14 @@ def _sst2(get):
     "SST-2 sentences: text, label (1 positive), split."
     read = lambda f: pd.read_csv(get(f"sst2/{f}.tsv"), sep="\t", names=["text","label"], quoting=3)
     return _parts_frame({s: read(f) for s,f in zip(_parts, ("train","dev","test"))})
+
+def _records(get, name): return pd.DataFrame(json.loads(get(name).read_text(encoding="utf-8")))
+
+@_loader("knowedit/zsre")
+def _zsre(get): return _records(get, "ZsRE/ZsRE-test-all.json")
+
+@_loader("knowedit/counterfact")
+def _counterfact(get): return _records(get, "wiki_counterfact/train_cf.json")
+
+@_loader("knowedit/wikibio")
+def _wikibio(get): return pd.concat([_records(get, f"WikiBio/wikibio-{s}-all.json").assign(split=s) for s in ("train","test")], ignore_index=True)
