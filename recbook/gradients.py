@@ -4,7 +4,8 @@
 
 # %% ../nbs/foundations/05_gradients.ipynb #e6348d49
 from __future__ import annotations
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 import numpy as np, torch
 from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor, nn
@@ -12,7 +13,8 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # %% auto #0
-__all__ = ['params_of', 'flatten', 'unflatten', 'add_', 'grad_of', 'per_sample_grads', 'Bound', 'hvp', 'dense', 'ggn_vp', 'solve']
+__all__ = ['params_of', 'flatten', 'unflatten', 'add_', 'grad_of', 'differentiable', 'per_sample_grads', 'Bound', 'hvp', 'dense',
+           'ggn_vp', 'solve']
 
 # %% ../nbs/foundations/05_gradients.ipynb #787b3faf
 def params_of(
@@ -59,15 +61,19 @@ def grad_of(
     ) -> Tensor: # (p,); zero where the loss does not depend on a parameter
     "Gradient of one loss as a vector."
     params = params or params_of(model)
-    needs = [p.requires_grad for p in params.values()]
+    with differentiable(params):
+        g = torch.autograd.grad(loss(model, batch), list(params.values()), create_graph=create_graph, materialize_grads=True)
+    return flatten(dict(zip(params, g)))
+
+@contextmanager
+def differentiable(params:dict[str, nn.Parameter]):
+    "Inside, gradients are on for `params`, frozen ones too, and attention can be differentiated twice; afterwards all is as before."
+    held = [p.requires_grad for p in params.values()]
     for p in params.values(): p.requires_grad_(True)
     try:
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            g = torch.autograd.grad(loss(model, batch), list(params.values()), create_graph=create_graph, materialize_grads=True)
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH): yield
     finally:
-        if not create_graph:
-            for p, r in zip(params.values(), needs): p.requires_grad_(r)
-    return flatten(dict(zip(params, g)))
+        for p, r in zip(params.values(), held): p.requires_grad_(r)
 
 def per_sample_grads(
     model:nn.Module,
@@ -106,11 +112,9 @@ def hvp(
     ) -> Tensor: # (p,)
     "Hessian of the loss times a vector, by differentiating twice (Pearlmutter 1994)."
     params = params or params_of(model)
-    held = {k: p.requires_grad for k, p in params.items()}
-    with sdpa_kernel(SDPBackend.MATH):
+    with differentiable(params):
         g = grad_of(model, loss, batch, params, create_graph=True)
         Hv = torch.autograd.grad(g @ v, list(params.values()), materialize_grads=True) if g.requires_grad else [torch.zeros_like(p) for p in params.values()]
-    for k, p in params.items(): p.requires_grad_(held[k])
     return flatten(dict(zip(params, Hv))).detach()
 
 def dense(
@@ -131,10 +135,8 @@ def ggn_vp(
     ) -> Tensor: # (p,)
     "Generalised Gauss-Newton matrix of head(outputs) times a vector (Schraudolph 2002)."
     params = params or params_of(model)
-    held = {k: p.requires_grad for k, p in params.items()}
-    for p in params.values(): p.requires_grad_(True)
     leaves = list(params.values())
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    with differentiable(params):
         y = outputs(model, batch)
         u = torch.zeros_like(y, requires_grad=True)
         Jtu = torch.autograd.grad(y, leaves, u, create_graph=True, materialize_grads=True)
@@ -143,7 +145,6 @@ def ggn_vp(
         gz = torch.autograd.grad(head(z, batch), z, create_graph=True)[0]
         HJv = torch.autograd.grad((gz*Jv.detach()).sum(), z, materialize_grads=True)[0]
         out = torch.autograd.grad(y, leaves, HJv, materialize_grads=True)
-    for k, p in params.items(): p.requires_grad_(held[k])
     return flatten(dict(zip(params, out))).detach()
 
 # %% ../nbs/foundations/05_gradients.ipynb #d618a97b

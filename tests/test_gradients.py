@@ -107,3 +107,11 @@ def test_adapters_of_a_causal_lm():
     at = lambda: grad_of(m, loss, (ids,)).detach()
     add_(theta, d, e); up = at(); add_(theta, d, -2*e); down = at(); add_(theta, d, e)
     H = hvp(m, loss, (ids,), d); assert (H - (up-down)/(2*e)).norm() < 1e-2*H.norm()
+
+
+def test_a_loss_that_fails_leaves_the_parameters_as_they_were(net, data):
+    net[0].bias.requires_grad_(False); theta = params_of(net, ["0.bias"])
+    def broken(m, b): raise KeyError("no such column")
+    for f in (lambda: grad_of(net, broken, data, theta), lambda: hvp(net, broken, data, torch.ones(5).double(), theta), lambda: ggn_vp(net, broken, broken, data, torch.ones(5).double(), theta)):
+        with pytest.raises(KeyError): f()
+        assert not net[0].bias.requires_grad
