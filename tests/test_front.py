@@ -204,9 +204,12 @@ def test_front_page_shows_the_new_claims(grown):
 
 def test_new_uses_the_papers_of_the_catalogue(tmp_path):
     to = copy(tmp_path/"book")
-    papers = tomllib.loads((to/"data/papers/unlearning.toml").read_text())["paper"]
-    made = C.new("unlearning", "trust", to)
-    after = tomllib.loads((to/"data/papers/unlearning.toml").read_text())["paper"]
+    written = {f.stem.split("_", 1)[1] for f in ROOT.glob("nbs/*/[0-9]*_*.ipynb")}
+    catalogue = next((f for f in sorted((to/"data/papers").glob("*.toml")) if f.stem not in written), None)
+    if catalogue is None: pytest.skip("every chapter of the catalogue is written")
+    papers = tomllib.loads(catalogue.read_text())["paper"]
+    made = C.new(catalogue.stem, "trust", to)
+    after = tomllib.loads(catalogue.read_text())["paper"]
     assert [p["id"] for p in after] == [p["id"] for p in papers] and after[0]["claim"][0]["id"] == papers[0]["id"]+".1"
     before = made[0].read_bytes()
     sh(Path(sys.executable).parent/"nbdev-clean", "--fname", made[0], cwd=to, env=ENV)
