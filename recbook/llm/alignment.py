@@ -238,7 +238,7 @@ def check_pairs(
     limit, titles = context_limit(model), set(trie.titles) if trie else None
     losers = [r if isinstance(r, list) else [r] for r in data["rejected"]]
     if len(odd := {len(r) for r in losers}) > 1 or 0 in odd: raise ValueError(f"rejected lists of lengths {sorted(odd)}: every row needs the same number, at least one; drop or fill the others")
-    for k, (p, c, r) in enumerate(zip(data["prompt"], data["chosen"], losers)):
+    for k, (c, r) in enumerate(zip(data["chosen"], losers)):
         for a in (c, *r):
             if not a.strip(): raise ValueError(f"row {k} has an empty answer: drop the row")
             if titles is not None and a.strip() not in titles: raise ValueError(f"row {k}: {a.strip()!r} is not in the trie: add the title to the catalogue or drop the row")
@@ -371,14 +371,15 @@ def flip_probability(
     tau:float=1., # sharpness
     most:float=.45, # at .5 and above a pair would teach the opposite
     ) -> np.ndarray: # (n,)
-    "RosePO's smoothing $\epsilon=\sigma(\tau[f(u,y_l)-f(u,y_w)])$, clipped below 1/2."
+    "RosePO's smoothing sigmoid(tau (f(u, y_l) - f(u, y_w))), clipped below 1/2."
     return np.minimum(expit(tau*(np.asarray(f_l) - np.asarray(f_w))), most)
 
 def fit_tau(
     f_pos, f_neg, # (n,) the oracle's scores of held-out likes and of random items
-    grid=np.geomspace(.05, 5, 41)) -> float:
+    ) -> float: # of 41 candidates from .05 to 5
     "The sharpness under which held-out likes beat random items with the right confidence (maximum likelihood)."
     gap = np.asarray(f_pos) - np.asarray(f_neg)
+    grid = np.geomspace(.05, 5, 41)
     return float(grid[np.argmax([np.log(expit(t*gap)).mean() for t in grid])])
 
 # %% ../../nbs/llm/01_alignment.ipynb #1971ec23
