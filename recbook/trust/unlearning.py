@@ -8,24 +8,24 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
-import numpy as np, pandas as pd, torch
+import numpy as np, pandas as pd, scipy.sparse as sp, torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from ..collaborative.graph_cf import LightGCN, Smooth, adjacency, bpr_loss, clicked, sparse_tensor, sym_norm, uniform_negatives
+from ..collaborative.graph_cf import Smooth, SymMM, sparse_tensor, sym_norm, uniform_negatives
 from ..data import Interactions
 from ..gradients import add_, ggn_vp, grad_of, hvp, params_of
 from ..lm import label_ids, lora
 from ..metrics import auc
 from ..training import batches, fit, set_seed
-from ..world import World
 
 # %% auto #0
 __all__ = ['click_prompts', 'Prompts', 'encode_prompts', 'take', 'joined', 'next_logits', 'answer_loss', 'predictions', 'sft',
            'kl', 'jsd', 'symmetric_kl', 'true_logprob', 'evaluate_unlearning', 'beside', 'two_losses',
            'gradient_ascent', 'neg_grad', 'bad_teacher', 'sisa', 'macs', 'forgetting_teacher', 'soft_cross_entropy',
            'e2urec_loss', 'forget_loss', 'as_request', 'merged', 'e2urec', 'request_gradient', 'curvature_products',
-           'stochastic_solve', 'adapter_params', 'llmeraser']
+           'stochastic_solve', 'adapter_params', 'llmeraser', 'edge_graph', 'InfluenceEncoder', 'Graph', 'pair_loss',
+           'push_loss', 'keep_loss', 'contrast_loss', 'pretrain_encoder', 'unlearn_edges']
 
 # %% ../../nbs/trust/02_unlearning.ipynb #00000007
 def click_prompts(
@@ -356,3 +356,116 @@ def llmeraser(
     b = request_gradient(m, len(rows.y), forget, after, P)
     add_(P, stochastic_solve(curvature_products(m, rows, P, kind, batch_size, seed), b, steps, lr, damping))
     return m
+
+# %% ../../nbs/trust/02_unlearning.ipynb #9465d0b1
+def edge_graph(
+    edges:np.ndarray, # (m, 2) user and item of each edge; m may be 0
+    n_users:int, n_items:int,
+    ) -> Tensor: # sparse CSR (N, N), normalised by the degrees within `edges`
+    "The bipartite graph of some edges."
+    N = n_users + n_items; u, i = edges[:, 0], edges[:, 1] + n_users
+    A = sp.csr_matrix((np.ones(2*len(edges), np.float32), (np.r_[u, i], np.r_[i, u])), (N, N))
+    return sparse_tensor(sym_norm(A))
+
+class InfluenceEncoder(nn.Module):
+    "Maps the graph of a request to new layer-0 embeddings (UnlearnRec)."
+    def __init__(self,
+        E0:Tensor, # (N, d) trained layer-0 embeddings
+        E:Tensor, # (N, d) final embeddings of the trained model
+        L:int=3, rho:float=.1,
+        eta:float=.002, # start of the withdrawal's weights, twice the learning rate
+        offset:bool=True): # False: leaves l=0 out of H, so that nodes outside the request stay (ours)
+        super().__init__()
+        d = E0.shape[1]
+        self.E0, self.H0, self.eta = nn.Parameter(E0.clone(), False), nn.Parameter(torch.zeros_like(E0)), nn.Parameter(torch.full((len(E0), 1), eta))
+        self.register_buffer("E", E.clone()); self.L, self.rho, self.offset = L, rho, offset
+        self.mlp = nn.Sequential(*[m for _ in range(2) for m in (nn.Linear(d, d), nn.LeakyReLU(.99))]).requires_grad_(False)
+        for m in self.mlp[::2]: nn.init.eye_(m.weight); nn.init.zeros_(m.bias)
+
+    def layers(self, A:Tensor) -> list[Tensor]: # L+1 times (N, d)
+        "H_0 and what l steps over the request's graph make of it."
+        H = [self.H0]
+        for _ in range(self.L): H.append(SymMM.apply(A, H[-1]))
+        return H
+
+    def forward(self, A:Tensor) -> Tensor: # (N, d) new E0; A: sparse (N, N) graph of the request
+        W, H = self.eta*self.E, self.layers(A)
+        for _ in range(self.L): W = SymMM.apply(A, W)
+        return self.E0 + self.mlp(sum(H if self.offset else H[1:]) - self.rho*W)
+
+# %% ../../nbs/trust/02_unlearning.ipynb #f7fd7a8c
+class Graph:
+    "Edges (m, 2) of users and items, with the negative sampler and the propagation of LightGCN."
+    def __init__(self, edges, n_users, n_items, K=3):
+        self.edges, self.n_users, self.n_items, self.K = edges, n_users, n_items, K
+        self.A = edge_graph(edges, n_users, n_items)
+        x = Interactions(pd.DataFrame(edges, columns=["user", "item"]), n_users, n_items)
+        self.sample = uniform_negatives(x)
+    def embed(self, E0): return Smooth.apply(self.A, E0, self.K).split([self.n_users, self.n_items])
+    def loader(self, batch_size, seed): return batches(*(torch.from_numpy(c) for c in self.edges.T.copy()), batch_size=batch_size, sample=self.sample, seed=seed)
+
+def pair_loss(U, I, batch): # BPR of (u, i, j)
+    u, i, j = batch
+    return F.softplus((U[u]*(I[j] - I[i])).sum(1)).mean()
+
+def push_loss(U, I, edges): # L_u: -log sigmoid(-score) of the edges to forget
+    u, i = (torch.from_numpy(c) for c in edges.T.copy())
+    return F.softplus((U[u]*I[i]).sum(1)).mean()
+
+def keep_loss(
+    S:Tensor, S0:Tensor, # (b, b) scores of a batch's users and items, new and original; the diagonal is positive
+    tau:float=1.) -> Tensor: # scalar
+    "In-batch log-probabilities of remaining pairs stay what they were (UnlearnRec, L_p)."
+    return ((S/tau).log_softmax(1).diagonal() - (S0/tau).log_softmax(1).diagonal()).square().mean()
+
+def contrast_loss(
+    H1:Tensor, H2:Tensor, # (b, d) two views of the same nodes; the first is held fixed
+    ) -> Tensor: # scalar
+    "InfoNCE of cosine similarities (UnlearnRec, L_c)."
+    a, b = F.normalize(H1.detach(), dim=1), F.normalize(H2, dim=1)
+    return -(a @ b.T).log_softmax(1).diagonal().mean()
+
+# %% ../../nbs/trust/02_unlearning.ipynb #9f7649fe
+def pretrain_encoder(
+    encoder:InfluenceEncoder,
+    edges:np.ndarray, n_users:int, n_items:int, # what the recommender was trained on
+    epochs:int=40, every:int=5, # epochs, and after how many a new request is drawn
+    share:float=.2, # of all edges, in a simulated request
+    weights=(1., .005, 1e-3), # lambda_u, lambda_p, lambda_c
+    lr:float=1e-3, batch_size:int=1024, seed:int=0) -> InfluenceEncoder: # trained in place
+    "Teach the encoder to answer simulated requests; only H_0 and eta move."
+    if not 0 < share < 1: raise ValueError(f"share={share}: a simulated request is between none and all of the edges")
+    rng, opt = np.random.default_rng(seed), torch.optim.Adam([encoder.H0, encoder.eta], lr=lr)
+    U0, I0 = encoder.E.split([n_users, n_items])
+    for epoch in range(epochs):
+        if epoch % every == 0:
+            gone = rng.random(len(edges)) < share
+            g, A = Graph(edges[~gone], n_users, n_items), edge_graph(edges[gone], n_users, n_items)
+            thin = edge_graph(edges[gone][rng.random(gone.sum()) >= .05], n_users, n_items)
+        for u, i, j in g.loader(batch_size, seed + epoch):
+            U, I = g.embed(encoder(A))
+            loss = pair_loss(U, I, (u, i, j)) + weights[0]*push_loss(U, I, edges[gone]) + weights[1]*keep_loss(U[u] @ I[i].T, U0[u] @ I0[i].T)
+            nodes = torch.cat([u.unique(), n_users + i.unique()])
+            loss = loss + weights[2]*sum(contrast_loss(a[nodes], b[nodes]) for a, b in zip(encoder.layers(A)[1:], encoder.layers(thin)[1:]))
+            opt.zero_grad(); loss.backward(); opt.step()
+    return encoder
+
+def unlearn_edges(
+    E0:Tensor, # (N, d) where to start: the encoder's answer, or the trained embeddings
+    forget:np.ndarray, remaining:np.ndarray, # (m, 2) edges
+    n_users:int, n_items:int, steps:int=10, lr:float=1e-3, push:float=.2, # push: weight of L_u
+    ascend:bool=False, # gradient ascent on the BPR loss of the forgotten edges instead
+    batch_size:int=1024, seed:int=0) -> tuple[Tensor, Tensor]: # final embeddings of users and items
+    "A few steps on what remains, with the edges to forget pushed down."
+    if not len(forget): raise ValueError("the forget set is empty: there is nothing to forget, keep the model")
+    if not len(remaining): raise ValueError("nothing remains: everything is to be forgotten, there is no model left to keep")
+    g, E = Graph(remaining, n_users, n_items), nn.Parameter(E0.detach().clone())
+    opt, done = torch.optim.Adam([E], lr=lr), 0
+    f = torch.from_numpy(forget.copy())
+    while done < steps:
+        for batch in g.loader(batch_size, seed + done):
+            if done == steps: break
+            U, I = g.embed(E)
+            loss = -pair_loss(U, I, g.sample(f[:, 0], f[:, 1])) if ascend else pair_loss(U, I, batch) + push*push_loss(U, I, forget)
+            opt.zero_grad(); loss.backward(); opt.step(); done += 1
+    return tuple(x.detach() for x in g.embed(E))
