@@ -88,3 +88,4 @@ def test_bad_input_is_named(call, says):
 def test_ladder():
     rec = dict(dataset="gowalla", ours=[.181, .182], reported=dict(ours=.1823, on="gowalla"))
     assert [level([], False), level([], True), level([rec | dict(dataset="world, thin")], True), level([rec | dict(ours=[.16])], True), level([rec], True)] == [0, 1, 2, 3, 4]
+    assert level([rec | dict(dataset="movielens-100k, semi-synthetic, p=2")], True) == 2

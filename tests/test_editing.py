@@ -95,6 +95,21 @@ def test_rect_and_prune():
     assert torch.allclose(E.prune(W, D*1e-3), D*1e-3, atol=1e-12)
     assert top < torch.linalg.matrix_norm(E.prune(W, D*50), 2) < torch.linalg.matrix_norm(D*50, 2)
 
+def test_prune_with_the_smooth_base_compresses_whatever_the_size():
+    W, D = torch.diag(torch.tensor([.5, .1], dtype=torch.float64)), torch.diag(torch.tensor([1., .2], dtype=torch.float64))
+    assert torch.allclose(E.prune(W, D), D) # .5 lies below 1/ln 1.2: the paper's base compresses nothing
+    assert torch.allclose(torch.linalg.svdvals(E.prune(W, D, None)), torch.tensor([.5 + .5*np.log(2), .2], dtype=torch.float64))
+
+def test_consistency_is_the_cosine_of_sklearn():
+    refs = ["Acme is the brand. Acme.", "made of oak and wool"]
+    assert E.consistency(refs, refs) == pytest.approx(1) and E.consistency(["oak", "oak"], refs) == pytest.approx(.5*5**-.5)
+    with pytest.raises(ValueError, match="1 texts and 2"): E.consistency(["a"], refs)
+
+def test_names_are_read_without_facts():
+    es = [E.Edit("Ann", "Ann sings:", "alto", "bass", neighbours=[("Ann lives in:", "Bonn")]), E.Edit("Bob", "Bob sings:", "bass", "alto")]
+    rows = E.name_rows(es)
+    assert sorted(set(rows.answer)) == ["Bonn", "alto", "bass"] and not rows.prompt.str.contains("Ann|Bob").any()
+
 def test_exact_null_space_keeps_logits(model, tok, facts):
     keep = [f"{p} {a}." for p, a in zip(facts.ask(range(2), E.ONE_HOP[0]), facts.answers(range(2)))]
     mem = E.remember(model, tok, keep, (0, 1), threshold=1e-12)

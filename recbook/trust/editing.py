@@ -24,12 +24,13 @@ from ..world import CUES, World
 # %% auto #0
 __all__ = ['RELATIONS', 'ONE_HOP', 'TWO_HOP', 'METHODS', 'FRAME', 'KINDS', 'LEVELS', 'Facts', 'fact_lm', 'studied', 'fresh_llama',
            'answer_scores', 'padded', 'accuracy', 'Edit', 'evaluate_edits', 'continuations', 'next_logprobs', 'drift',
-           'ngram_entropy', 'module_at', 'first', 'hooked', 'sites', 'causal_trace', 'place_of', 'passes', 'read_sites',
-           'all_keys', 'replay', 'compute_z', 'sample_prefixes', 'rome_update', 'memit_update', 'null_space',
-           'alphaedit_update', 'rect', 'prune', 'finetune', 'Memory', 'remember', 'check_requests', 'weight_of', 'edit',
-           'write', 'mean_keys', 'zsre_edits', 'Tuner', 'answer_loss', 'answer_batches', 'align', 'weights_mark',
-           'known_rows', 'reader_lm', 'lte_prompt', 'descriptor', 'EditMemory', 'alignment_rows', 'say', 'some_object',
-           'lookalikes', 'invented_items', 'inside_of', 'outside_of', 'reading_lm']
+           'ngram_entropy', 'consistency', 'module_at', 'first', 'hooked', 'sites', 'causal_trace', 'place_of',
+           'passes', 'read_sites', 'all_keys', 'replay', 'compute_z', 'sample_prefixes', 'rome_update', 'memit_update',
+           'null_space', 'alphaedit_update', 'rect', 'prune', 'finetune', 'Memory', 'remember', 'check_requests',
+           'weight_of', 'edit', 'write', 'mean_keys', 'zsre_edits', 'Tuner', 'answer_loss', 'answer_batches', 'align',
+           'weights_mark', 'known_rows', 'name_rows', 'reader_lm', 'lte_prompt', 'descriptor', 'EditMemory',
+           'alignment_rows', 'say', 'some_object', 'lookalikes', 'invented_items', 'inside_of', 'outside_of',
+           'reading_lm']
 
 # %% ../../nbs/trust/03_editing.ipynb #571108b8
 RELATIONS = { # relation: a synonym, its 16 objects, what an object belongs to, and the 8 values of that
@@ -220,6 +221,15 @@ def ngram_entropy(
         p /= p.sum()
         return -(p*np.log2(p)).sum() if len(p) else 0.
     return float(np.mean([H(t.split(), 2)/3 + 2*H(t.split(), 3)/3 for t in texts]))
+
+def consistency(
+    texts:Sequence[str], # free continuations, one for each edit
+    references:Sequence[str], # what is written elsewhere about the new object of each
+    ) -> float: # in [0, 1]
+    "Mean cosine of TF-IDF vectors: does the model go on as texts about the new object do?"
+    if len(texts) != len(references): raise ValueError(f"{len(texts)} texts and {len(references)} references: one reference for each text")
+    vec = TfidfVectorizer(token_pattern=r"\w+").fit(references)
+    return float(np.mean(vec.transform(texts).multiply(vec.transform(references)).sum(1)))
 
 # %% ../../nbs/trust/03_editing.ipynb #12059485
 def module_at(model, template, layer):
@@ -459,11 +469,12 @@ def rect(
 
 def prune(
     W:Tensor, D:Tensor, # original weight and the total change since
-    base:float=1.2, # of the logarithm
+    base:float|None=1.2, # of the logarithm; None: the one with which it starts off with slope 1, whatever the size of W
     ) -> Tensor:
     "PRUNE: singular values of the total change above the largest one of the weight grow only with their logarithm."
     U, s, V = torch.linalg.svd(D, full_matrices=False)
     top = torch.linalg.matrix_norm(W, 2)
+    base = base or np.exp(1/top.item())
     small = torch.where(s > top, (torch.log(s.clamp(min=1e-12)) - torch.log(top))/np.log(base) + top, s)
     return U*torch.minimum(s, small) @ V
 
@@ -680,12 +691,17 @@ def known_rows(edits:Sequence[Edit]) -> pd.DataFrame: # prompt, answer
     rows = [(p, e.old) for e in edits for p in [e.prompt, *e.paraphrases]] + [n for e in edits for n in e.neighbours]
     return pd.DataFrame(rows, columns=["prompt", "answer"]).drop_duplicates("prompt", ignore_index=True)
 
+def name_rows(edits:Sequence[Edit]) -> pd.DataFrame: # prompt, answer
+    "All answers, the new ones too, as answers to questions about nothing: who reads them can spell the names and knows no fact more."
+    names = dict.fromkeys(a for e in edits for a in (e.old, e.new, *(a for _, a in e.neighbours)))
+    return pd.DataFrame([(f"{p} Answer:", a) for a in names for p in ("A name.", "One of many answers.")], columns=["prompt", "answer"])
+
 def reader_lm(
     rows:pd.DataFrame, # prompt, answer
     hidden_size:int=96, n_layers:int=3, intermediate_size:int=1024,
-    steps:int=600, lr:float=.002, batch_size:int=64, seed:int=0):
+    steps:int=600, lr:float=.002, batch_size:int=64, seed:int=0, vocab_size:int=4096):
     "A small Llama that answers `rows`, names of several tokens included, and its tokenizer."
-    tok = nano_tokenizer([f"{p} {a}." for p, a in zip(rows.prompt, rows.answer)], 2048)
+    tok = nano_tokenizer([f"{p} {a}." for p, a in zip(rows.prompt, rows.answer)], vocab_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         m = fresh_llama(tok, hidden_size, n_layers, intermediate_size)
