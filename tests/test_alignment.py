@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from datasets import Dataset
 from scipy.optimize import linprog
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from recbook.lm import ItemTrie, answer_logits, completion_ids, lora, mark_ids, nano_tokenizer, rank_items, sequence_logprob
 from recbook.llm.alignment import (AlphaDPOTrainer, BayesianUpdater, Crowd, OCCASIONS, PairTrainer, RosePOTrainer, SDPOTrainer, SimPOTrainer, TASTES, align, answers_loss,
     catalogue_policy, check_lengths, check_pairs, dgu, distinct, div_ratio, dpo_optimum, dpo_population, draw_items, expected_reward, explore_profiles, fit_crowd,
     fit_pairs, fit_tau, flip_probability, fresh_copy, genre_gaps, group_weights, head_of, history_prompt, judge_prompt, majority_ce, mean_mse, mentions, mgu,
     next_item_rows, or_ratio, ot, ot_loss, outputs, own_losers, pairs_of, popular_losers, prefers, profile_pairs, profile_success, profile_users_of, reward_function,
-    self_play, semantic_losers, sft, sinkhorn, soft_ce, spoken, task_lm, train_with, trl_args, truth_of, tune_policy, world_sequences, writer_prompt)
+    self_play, semantic_losers, sft, sinkhorn, soft_ce, spoken, task_lm, token_columns, train_with, trl_args, truth_of, tune_policy, world_sequences, writer_prompt)
 from recbook.world import CUES, World
 
 TITLES = ["Gloomy Ghost", "Gloomy Ghost Tide", "Sunny Kiss", "Merry Prank Oak", "Silver Sword", "Quiet Mill", "Bitter Clue Reef"]
@@ -73,6 +73,23 @@ def test_dpo_equals_trl_in_loss_and_gradient(model, tok, pairs):
 def test_whole_training_equals_trl(model, tok, pairs):
     runs = [train_with(T, fresh_copy(model), check_pairs(model, tok, pairs), tok, trl_args(DPOConfig, 6, 1e-3, 8, 5, beta=.2), ref_model=fresh_copy(model)) for T in (PairTrainer, DPOTrainer)]
     np.testing.assert_allclose(*runs, rtol=1e-5); assert len(runs[0]) == 6 and runs[0][0] == pytest.approx(np.log(2), abs=1e-5)
+
+
+def test_tokens_are_trls(model, tok, pairs):
+    t = DPOTrainer(model=fresh_copy(model), ref_model=fresh_copy(model), args=trl_args(DPOConfig, 1, 1e-3, 4), train_dataset=check_pairs(model, tok, pairs), processing_class=tok)
+    P, A, B = token_columns(tok, pairs.prompt, pairs.chosen, pairs.rejected)
+    assert P == t.train_dataset["prompt_ids"][:] and A == t.train_dataset["chosen_ids"][:] and B == t.train_dataset["rejected_ids"][:]
+    P, A = token_columns(tok, ["Liked: A. Next:", "x"], [" Quiet Mill" + tok.eos_token, " y"]) # an end mark that is there is not doubled
+    assert P == [tok(p).input_ids for p in ("Liked: A. Next:", "x")] and A == [completion_ids(tok, a, True) for a in (" Quiet Mill", " y")]
+
+
+def test_sft_equals_trls_own_tokenization(model, tok, rows):
+    data = rows[["prompt", "completion"]].iloc[:24]
+    a, b = sft(model, tok, data, 4, 1e-3, 8, 2), fresh_copy(model)
+    train_with(SFTTrainer, b, Dataset.from_pandas(data, preserve_index=False), tok, trl_args(SFTConfig, 4, 1e-3, 8, 2))
+    torch.testing.assert_close(vector(a), vector(b))
+    with pytest.raises(ValueError, match="the model reads 96"): sft(model, tok, data.assign(prompt=history_prompt(TITLES*6)))
+    with pytest.raises(ValueError, match="no rows"): sft(model, tok, data[:0])
 
 
 def test_losses_against_log_probabilities_scored_elsewhere(model, tok, pairs):

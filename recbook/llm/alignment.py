@@ -28,15 +28,15 @@ from ..world import CUES, World, aspect
 
 # %% auto #0
 __all__ = ['TASTES', 'OCCASIONS', 'world_sequences', 'history_prompt', 'next_item_rows', 'catalogue_policy', 'draw_items',
-           'item_of', 'div_ratio', 'or_ratio', 'genre_gaps', 'mgu', 'dgu', 'PairCollator', 'PairTrainer', 'trl_args',
-           'fresh_copy', 'train_with', 'check_pairs', 'align', 'Every', 'pairs_of', 'sft', 'dpo_population',
-           'dpo_optimum', 'uniform_losers', 'own_losers', 'own_greedy_losers', 'self_play', 'SDPOTrainer',
-           'SimPOTrainer', 'RosePOTrainer', 'flip_probability', 'fit_tau', 'semantic_losers', 'popular_losers',
-           'AlphaDPOTrainer', 'spoken', 'writer_prompt', 'profile_users_of', 'mentions', 'judge_prompt', 'answers_loss',
-           'task_lm', 'check_lengths', 'explore_profiles', 'distinct', 'truth_of', 'profile_success', 'profile_pairs',
-           'BayesianUpdater', 'ot_loss', 'sinkhorn', 'soft_ce', 'majority_ce', 'mean_mse', 'ot', 'CrowdTrainer',
-           'head_of', 'ended', 'fit_crowd', 'fit_pairs', 'outputs', 'expected_reward', 'prefers', 'group_weights',
-           'Crowd', 'reward_function', 'tune_policy']
+           'item_of', 'div_ratio', 'or_ratio', 'genre_gaps', 'mgu', 'dgu', 'PairCollator', 'token_columns',
+           'PairTrainer', 'trl_args', 'fresh_copy', 'train_with', 'check_pairs', 'align', 'Every', 'pairs_of', 'sft',
+           'dpo_population', 'dpo_optimum', 'uniform_losers', 'own_losers', 'own_greedy_losers', 'self_play',
+           'SDPOTrainer', 'SimPOTrainer', 'RosePOTrainer', 'flip_probability', 'fit_tau', 'semantic_losers',
+           'popular_losers', 'AlphaDPOTrainer', 'spoken', 'writer_prompt', 'profile_users_of', 'mentions',
+           'judge_prompt', 'answers_loss', 'task_lm', 'check_lengths', 'explore_profiles', 'distinct', 'truth_of',
+           'profile_success', 'profile_pairs', 'BayesianUpdater', 'ot_loss', 'sinkhorn', 'soft_ce', 'majority_ce',
+           'mean_mse', 'ot', 'CrowdTrainer', 'head_of', 'ended', 'fit_crowd', 'fit_pairs', 'outputs', 'expected_reward',
+           'prefers', 'group_weights', 'Crowd', 'reward_function', 'tune_policy']
 
 # %% ../../nbs/llm/01_alignment.ipynb #00000007
 def world_sequences(
@@ -149,6 +149,16 @@ class PairCollator(DataCollatorForPreference):
         return out | {k: torch.tensor([e[k] for e in examples], dtype=torch.float32) for k in self.extra}
 
 # %% ../../nbs/llm/01_alignment.ipynb #481ddfed
+def token_columns(
+    tok, prompts, *answers, # texts; one list or more of answers to the prompts
+    ) -> list: # ids of the prompts, then of each list of answers with the end mark
+    "What trl makes of plain text (each answer tokenized behind its prompt), for all rows at once instead of row by row."
+    eos = tok.eos_token
+    P, *A = (tok(list(t)).input_ids for t in (prompts, *([p + a.removesuffix(eos) + eos for p, a in zip(prompts, x)] for x in answers)))
+    n = [min(next((k for k, (i, j) in enumerate(zip(p, x)) if i != j), min(len(p), len(x))) for x in xs) for p, *xs in zip(P, *A)] # where prompt and answer part
+    return [[p[:k] for p, k in zip(P, n)], *([x[k:] for x, k in zip(xs, n)] for xs in A)]
+
+# %% ../../nbs/llm/01_alignment.ipynb #507dc064
 class PairTrainer(DPOTrainer):
     "trl's DPO trainer with a loss in one short method; as it stands it is DPO (Rafailov et al. 2023, eq. 7)."
     extra = () # float columns of the data that the loss needs
@@ -168,11 +178,14 @@ class PairTrainer(DPOTrainer):
     def _prepare_dataset(self, dataset, tok, args, name):
         if missing := [c for c in self.extra if c not in dataset.column_names]:
             raise ValueError(f"{type(self).__name__} needs the column(s) {missing}; the data has {dataset.column_names}")
-        if not isinstance(dataset[0]["rejected"], list): return super()._prepare_dataset(dataset, tok, args, name)
-        if args.precompute_ref_log_probs: raise ValueError("precompute_ref_log_probs=True works with one loser a row only: leave it off")
-        self.losers = len(dataset[0]["rejected"])
-        first = dataset.map(lambda r: dict(rejected=r["rejected"][0], losers=r["rejected"]))
-        return super()._prepare_dataset(first, tok, args, name).map(lambda r: dict(rejected_ids=[completion_ids(tok, l, eos=True) for l in r["losers"]]))
+        first = dataset[0]
+        many = isinstance(first["rejected"], list) and isinstance(first["rejected"][0], str)
+        if not many and (not isinstance(first.get("prompt"), str) or args.max_length): return super()._prepare_dataset(dataset, tok, args, name) # chats, or to be cut: trl's own way
+        if many:
+            if args.precompute_ref_log_probs: raise ValueError("precompute_ref_log_probs=True works with one loser a row only: leave it off")
+            self.losers = len(first["rejected"])
+        P, chosen, *lost = token_columns(tok, dataset["prompt"], dataset["chosen"], *(zip(*dataset["rejected"]) if many else [dataset["rejected"]]))
+        return Dataset.from_dict({c: dataset[c] for c in self.extra} | dict(prompt_ids=P, chosen_ids=chosen, rejected_ids=[list(r) for r in zip(*lost)] if many else lost[0]))
 
     def _precompute_ref_logps(self, dataset, name, batch_size): return super()._precompute_ref_logps(dataset, name, batch_size) if self.reference else dataset
 
@@ -302,8 +315,11 @@ def sft(
     rows:pd.DataFrame, # prompt, completion
     steps:int=32, lr:float=5e-4, batch_size:int=32, seed:int=0, **kw) -> PreTrainedModel:
     "A copy of the model after supervised fine-tuning on the completions."
-    new = fresh_copy(model)
-    train_with(SFTTrainer, new, Dataset.from_pandas(rows[["prompt", "completion"]], preserve_index=False), tok, trl_args(SFTConfig, steps, lr, batch_size, seed, **kw))
+    if not len(rows): raise ValueError("no rows: nothing to learn from")
+    new, (P, A) = fresh_copy(model), token_columns(tok, rows.prompt, rows.completion)
+    if (limit := context_limit(model)) and (longest := max(map(len, map(list.__add__, P, A)))) > limit: raise ValueError(f"a row has {longest} tokens, the model reads {limit}: shorten the history")
+    data = Dataset.from_dict(dict(input_ids=[p + a for p, a in zip(P, A)], labels=[[-100]*len(p) + a for p, a in zip(P, A)]))
+    train_with(SFTTrainer, new, data, tok, trl_args(SFTConfig, steps, lr, batch_size, seed, **kw))
     return new
 
 # %% ../../nbs/llm/01_alignment.ipynb #db6b5eca
