@@ -386,6 +386,7 @@ def test_texts():
     assert spoken([["a", "b"], ["c", "d"]], [True, False]) == "A B c d"
     assert mentions("SEA calm sea seaside", "sea") == "likes avoids" and mentions("calm", "sea") == "nothing"
     assert judge_prompt(["sea"], "SEA", "sea", True) == "sea seen avoids told likes ; answer :"
+    assert writer_prompt([["sea", "calm"], ["dark", "sea"]], [True, False]) == "seen CALM dark SEA sea ; profile :"
     with pytest.raises(ValueError, match="empty history"): writer_prompt([], [])
 
 
@@ -442,8 +443,8 @@ def test_pairs_of_profiles():
     P = pd.DataFrame(dict(row=[0]*6 + [1]*3 + [2]*2, profile=["a", "b", "c", "d", "e", "e"] + ["f", "g", " "] + ["h", "i"], success=[.9, .1, .8, .3, .5, .5] + [.5, .6, 0] + [.5, .5]))
     pairs, share = profile_pairs(P, ["x", "y", "z"], margin=.2)
     assert pairs.to_list() == [dict(prompt="x", chosen="a", rejected="b"), dict(prompt="x", chosen="c", rejected="d")] and share == pytest.approx(1/3)
-    assert len(profile_pairs(P, ["x", "y", "z"], per_row=1)[0]) == 1 and profile_pairs(P, ["x", "y", "z"], margin=.05)[1] == pytest.approx(2/3)
-    with pytest.raises(ValueError, match="margin=0.2"): profile_pairs(P[9:], ["x", "y", "z"])
+    assert len(profile_pairs(P, ["x", "y", "z"], .2, per_row=1)[0]) == 1 and profile_pairs(P, ["x", "y", "z"], margin=.05)[1] == pytest.approx(2/3)
+    with pytest.raises(ValueError, match="margin=0.1"): profile_pairs(P[9:], ["x", "y", "z"])
 
 
 def test_aligned_writer_prefers_what_succeeded(speaker, chatter):

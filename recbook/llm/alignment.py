@@ -485,9 +485,9 @@ def spoken(
     return " ".join(x.upper() if y else x for ws, y in zip(words, liked) for x in ws)
 
 def writer_prompt(words, liked) -> str:
-    "What a profile writer reads."
+    "What a profile writer reads: the history, sorted so that mentions of a word stand side by side."
     if not len(words): raise ValueError("empty history: a writer needs at least one item")
-    return f"seen {spoken(words, liked)} ; profile :"
+    return f"seen {' '.join(sorted(spoken(words, liked).split(), key=str.lower))} ; profile :"
 
 # %% ../../nbs/llm/01_alignment.ipynb #dc63251d
 def profile_users_of(
@@ -608,8 +608,8 @@ def profile_success(
 def profile_pairs(
     profiles:pd.DataFrame, # row, profile, success
     prompts:Sequence[str], # prompt of each row
-    margin:float=.2, # least difference of success
-    per_row:int=3, # at most this many pairs a user
+    margin:float=.1, # least difference of success
+    per_row:int=5, # at most this many pairs a user
     ) -> tuple[Dataset, float]: # pairs in trl's format, and the share of users that gave any
     "Pairs of a better and a worse profile of the same user (LettinGo, stage 3; pairing by rank is ours)."
     out, hit = [], set()
