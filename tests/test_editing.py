@@ -3,7 +3,7 @@ import copy
 from itertools import islice
 import numpy as np, pandas as pd, pytest, torch
 from transformers import GPT2Config, GPT2LMHeadModel
-from recbook.lm import completion_ids, encode, mark_ids, nano_tokenizer, prompt_ids
+from recbook.lm import completion_ids, encode, load_lm, mark_ids, nano_tokenizer, prompt_ids
 from recbook.trust import editing as E
 
 torch.set_num_threads(1)
@@ -177,6 +177,22 @@ def test_gpt2_edits_too(tok, facts):
     mem = E.edit(m, tok, [e], "rome", layers=(0,), module="transformer.h.{}.mlp.c_proj", preserve=facts.corpus()[:50])
     assert torch.allclose(E.read_sites(m, tok, [e.prompt], [e.subject], "last", m.transformer.h[0]), z, atol=1e-6)
     assert mem.C[0].shape == (128, 128)
+
+def test_a_gpt2_folder_learns_forgets_and_keeps(tok, facts, tmp_path):
+    "The way of a hub model: trained elsewhere, saved, loaded by folder, edited by name of its modules."
+    torch.manual_seed(0)
+    m, rows = GPT2LMHeadModel(GPT2Config(vocab_size=len(tok), n_embd=64, n_layer=2, n_head=2, n_inner=512, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, initializer_range=.05, **mark_ids(tok))), range(40)
+    ask, answers = facts.ask(rows, E.ONE_HOP[0]), facts.answers(rows)
+    x, opt = encode(tok, [f"{p} {a}" for p, a in zip(ask, answers)]), torch.optim.Adam(m.parameters(), 3e-3)
+    for _ in range(60):
+        opt.zero_grad(); m(**x, labels=x["input_ids"].masked_fill(x["attention_mask"] == 0, -100)).loss.backward(); opt.step()
+    m.save_pretrained(tmp_path); tok.save_pretrained(tmp_path)
+    hub, hub_tok = load_lm(str(tmp_path))
+    assert E.accuracy(hub, hub_tok, ask, answers) == 1
+    es, keep = facts.edits([0, 7, 13], 0), [k for k in rows if k not in (0, 7, 13)]
+    E.edit(hub, hub_tok, es, "memit", layers=(0, 1), module="transformer.h.{}.mlp.c_proj", preserve=[f"{ask[k]} {answers[k]}." for k in keep], lam=10., clamp=2.)
+    assert E.accuracy(hub, hub_tok, [e.prompt for e in es], [e.new for e in es]) == 1
+    assert E.accuracy(hub, hub_tok, [ask[k] for k in keep], [answers[k] for k in keep]) > .8
 
 def test_trace_restores_the_clean_run(model, tok, facts):
     f = facts.table.iloc[0]
