@@ -1,15 +1,19 @@
-"alignment: losses against hand-computed values and trl's own, gradients, the theorem, decoding inside the catalogue, bad input."
+"alignment: losses against hand-computed values and trl's own, gradients, the theorem, decoding inside the catalogue, profiles, crowds and transport, bad input."
 import copy
 from types import SimpleNamespace
-import numpy as np, pandas as pd, pytest, torch
+import numpy as np, pandas as pd, pytest, scipy.stats, torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM
-from trl import DPOConfig, DPOTrainer
-from recbook.lm import ItemTrie, completion_ids, lora, mark_ids, nano_tokenizer, rank_items, sequence_logprob
-from recbook.llm.alignment import (AlphaDPOTrainer, PairTrainer, RosePOTrainer, SDPOTrainer, SimPOTrainer, align, catalogue_policy, check_pairs, dgu,
-    div_ratio, dpo_optimum, dpo_population, draw_items, fit_tau, flip_probability, fresh_copy, genre_gaps, history_prompt, mgu, next_item_rows, or_ratio,
-    own_losers, pairs_of, popular_losers, self_play, semantic_losers, sft, train_with, trl_args, world_sequences)
+from scipy.optimize import linprog
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from recbook.lm import ItemTrie, answer_logits, completion_ids, lora, mark_ids, nano_tokenizer, rank_items, sequence_logprob
+from recbook.llm.alignment import (AlphaDPOTrainer, BayesianUpdater, Crowd, OCCASIONS, PairTrainer, RosePOTrainer, SDPOTrainer, SimPOTrainer, TASTES, align, answers_loss,
+    catalogue_policy, check_lengths, check_pairs, dgu, distinct, div_ratio, dpo_optimum, dpo_population, draw_items, expected_reward, explore_profiles, fit_crowd,
+    fit_pairs, fit_tau, flip_probability, fresh_copy, genre_gaps, group_weights, head_of, history_prompt, judge_prompt, majority_ce, mean_mse, mentions, mgu,
+    next_item_rows, or_ratio, ot, ot_loss, outputs, own_losers, pairs_of, popular_losers, prefers, profile_pairs, profile_success, profile_users_of, reward_function,
+    self_play, semantic_losers, sft, sinkhorn, soft_ce, spoken, task_lm, token_columns, train_with, trl_args, truth_of, tune_policy, world_sequences, writer_prompt)
+from recbook.world import CUES, World
 
 TITLES = ["Gloomy Ghost", "Gloomy Ghost Tide", "Sunny Kiss", "Merry Prank Oak", "Silver Sword", "Quiet Mill", "Bitter Clue Reef"]
 
@@ -69,6 +73,23 @@ def test_dpo_equals_trl_in_loss_and_gradient(model, tok, pairs):
 def test_whole_training_equals_trl(model, tok, pairs):
     runs = [train_with(T, fresh_copy(model), check_pairs(model, tok, pairs), tok, trl_args(DPOConfig, 6, 1e-3, 8, 5, beta=.2), ref_model=fresh_copy(model)) for T in (PairTrainer, DPOTrainer)]
     np.testing.assert_allclose(*runs, rtol=1e-5); assert len(runs[0]) == 6 and runs[0][0] == pytest.approx(np.log(2), abs=1e-5)
+
+
+def test_tokens_are_trls(model, tok, pairs):
+    t = DPOTrainer(model=fresh_copy(model), ref_model=fresh_copy(model), args=trl_args(DPOConfig, 1, 1e-3, 4), train_dataset=check_pairs(model, tok, pairs), processing_class=tok)
+    P, A, B = token_columns(tok, pairs.prompt, pairs.chosen, pairs.rejected)
+    assert P == t.train_dataset["prompt_ids"][:] and A == t.train_dataset["chosen_ids"][:] and B == t.train_dataset["rejected_ids"][:]
+    P, A = token_columns(tok, ["Liked: A. Next:", "x"], [" Quiet Mill" + tok.eos_token, " y"]) # an end mark that is there is not doubled
+    assert P == [tok(p).input_ids for p in ("Liked: A. Next:", "x")] and A == [completion_ids(tok, a, True) for a in (" Quiet Mill", " y")]
+
+
+def test_sft_equals_trls_own_tokenization(model, tok, rows):
+    data = rows[["prompt", "completion"]].iloc[:24]
+    a, b = sft(model, tok, data, 4, 1e-3, 8, 2), fresh_copy(model)
+    train_with(SFTTrainer, b, Dataset.from_pandas(data, preserve_index=False), tok, trl_args(SFTConfig, 4, 1e-3, 8, 2))
+    torch.testing.assert_close(vector(a), vector(b))
+    with pytest.raises(ValueError, match="the model reads 96"): sft(model, tok, data.assign(prompt=history_prompt(TITLES*6)))
+    with pytest.raises(ValueError, match="no rows"): sft(model, tok, data[:0])
 
 
 def test_losses_against_log_probabilities_scored_elsewhere(model, tok, pairs):
@@ -317,3 +338,267 @@ def test_exact_ranking(model, tok, rows):
     raw = rank_items(model, tok, prompts, trie).double()
     torch.testing.assert_close(lp.exp().sum(1), torch.ones(3, dtype=torch.double)); torch.testing.assert_close(mass, raw.exp().sum(1))
     assert (mass < 1).all() and (lp.argsort(1) == raw.argsort(1)).all()
+
+
+# LettinGo
+
+WORDS = ["dark", "calm", "sea", "city", "mystery"]
+PROMPTS = [f"seen {a.upper()} {b} ; profile :" for a, b in zip(WORDS, reversed(WORDS))]
+
+
+@pytest.fixture(scope="module")
+def chatter(): return nano_tokenizer([f"{p} {w} {w.upper()} ; answer : yes told likes avoids nothing for party evening" for p in PROMPTS for w in WORDS]*20, 420)
+
+
+def tiny(tok, seed=0):
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=.2, **mark_ids(tok))).eval()
+
+
+@pytest.fixture(scope="module")
+def speaker(chatter): return tiny(chatter)
+
+
+def test_opinions_follow_from_words():
+    w = World(3, 40, 200)
+    e = w.taste_words
+    assert e.shape == (40, 26) and list(e.columns) == TASTES and ((e == 1).sum(axis=1) == 4).all() and ((e == -1).sum(axis=1) == 4).all()
+    for u, i in [(0, 0), (7, 33), (39, 179)]:
+        s = sum(e.loc[u, w.items.loc[i, a]] for a in ("mood", "genre", "setting"))
+        assert w.opinions[u, i] == pytest.approx(1/(1 + np.exp(-3*s)))
+
+
+def test_profile_users_are_split_and_balanced():
+    w = World(1, 80, 200)
+    U = profile_users_of(w, np.random.default_rng(0), n_targets=6)
+    assert len(U) > 40
+    for r in U.itertuples():
+        parts = [r.long, r.recent, r.score, r.test]
+        assert [len(x) for x in parts] == [14, 3, 6, 6] and len(np.unique(np.concatenate(parts))) == 29
+        assert r.likes[r.score].sum() == r.likes[r.test].sum() == 3 and (abs(w.opinions[r.user, np.r_[r.score, r.test]] - .5) > .3).all()
+        assert r.prompt == writer_prompt(w.item_words[r.long], r.likes[r.long])
+    for n in (0, 1, 5):
+        with pytest.raises(ValueError, match=f"n_targets={n}"): profile_users_of(w, np.random.default_rng(0), n)
+
+
+def test_texts():
+    assert spoken([["a", "b"], ["c", "d"]], [True, False]) == "A B c d"
+    assert mentions("SEA calm sea seaside", "sea") == "likes avoids" and mentions("calm", "sea") == "nothing"
+    assert judge_prompt(["sea"], "SEA", "sea", True) == "sea seen avoids told likes ; answer :"
+    assert writer_prompt([["sea", "calm"], ["dark", "sea"]], [True, False]) == "seen CALM dark SEA sea ; profile :"
+    with pytest.raises(ValueError, match="empty history"): writer_prompt([], [])
+
+
+def test_answers_loss_by_hand(speaker, chatter):
+    texts = ["for party : dark sea", "for : evening : calm"]
+    ids = chatter([t + chatter.eos_token for t in texts]).input_ids; n = max(map(len, ids))
+    x = torch.tensor([i + [chatter.pad_token_id]*(n-len(i)) for i in ids]); mark = chatter(" :", add_special_tokens=False).input_ids[-1]
+    total, count = 0., 0
+    for i in ids:
+        last = max(k for k, t in enumerate(i) if t == mark)
+        with torch.no_grad(): lp = speaker(torch.tensor([i])).logits[0].log_softmax(-1)
+        for k in range(last+1, len(i)): total -= lp[k-1, i[k]].item(); count += 1
+    assert answers_loss(speaker, x, mark, chatter.pad_token_id).item() == pytest.approx(total/count, rel=1e-4)
+
+
+def test_task_lm_learns_and_is_cached(tmp_path, monkeypatch):
+    monkeypatch.setenv("RECBOOK_CACHE", str(tmp_path)); made = []
+    def docs(): made.append(1); return [f"for {w} ; answer : {'yes' if k % 2 else 'no'}" for k, w in enumerate(WORDS)]*20
+    kw = dict(key=["k"], hidden=32, layers=1, steps=80, lr=.01)
+    (m, tok), _ = task_lm(docs, **kw), task_lm(docs, **kw)
+    assert len(made) == 1
+    s = answer_logits(m, tok, [f"for {w} ; answer :" for w in WORDS], [" yes", " no"])
+    assert ((s[:, 0] > s[:, 1]).numpy() == np.arange(5) % 2).all()
+
+
+def test_exploration_shares_out_and_repeats(speaker, chatter):
+    two = {"a": speaker, "b": tiny(chatter, 1)}
+    E = explore_profiles(two, chatter, PROMPTS, 5, seed=3)
+    assert E.groupby(["row", "writer"]).size().unstack().to_numpy().tolist() == [[2, 3]]*5
+    assert E.equals(explore_profiles(two, chatter, PROMPTS, 5, seed=3)) and not E.equals(explore_profiles(two, chatter, PROMPTS, 5, seed=4))
+    best = explore_profiles({"a": speaker}, chatter, PROMPTS, 1, temperature=0)
+    for r, t in best[["row", "profile"]].itertuples(index=False): # greedy decoding by hand, without padding
+        ids = chatter(PROMPTS[r]).input_ids; n = len(ids)
+        with torch.no_grad():
+            while len(ids) < n + 6 and (len(ids) == n or ids[-1] != chatter.eos_token_id): ids.append(int(speaker(torch.tensor([ids])).logits[0, -1].argmax()))
+        assert t == chatter.decode(ids[n:], skip_special_tokens=True)
+    with pytest.raises(ValueError, match="n=1 profiles for 2 writers"): explore_profiles(two, chatter, PROMPTS, 1)
+    with pytest.raises(ValueError, match="no prompts"): explore_profiles(two, chatter, [])
+    with pytest.raises(ValueError, match="the model reads 64"): explore_profiles(two, chatter, [" ".join(WORDS*30)], 2)
+
+
+def test_success_is_the_share_of_right_answers(speaker, chatter):
+    P = pd.DataFrame(dict(row=[0, 0, 1, 1], profile=["dark", "sea", "dark", "dark"]))
+    ask, truth = lambda r, p: [f"{WORDS[r]} told {p} ; answer :", f"{WORDS[r+1]} told {p} ; answer :"], np.array([[True, False], [False, False]])
+    got = profile_success(speaker, chatter, P, ask, truth, (" yes", " nothing"))
+    for g, (r, p) in zip(got, P.itertuples(index=False)):
+        s = [answer_logits(speaker, chatter, [q], [" yes", " nothing"])[0] for q in ask(r, p)]
+        assert g == np.mean([bool(a > b) == t for (a, b), t in zip(s, truth[r])])
+    with pytest.raises(ValueError, match="no profiles"): profile_success(speaker, chatter, P[:0], ask, truth)
+
+
+def test_pairs_of_profiles():
+    P = pd.DataFrame(dict(row=[0]*6 + [1]*3 + [2]*2, profile=["a", "b", "c", "d", "e", "e"] + ["f", "g", " "] + ["h", "i"], success=[.9, .1, .8, .3, .5, .5] + [.5, .6, 0] + [.5, .5]))
+    pairs, share = profile_pairs(P, ["x", "y", "z"], margin=.2)
+    assert pairs.to_list() == [dict(prompt="x", chosen="a", rejected="b"), dict(prompt="x", chosen="c", rejected="d")] and share == pytest.approx(1/3)
+    assert len(profile_pairs(P, ["x", "y", "z"], .2, per_row=1)[0]) == 1 and profile_pairs(P, ["x", "y", "z"], margin=.05)[1] == pytest.approx(2/3)
+    with pytest.raises(ValueError, match="margin=0.1"): profile_pairs(P[9:], ["x", "y", "z"])
+
+
+def test_aligned_writer_prefers_what_succeeded(speaker, chatter):
+    pairs = Dataset.from_list([dict(prompt=p, chosen=" dark sea", rejected=" calm city") for p in PROMPTS])
+    m = align(speaker, chatter, pairs, steps=10, lr=3e-3, beta=.5, batch_size=5, precompute_ref_log_probs=True)
+    gap = lambda m: (sequence_logprob(m, chatter, PROMPTS, [" dark sea"]*5, eos=True) - sequence_logprob(m, chatter, PROMPTS, [" calm city"]*5, eos=True)).mean()
+    assert gap(m) > gap(speaker) + .5
+
+
+def test_diversity_and_truth():
+    assert distinct(["a b c", "a b"]) == 2/3 and distinct(["a b c", "a b"], 1) == 3/5
+    with pytest.raises(ValueError, match="3 words"): distinct(["a b"], 3)
+    taste = pd.Series(dict(sea=1, calm=-1, dark=0))
+    assert truth_of("SEA SEA", taste) == (1, .5) and truth_of("sea DARK unknown", taste) == (0, 0) and truth_of("", taste) == (0, 0)
+
+
+# DPRM
+
+def cost(p, q, C):
+    "Optimal transport as a linear program."
+    n, k = C.shape
+    A = np.r_[np.kron(np.eye(n), np.ones(k)).reshape(n, -1), np.tile(np.eye(k), n)]
+    return linprog(np.ravel(C), A_eq=A, b_eq=np.r_[p, q]).fun
+
+
+def test_transport_on_a_line_against_scipy_and_a_linear_program():
+    rng = np.random.default_rng(1); c = np.array([-1., 0, .5, 3]); p, q = rng.dirichlet(np.ones(4), (2, 6))
+    got = ot_loss(torch.tensor(p), torch.tensor(q), torch.tensor(c)).numpy()
+    np.testing.assert_allclose(got, [scipy.stats.wasserstein_distance(c, c, a, b) for a, b in zip(p, q)])
+    np.testing.assert_allclose(got, [cost(a, b, abs(c[:, None]-c)) for a, b in zip(p, q)], atol=1e-7)
+
+
+def test_sinkhorn_for_any_cost():
+    rng = np.random.default_rng(2); p, q, C = rng.dirichlet(np.ones(4), 3), rng.dirichlet(np.ones(5), 3), rng.random((4, 5))
+    to = torch.tensor
+    np.testing.assert_allclose(sinkhorn(to(p), to(q), to(C), .004, 3000), [cost(a, b, C) for a, b in zip(p, q)], atol=3e-3)
+    z = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda z: sinkhorn(z.softmax(-1), to(q[:2]), to(C), .1, 50), z)
+
+
+def test_smooth_relatives_and_gradients():
+    c = torch.tensor([0., 1, 3], dtype=torch.float64); p, q = torch.tensor([[.2, .3, .5]]).double(), torch.tensor([[.5, .1, .4]]).double()
+    assert ot_loss(p, q, c).item() == pytest.approx(.3 + 2*.1) and ot_loss(p, q, c, "cramer").item() == pytest.approx(.09 + 2*.01)
+    assert ot_loss(p, q, c, "huber", .05).item() == pytest.approx((.3 - .025) + 2*(.1 - .025)) and ot_loss(p, q, c, "huber", .2).item() == pytest.approx((.3 - .1) + 2*.01/.4)
+    z = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    for k in ("abs", "huber", "cramer"): assert torch.autograd.gradcheck(lambda z, k=k: ot_loss(z.softmax(-1), q.expand(4, 3), c, k), z)
+    with pytest.raises(ValueError, match="utilities must increase"): ot_loss(p, q, torch.tensor([0., 2, 1]))
+    with pytest.raises(ValueError, match="do not fit"): ot_loss(p, q, torch.tensor([0., 1]))
+    with pytest.raises(ValueError, match="kind='l1'"): ot_loss(p, q, c, "l1")
+
+
+def test_the_other_losses():
+    z, p, c = torch.randn(5, 4), torch.tensor(np.random.default_rng(0).dirichlet(np.ones(4), 5), dtype=torch.float32), torch.tensor([1., 2, 4, 5])
+    torch.testing.assert_close(soft_ce(z, p, c), F.cross_entropy(z, p, reduction="none"))
+    torch.testing.assert_close(majority_ce(z, p, c), F.cross_entropy(z, p.argmax(1), reduction="none"))
+    torch.testing.assert_close(mean_mse(z, p, c), torch.stack([((a.softmax(0)*c).sum() - (b*c).sum())**2 for a, b in zip(z, p)]))
+    torch.testing.assert_close(ot("cramer")(z, p, c), ot_loss(z.softmax(1), p, c, "cramer"))
+
+
+def test_updater_counts_forgets_and_is_the_beta_for_two():
+    b = BayesianUpdater([2., 3], n=1).update([[4, 1]]); d = scipy.stats.beta(3+1, 2+4)
+    assert b.target[0, 1] == pytest.approx(d.mean()) and b.variance[0, 1] == pytest.approx(d.var())
+    x, n = BayesianUpdater(np.ones((2, 3)), rho=.5), np.array([[4., 0, 2], [0, 0, 1]])
+    for _ in range(60): x.update(n)
+    np.testing.assert_allclose(x.alpha, 1 + 2*n) # prior + n/(1-rho)
+    for _ in range(60): x.update(0*n)
+    np.testing.assert_allclose(x.alpha, 1) # forgets down to the prior, not to nothing
+    for bad in ([0, 1], [1.]):
+        with pytest.raises(ValueError, match="prior of shape"): BayesianUpdater(bad, n=2)
+    with pytest.raises(ValueError, match="rho=2"): BayesianUpdater([1, 1], rho=2)
+    with pytest.raises(ValueError, match="none negative"): x.update(-n)
+
+
+def test_prefers_by_enumeration():
+    p, q = np.random.default_rng(0).dirichlet(np.ones(5), (2, 3))
+    want = [sum(a[i]*b[j]*((i > j) + .5*(i == j)) for i in range(5) for j in range(5)) for a, b in zip(p, q)]
+    np.testing.assert_allclose(prefers(p, q), want); np.testing.assert_allclose(prefers(p, q) + prefers(q, p), 1)
+
+
+def test_group_weights_undo_a_biased_panel():
+    w, panel = World(0, 120, 200, rho=1.), np.array([.7, .1, .1, .05, .05])
+    crowd = Crowd(w); x, A = ["party"]*2, [["dark", "mystery", "sea"], ["calm", "comedy", "city"]]
+    n = crowd.labels(x, A, 200000, np.random.default_rng(0), panel)*group_weights(crowd.shares, panel)[:, None]
+    np.testing.assert_allclose(n.sum(1)/n.sum((1, 2))[:, None], crowd.population(x, A), atol=.01)
+    raw = crowd.labels(x, A, 200000, np.random.default_rng(0), panel).sum(1)/200000
+    assert abs(raw - crowd.population(x, A)).max() > .03
+    with pytest.raises(ValueError, match="at least one annotator"): group_weights([.5, .5], [1, 0])
+
+
+def test_crowd_against_simulated_judges():
+    c = Crowd(World(0, 120, 200, rho=1.)); a = ("tense", "travel", "forest"); rng = np.random.default_rng(0)
+    mean = 3 + 1.2*sum(c.effects[v] for v in a).to_numpy() + sum(c.suits.loc["study", v] for v in a)
+    stars = np.clip(np.round(mean[:, None] + .4*rng.normal(size=(100, 20000))), 1, 5).reshape(5, -1)
+    want = np.stack([(stars == k).mean(1) for k in range(1, 6)], 1)
+    np.testing.assert_allclose(c.by_group(["study"], [a])[0], want, atol=.01)
+    np.testing.assert_allclose(c.population(["study"], [a], [0, 0, 0, .6, .4])[0], .6*want[3] + .4*want[4], atol=.01)
+    assert set(OCCASIONS) == set(c.suits.index) and all(v in c.effects for v in CUES["mood"])
+    with pytest.raises(ValueError, match="n_users=30"): Crowd(World(0, 30, 200))
+
+
+@pytest.fixture(scope="module")
+def folder(speaker, chatter, tmp_path_factory):
+    to = tmp_path_factory.mktemp("lm"); speaker.save_pretrained(to); chatter.save_pretrained(to)
+    return str(to)
+
+
+def test_reward_models_learn_their_target(folder, chatter):
+    texts, c = ["for party : dark", "for party : sea"], [1., 2, 3]
+    target = np.array([[.7, .2, .1], [.1, .1, .8]])
+    for loss in (ot("abs"), ot("cramer"), soft_ce):
+        m = fit_crowd(head_of(folder, 3, chatter), chatter, texts, target, loss, c, steps=60, lr=3e-3, batch_size=2)
+        z = outputs(m, chatter, texts)
+        np.testing.assert_allclose(z.softmax(1), target, atol=.1)
+        np.testing.assert_allclose(expected_reward(m, chatter, texts, c), z.softmax(1) @ torch.tensor(c), rtol=1e-5)
+    torch.testing.assert_close(outputs(m, chatter, ["for party : sea ; told likes", *texts])[1:], z, atol=1e-4, rtol=1e-4) # padding does not matter
+    with pytest.raises(ValueError, match="targets of shape"): fit_crowd(m, chatter, texts, target[:, :2], soft_ce, c)
+    with pytest.raises(ValueError, match="no prompts"): fit_crowd(m, chatter, [], np.zeros((0, 3)), soft_ce, c)
+    with pytest.raises(ValueError, match="no texts"): outputs(m, chatter, [])
+    with pytest.raises(ValueError, match="the model reads 64"): fit_crowd(m, chatter, [" ".join(WORDS*30)], target[:1], soft_ce, c)
+
+
+def test_one_step_of_the_crowd_trainer_by_hand(folder, chatter):
+    texts, t = ["for party : dark", "for evening : sea calm"], np.array([[.7, .2, .1], [.1, .1, .8]])
+    kw = dict(steps=1, lr=1e-3, batch_size=2)
+    m = fit_crowd(head_of(folder, 3, chatter), chatter, texts, t, soft_ce, [1., 2, 3], **kw)
+    by_hand = head_of(folder, 3, chatter).train()
+    loss = sum(-(torch.tensor(t[k])*by_hand(torch.tensor([chatter(x).input_ids + [chatter.eos_token_id]])).logits[0].log_softmax(-1)).sum() for k, x in enumerate(texts))/2
+    loss.backward(); torch.nn.utils.clip_grad_norm_(by_hand.parameters(), 1.)
+    torch.optim.AdamW(by_hand.parameters(), lr=1e-3, weight_decay=0.).step()
+    z = [outputs(x, chatter, texts) for x in (m, by_hand, head_of(folder, 3, chatter))]
+    torch.testing.assert_close(z[0], z[1], atol=2e-3, rtol=1e-3); assert (z[0] - z[2]).abs().max() > .01
+
+
+def test_bradley_terry_ranks_the_preferred_higher(folder, chatter):
+    good, bad = ["for party : dark", "for evening : dark"], ["for party : sea", "for evening : sea"]
+    m = fit_pairs(head_of(folder, 1, chatter), chatter, good, bad, steps=20, lr=3e-3, batch_size=2)
+    r = [expected_reward(m, chatter, t, [1., 2]) for t in (good, bad)]
+    assert (r[0] > r[1] + .5).all() and r[0].shape == (2,)
+
+
+def test_malformed_answers_get_the_lowest_reward(folder, chatter):
+    m = head_of(folder, 3, chatter); p, c = ["for party :"]*3, [" dark", " sea", " nonsense"]
+    free, strict = reward_function(m, chatter, [1., 2, 3])(p, c), reward_function(m, chatter, [1., 2, 3], lambda a: a.strip() in WORDS)(p, c)
+    np.testing.assert_allclose(free, expected_reward(m, chatter, [a+b for a, b in zip(p, c)], [1., 2, 3])); assert strict[:2] == free[:2] and strict[2] == min(free)
+
+
+def test_policy_moves_towards_the_reward(folder, chatter, speaker):
+    capital = lambda completions, **kw: [float(sum(x.isupper() for x in c)) for c in completions]
+    m = tune_policy(folder, chatter, PROMPTS, capital, steps=8, lr=3e-3, batch_size=16, n=8, max_new_tokens=3)
+    mean = lambda m: np.mean(capital(explore_profiles({"m": m}, chatter, PROMPTS, 40, max_new_tokens=3).profile))
+    assert mean(m) > mean(speaker) and "forward" not in m.__dict__
+    with pytest.raises(ValueError, match="no prompts"): tune_policy(folder, chatter, [], capital)
+
+
+def test_lengths_and_configurations(speaker, chatter):
+    check_lengths(speaker, chatter, PROMPTS, 10)
+    with pytest.raises(ValueError, match="completion up to 60"): check_lengths(speaker, chatter, PROMPTS, 60)
+    assert not hasattr(trl_args(TrainingArguments, 2, 1e-3), "max_length") and trl_args(DPOConfig, 2, 1e-3, max_length=9).max_length == 9
