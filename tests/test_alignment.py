@@ -307,7 +307,8 @@ def test_flip_probability_and_its_sharpness():
 
 
 @pytest.mark.parametrize("change, text", [(dict(rejected=" Nowhere Land"), "not in the trie"), (dict(chosen="  "), "empty answer"), (dict(rejected=[[]]*40), r"lengths \[0\]"),
-    (dict(rejected=[[" Quiet Mill"]*(1 + k % 2) for k in range(40)]), r"lengths \[1, 2\]"), (dict(prompt=history_prompt(TITLES*6)), "the model reads 96")])
+    (dict(rejected=[[" Quiet Mill"]*(1 + k % 2) for k in range(40)]), r"lengths \[1, 2\]"), (dict(prompt=history_prompt(TITLES*6)), "the model reads 96"),
+    (dict(chosen=[[dict(role="assistant", content="Quiet Mill")]]*40), "messages into text")])
 def test_bad_pairs(model, tok, pairs, change, text):
     with pytest.raises(ValueError, match=text): check_pairs(model, tok, pairs.assign(**change), ItemTrie(tok, TITLES))
 

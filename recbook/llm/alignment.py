@@ -260,15 +260,17 @@ def check_pairs(
     if missing := {"prompt", "chosen", "rejected"} - set(data.column_names): raise ValueError(f"no column(s) {sorted(missing)}; the pairs have {data.column_names}")
     if not len(data): raise ValueError("no pairs: nothing to learn from")
     limit, titles = context_limit(model), set(trie.titles) if trie else None
-    losers = [r if isinstance(r, list) else [r] for r in data["rejected"]]
+    losers, prompts = [r if isinstance(r, list) else [r] for r in data["rejected"]], list(data["prompt"])
     if len(odd := {len(r) for r in losers}) > 1 or 0 in odd: raise ValueError(f"rejected lists of lengths {sorted(odd)}: every row needs the same number, at least one; drop or fill the others")
     for k, (c, r) in enumerate(zip(data["chosen"], losers)):
+        for a in (prompts[k], c, *r):
+            if not isinstance(a, str): raise ValueError(f"row {k} holds a {type(a).__name__} where a text belongs: turn messages into text first, e.g. by trl.apply_chat_template")
         for a in (c, *r):
             if not a.strip(): raise ValueError(f"row {k} has an empty answer: drop the row")
             if titles is not None and a.strip() not in titles: raise ValueError(f"row {k}: {a.strip()!r} is not in the trie: add the title to the catalogue or drop the row")
-    for k, n in enumerate(map(len, prompt_ids(tok, data["prompt"]))):
+    for k, n in enumerate(map(len, prompt_ids(tok, prompts))):
         longest = max(len(completion_ids(tok, a, True)) for a in (data[k]["chosen"], *losers[k])) if limit and n + 64 > limit else 0
-        if limit and n + longest > limit: raise ValueError(f"row {k}: prompt {data[k]['prompt'][:60]!r}... has {n} tokens and its answers up to {longest}, the model reads {limit}: shorten the history")
+        if limit and n + longest > limit: raise ValueError(f"row {k}: prompt {prompts[k][:60]!r}... has {n} tokens and its answers up to {longest}, the model reads {limit}: shorten the history")
     return data
 
 # %% ../../nbs/llm/01_alignment.ipynb #8cea0e73
