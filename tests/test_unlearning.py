@@ -7,6 +7,7 @@ from scipy.spatial.distance import jensenshannon
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from recbook.collaborative.graph_cf import LightGCN, bpr_loss, horner
 from recbook.gradients import dense, flatten, grad_of, hvp, params_of
 from recbook.lm import lora, mark_ids, nano_tokenizer
 from recbook.trust import unlearning as U
@@ -320,12 +321,79 @@ def test_pretraining_moves_H_and_eta_only_and_pushes_requests_down():
     assert mean(enc(U.edge_graph(f, n, m))) < mean(enc.E0)
     with pytest.raises(ValueError, match="share=1"): U.pretrain_encoder(encoder(), EDGES, 6, 5, share=1.)
 
-def test_tuning_a_request_lowers_its_edges():
-    torch.manual_seed(0); E0 = torch.randn(11, 4); f, rest = EDGES[:3], EDGES[3:]
-    before = U.Graph(rest, 6, 5).embed(E0); s = lambda V, I: (V[f[:, 0]]*I[f[:, 1]]).sum(1).mean()
-    same = U.unlearn_edges(E0, f, rest, 6, 5, steps=0)
-    torch.testing.assert_close(torch.cat(same), torch.cat(before))
-    assert s(*U.unlearn_edges(E0, f, rest, 6, 5, steps=20, lr=.02, push=1.)) < s(*before)
-    assert s(*U.unlearn_edges(E0, f, rest, 6, 5, steps=20, lr=.02, ascend=True)) < s(*before)
-    with pytest.raises(ValueError, match="nothing to forget"): U.unlearn_edges(E0, f[:0], rest, 6, 5)
-    with pytest.raises(ValueError, match="nothing remains"): U.unlearn_edges(E0, EDGES, EDGES[:0], 6, 5)
+def light(edges=EDGES, seed=0):
+    torch.manual_seed(seed); m = LightGCN(U.edge_graph(edges, 6, 5), 6, 4); nn.init.normal_(m.E0)
+    return m
+
+def score_of(m, f=EDGES[:3]): V, I = m(); return (V[f[:, 0]]*I[f[:, 1]]).sum(1).mean()
+
+def test_answers_to_a_request_are_models_on_the_remaining_graph():
+    f, rest = EDGES[:3], EDGES[3:]; m = light(); enc = InfluenceEncoderOf(m); nn.init.normal_(enc.H0)
+    before = [p.clone() for p in (*enc.parameters(), m.E0)]
+    dropped = U.graph_model(U.edge_graph(rest, 6, 5), m.E0, 6)
+    asked = U.Graph(rest, 6, 5).sample(*torch.from_numpy(rest.T.copy())) # the pairs that `valid=rest` asks about
+    def loss(x): return U.pair_loss(x.E0, *x(), asked).item()
+    torch.testing.assert_close(torch.cat(dropped()), torch.cat(U.Graph(rest, 6, 5).embed(m.E0)))
+    torch.testing.assert_close(torch.cat(U.unlearn_edges(m, f, rest, 6, 5, steps=0)()), torch.cat(dropped()))
+    torch.testing.assert_close(U.unlearn_edges(enc, f, rest, 6, 5, steps=0).E0, enc(U.edge_graph(f, 6, 5)))
+    for start in (m, enc):
+        first = U.unlearn_edges(start, f, rest, 6, 5, steps=0)
+        out = U.unlearn_edges(start, f, rest, 6, 5, steps=20, lr=.02, push=1.)
+        assert isinstance(out, LightGCN) and score_of(out) < score_of(first)
+        assert score_of(U.unlearn_edges(start, f, rest, 6, 5, steps=20, lr=.02, ascend=True)) < score_of(first)
+        held = U.unlearn_edges(start, f, rest, 6, 5, steps=20, lr=1., valid=rest)
+        assert loss(held) <= loss(first) # the best step is kept
+    assert all(torch.equal(a, b) for a, b in zip(before, (*enc.parameters(), m.E0))) # what is given is not touched
+
+def InfluenceEncoderOf(m): return U.InfluenceEncoder(m.E0.detach(), torch.cat(m()).detach())
+
+def test_tuning_moves_the_mlp_too():
+    f, rest = EDGES[:3], EDGES[3:]; enc = InfluenceEncoderOf(light()); nn.init.normal_(enc.H0); x = enc.influence(U.edge_graph(f, 6, 5)).detach()
+    one = U.unlearn_edges(enc, f, rest, 6, 5, steps=1, lr=.01, batch_size=99).E0.detach() # Adam's first step moves whatever has a gradient by lr
+    with_mlp = (one - enc(U.edge_graph(f, 6, 5))).abs().max()
+    assert with_mlp > .0101 and x.abs().max() > .1 # more than the embeddings alone could move
+
+def test_losses_of_the_graph_against_the_recommenders_own():
+    m = light(); batch = tuple(torch.tensor(t) for t in ([0, 1, 2], [1, 2, 3], [4, 0, 0]))
+    torch.testing.assert_close(U.pair_loss(m.E0, *m(), batch, l2=.1), bpr_loss(m, batch, .1))
+    f, rest = EDGES[:3], EDGES[3:]
+    far = U.unlearn_edges(m, f, rest, 6, 5, steps=60, lr=.05, push=1., seed=1); near = U.unlearn_edges(m, f, rest, 6, 5, steps=60, lr=.05, push=1., keep=5., seed=1)
+    u, i = (torch.from_numpy(c) for c in rest.T.copy()); V0, I0 = m()
+    off = lambda x: U.keep_loss(*(V[u] @ I[i].T for V, I in (x(), (V0, I0)))).item()
+    assert off(near) < off(far) # L_p holds what remains
+
+def test_edge_requests_that_cannot_be_answered():
+    f, rest = EDGES[:3], EDGES[3:]; m = light()
+    for method in (lambda *a: U.unlearn_edges(m, *a), lambda *a: U.graph_influence(m, *a)):
+        with pytest.raises(ValueError, match="nothing to forget"): method(f[:0], rest, 6, 5)
+        with pytest.raises(ValueError, match="nothing remains"): method(EDGES, EDGES[:0], 6, 5)
+        with pytest.raises(ValueError, match=r"1 edge.*both sets, such as \(0, 0\)"): method(f, np.r_[rest, f[:1]], 6, 5)
+        with pytest.raises(ValueError, match="outside of 6 users x 2 items"): method(f, rest, 6, 2)
+        with pytest.raises(ValueError, match="shape"): method(f[:, :1], rest, 6, 5)
+
+def test_graph_influence_against_an_explicit_inverse():
+    m = light(); f, rest = EDGES[:2], EDGES[2:]; lam = .05; torch.manual_seed(0)
+    out, n = U.graph_influence(m, f, rest, 6, 5, damping=lam, negatives=2, tol=1e-8, seed=0)
+    order = np.r_[rest, f]; g, r = U.Graph(order, 6, 5), U.Graph(rest, 6, 5)
+    u, i = torch.from_numpy(order.T.copy()).repeat(1, 2); u, i, j = g.sample(u, i); stays = (torch.arange(len(order)) < len(rest)).repeat(2)
+    def loss(A, e, k): F_ = horner(A, e, 3); return F.softplus(-(F_[u[k]]*(F_[6+i[k]] - F_[6+j[k]])).sum(1)).sum()/len(u)
+    dense_A = {x: x.A.to_dense() for x in (g, r)}; e = m.E0.detach().clone().requires_grad_()
+    b = torch.autograd.grad(loss(dense_A[r], e, stays) - loss(dense_A[g], e, torch.ones_like(stays)), e)[0].flatten()
+    def scores(v): F_ = horner(dense_A[g], v.reshape(11, 4), 3); return (F_[u]*(F_[6+i] - F_[6+j])).sum(1)
+    J = torch.autograd.functional.jacobian(scores, e.detach().flatten()); p = torch.sigmoid(scores(e.detach().flatten()))
+    H = J.T @ ((p*(1-p))[:, None]*J)/len(u)
+    want = -torch.linalg.solve(H + lam*torch.eye(44), b)
+    torch.testing.assert_close((out.E0 - m.E0).detach().flatten(), want, atol=1e-4*want.abs().max().item(), rtol=1e-3)
+    assert n > 3 and torch.equal(out.A.to_dense(), r.A.to_dense())
+
+def test_shards_are_balanced_and_of_similar_users():
+    X = torch.cat([torch.randn(10, 3) + c for c in (-9., 0., 9.)]); shard = U.balanced_shards(X, 3, seed=1)
+    assert sorted(np.bincount(shard)) == [10, 10, 10] and all(len(set(shard[k:k+10])) == 1 for k in (0, 10, 20))
+    assert sorted(np.bincount(U.balanced_shards(torch.randn(11, 2), 4))) == [2, 3, 3, 3]
+    made = []
+    def train(e): made.append(e); torch.manual_seed(len(made)); return torch.randn(6, 4), torch.randn(5, 4)
+    shard = np.array([0, 1, 0, 1, 0, 1]); V, I = U.sharded(train, EDGES, shard)
+    assert sum(map(len, made)) == len(EDGES) and all((shard[e[:, 0]] == k).all() for k, e in enumerate(made))
+    for k in (0, 1): # every user meets the items of its own shard
+        torch.manual_seed(k+1); a, b = torch.randn(6, 4), torch.randn(5, 4)
+        torch.testing.assert_close((V @ I.T)[shard == k], (a @ b.T)[shard == k])
