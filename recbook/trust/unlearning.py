@@ -24,9 +24,9 @@ __all__ = ['click_prompts', 'Prompts', 'encode_prompts', 'take', 'joined', 'next
            'kl', 'jsd', 'symmetric_kl', 'true_logprob', 'evaluate_unlearning', 'beside', 'two_losses',
            'gradient_ascent', 'neg_grad', 'bad_teacher', 'sisa', 'macs', 'forgetting_teacher', 'soft_cross_entropy',
            'e2urec_loss', 'forget_loss', 'as_request', 'merged', 'e2urec', 'request_gradient', 'curvature_products',
-           'stochastic_solve', 'adapter_params', 'llmeraser', 'edge_graph', 'InfluenceEncoder', 'Graph', 'pair_loss',
-           'push_loss', 'keep_loss', 'contrast_loss', 'pretrain_encoder', 'as_edge_request', 'graph_model',
-           'unlearn_edges', 'Scores', 'graph_influence', 'balanced_shards', 'sharded']
+           'stochastic_solve', 'adapter_params', 'settle', 'full_product', 'llmeraser', 'edge_graph',
+           'InfluenceEncoder', 'Graph', 'pair_loss', 'push_loss', 'keep_loss', 'contrast_loss', 'pretrain_encoder',
+           'as_edge_request', 'graph_model', 'unlearn_edges', 'Scores', 'graph_influence', 'balanced_shards', 'sharded']
 
 # %% ../../nbs/trust/02_unlearning.ipynb #00000007
 def click_prompts(
@@ -341,21 +341,55 @@ def adapter_params(model) -> dict[str, nn.Parameter]:
     if not names: raise ValueError("the model has no adapters: LLMEraser moves a LoRA; wrap the model with recbook.lm.lora (or peft) and fine-tune it first")
     return params_of(model, names)
 
+def settle(
+    model, # peft model; a copy is trained, dropout off
+    rows:Prompts,
+    ridge:float=1e-2, # the loss is the mean cross-entropy + ridge/2 |adapter|^2
+    steps:int=100, tol:float=1e-3, # at most so many L-BFGS steps; stop when no coordinate of the gradient exceeds tol
+    ) -> tuple: # the model, and what it took: dict(evaluations, start, gradient); the last two: largest coordinates
+    "The adapter at a regularised minimum: where an influence step means something."
+    m = copy.deepcopy(model).eval(); P = adapter_params(m); log = []
+    for k, p in m.named_parameters(): p.requires_grad_(k in P)
+    def closure():
+        opt.zero_grad(); loss = answer_loss(m, rows) + ridge/2*flatten(P).square().sum(); loss.backward()
+        log.append(max(p.grad.abs().max().item() for p in P.values())); return loss
+    opt = torch.optim.LBFGS(list(P.values()), lr=1., max_iter=steps, max_eval=2*steps, history_size=50, tolerance_grad=tol, tolerance_change=0., line_search_fn="strong_wolfe")
+    if steps: opt.step(closure)
+    n = len(log); closure(); opt.zero_grad()
+    return m, dict(evaluations=n, start=log[0], gradient=log[-1])
+
+# %% ../../nbs/trust/02_unlearning.ipynb #a87fede0
+def full_product(
+    model, rows:Sequence[Tensor], params, kind:str="ggn", batch_size:int=256,
+    ) -> Callable: # v -> H v over all rows
+    "The curvature-vector product on all rows, in chunks."
+    parts = [tuple(t[k:k+batch_size] for t in rows) for k in range(0, len(rows[0]), batch_size)]
+    each = [next(curvature_products(model, p, params, kind, len(p[0]))) for p in parts]
+    return lambda v: sum(len(p[0])/len(rows[0])*f(v) for p, f in zip(parts, each))
+
 def llmeraser(
-    model, # peft model, fine-tuned on forget and retain to (near) a minimum
+    model, # peft model, fine-tuned on forget and retain to (near) a minimum, e.g. by `settle`
     tok, forget, retain, # rows with `prompt` and `completion`, or Prompts
     replace=None, # the rows that take the place of `forget` one by one (QM, RC); None removes them (IR)
-    steps:int=100, lr:float=1e-3, damping:float=1e-2, # of the solver
-    kind:str="ggn", batch_size:int=64, seed:int=0):
+    damping:float=1e-2, # the ridge of the training, or more
+    solver:str="adam", # "adam": mini-batches (LLMEraser); "cg": conjugate gradients on all rows
+    steps:int=100, lr:float=1e-3, batch_size:int=64, # of adam
+    tol:float=2e-3, # of cg
+    kind:str="ggn", seed:int=0,
+    spent:dict|None=None): # is told how many `rows` went through curvature products
     "A copy of the model whose adapter has moved by one influence step (LLMEraser)."
     adapter_params(model)
+    if solver not in ("adam", "cg"): raise ValueError(f"solver={solver!r}: must be 'adam' or 'cg'")
     forget, retain = as_request(tok, forget, retain)
     after = None if replace is None else encode_prompts(tok, replace)
     if after is not None and len(after.y) != len(forget.y): raise ValueError(f"{len(after.y)} rows replace {len(forget.y)}: one for one")
-    m = copy.deepcopy(model).eval(); P = adapter_params(m)
-    rows = joined(forget, retain)
+    m = copy.deepcopy(model).eval(); P = adapter_params(m); rows, used = joined(forget, retain), [0]
     b = request_gradient(m, len(rows.y), forget, after, P)
-    add_(P, stochastic_solve(curvature_products(m, rows, P, kind, batch_size, seed), b, steps, lr, damping))
+    def counted(f, n): return lambda v: (used.__setitem__(0, used[0] + n), f(v))[1]
+    if solver == "cg": delta = solve(counted(full_product(m, rows, P, kind), len(rows.y)), -b, damping, tol)
+    else: delta = stochastic_solve((counted(f, min(batch_size, len(rows.y))) for f in curvature_products(m, rows, P, kind, batch_size, seed)), b, steps, lr, damping)
+    add_(P, delta)
+    if spent is not None: spent["rows"] = used[0]
     return m
 
 # %% ../../nbs/trust/02_unlearning.ipynb #9465d0b1
