@@ -262,6 +262,41 @@ def test_llmeraser_moves_the_adapter_only_and_nothing_for_nothing(tok, model, ro
         assert changed and all("lora_" in k for k in changed)
     assert not differ(m, before)
 
+def test_settle_ends_at_a_regularised_minimum_and_moves_the_adapter_only(model, parts):
+    m, rows = lora(copy.deepcopy(model), 4, 32, ["lm_head"]).eval(), parts[1]; before = copy.deepcopy(m)
+    out, took = U.settle(m, rows, ridge=.05, steps=200, tol=1e-3)
+    P = U.adapter_params(out); g = (grad_of(out, U.answer_loss, rows, P) + .05*flatten(P)).detach()
+    assert g.abs().max() < 1e-3*1.01 and took["gradient"] == pytest.approx(g.abs().max().item(), rel=.2, abs=1e-5) and took["start"] > 10*took["gradient"] and took["evaluations"] > 3
+    assert not differ(m, before) and all("lora_" in k for k in differ(out, m))
+    here, none = U.settle(out, rows, ridge=.05, steps=0)
+    assert not differ(here, out) and none["evaluations"] == 0
+    back = U.settle(here, rows, ridge=.05, steps=5, tol=2e-3)[0] # already there
+    assert not differ(back, out)
+    with pytest.raises(ValueError, match="no adapters"): U.settle(model, rows)
+
+def test_full_product_and_conjugate_gradients_against_an_explicit_inverse(tok, model, rows):
+    f, r = rows[rows.user < 2], rows[rows.user >= 2]; m = lora(copy.deepcopy(model), 1, 2, ["v_proj"]).eval(); torch.manual_seed(2)
+    for p in U.adapter_params(m).values(): nn.init.normal_(p, std=.1)
+    x = U.joined(U.encode_prompts(tok, f), U.encode_prompts(tok, r)); P = U.adapter_params(m); like = flatten(P).detach()
+    H = dense(U.full_product(m, x, P, batch_size=7), like)
+    torch.testing.assert_close(H, dense(next(U.curvature_products(m, x, P, batch_size=len(x.y))), like), atol=1e-6, rtol=1e-3)
+    b = U.request_gradient(m, len(x.y), U.encode_prompts(tok, f), None, P)
+    out = U.llmeraser(m, tok, f, r, solver="cg", damping=.05, tol=1e-5, spent=(spent := {}))
+    want = -torch.linalg.solve(H + .05*torch.eye(len(like)), b)
+    got = flatten(U.adapter_params(out)).detach() - like
+    torch.testing.assert_close(got, want, atol=1e-3*want.abs().max().item(), rtol=1e-2)
+    assert spent["rows"] % len(x.y) == 0 and spent["rows"] > 0
+    U.llmeraser(m, tok, f, r, steps=3, batch_size=8, spent=spent); assert spent["rows"] == 24
+    with pytest.raises(ValueError, match="solver='sgd'"): U.llmeraser(m, tok, f, r, solver="sgd")
+
+def test_at_a_minimum_a_step_points_to_the_retrained_adapter(tok, model, parts):
+    f, r = U.take(parts[0], slice(2)), parts[1]; both = U.joined(f, r); n = len(both.y); ridge = .05
+    start = lora(copy.deepcopy(model), 4, 32, ["lm_head"]).eval() # the output layer: where the formula holds well
+    m = U.settle(start, both, ridge, 200, 1e-5)[0]; true = U.settle(m, r, ridge*n/len(r.y), 200, 1e-5)[0]
+    theta = lambda x: flatten(U.adapter_params(x)).detach()
+    step, change = theta(U.llmeraser(m, tok, f, r, solver="cg", damping=ridge, tol=1e-4)) - theta(m), theta(true) - theta(m)
+    assert F.cosine_similarity(step, change, dim=0) > .9 and (step - change).norm() < change.norm()
+
 def test_a_small_step_raises_the_loss_of_what_is_removed(tok, model, parts):
     f, r = parts; m = U.sft(adapter(model), U.joined(f, r), 40, 1e-2, 16)
     out = U.llmeraser(m, tok, f, r, steps=20, lr=2e-3, damping=.1)
