@@ -7,6 +7,7 @@ from scipy.spatial.distance import jensenshannon
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from recbook.collaborative.graph_cf import LightGCN, bpr_loss, horner
 from recbook.gradients import dense, flatten, grad_of, hvp, params_of
 from recbook.lm import lora, mark_ids, nano_tokenizer
 from recbook.trust import unlearning as U
@@ -261,6 +262,41 @@ def test_llmeraser_moves_the_adapter_only_and_nothing_for_nothing(tok, model, ro
         assert changed and all("lora_" in k for k in changed)
     assert not differ(m, before)
 
+def test_settle_ends_at_a_regularised_minimum_and_moves_the_adapter_only(model, parts):
+    m, rows = lora(copy.deepcopy(model), 4, 32, ["lm_head"]).eval(), parts[1]; before = copy.deepcopy(m)
+    out, took = U.settle(m, rows, ridge=.05, steps=200, tol=1e-3)
+    P = U.adapter_params(out); g = (grad_of(out, U.answer_loss, rows, P) + .05*flatten(P)).detach()
+    assert g.abs().max() < 1e-3*1.01 and took["gradient"] == pytest.approx(g.abs().max().item(), rel=.2, abs=1e-5) and took["start"] > 10*took["gradient"] and took["evaluations"] > 3
+    assert not differ(m, before) and all("lora_" in k for k in differ(out, m))
+    here, none = U.settle(out, rows, ridge=.05, steps=0)
+    assert not differ(here, out) and none["evaluations"] == 0
+    back = U.settle(here, rows, ridge=.05, steps=5, tol=2e-3)[0] # already there
+    assert not differ(back, out)
+    with pytest.raises(ValueError, match="no adapters"): U.settle(model, rows)
+
+def test_full_product_and_conjugate_gradients_against_an_explicit_inverse(tok, model, rows):
+    f, r = rows[rows.user < 2], rows[rows.user >= 2]; m = lora(copy.deepcopy(model), 1, 2, ["v_proj"]).eval(); torch.manual_seed(2)
+    for p in U.adapter_params(m).values(): nn.init.normal_(p, std=.1)
+    x = U.joined(U.encode_prompts(tok, f), U.encode_prompts(tok, r)); P = U.adapter_params(m); like = flatten(P).detach()
+    H = dense(U.full_product(m, x, P, batch_size=7), like)
+    torch.testing.assert_close(H, dense(next(U.curvature_products(m, x, P, batch_size=len(x.y))), like), atol=1e-6, rtol=1e-3)
+    b = U.request_gradient(m, len(x.y), U.encode_prompts(tok, f), None, P)
+    out = U.llmeraser(m, tok, f, r, solver="cg", damping=.05, tol=1e-5, spent=(spent := {}))
+    want = -torch.linalg.solve(H + .05*torch.eye(len(like)), b)
+    got = flatten(U.adapter_params(out)).detach() - like
+    torch.testing.assert_close(got, want, atol=1e-3*want.abs().max().item(), rtol=1e-2)
+    assert spent["rows"] % len(x.y) == 0 and spent["rows"] > 0
+    U.llmeraser(m, tok, f, r, steps=3, batch_size=8, spent=spent); assert spent["rows"] == 24
+    with pytest.raises(ValueError, match="solver='sgd'"): U.llmeraser(m, tok, f, r, solver="sgd")
+
+def test_at_a_minimum_a_step_points_to_the_retrained_adapter(tok, model, parts):
+    f, r = U.take(parts[0], slice(2)), parts[1]; both = U.joined(f, r); n = len(both.y); ridge = .05
+    start = lora(copy.deepcopy(model), 4, 32, ["lm_head"]).eval() # the output layer: where the formula holds well
+    m = U.settle(start, both, ridge, 200, 1e-5)[0]; true = U.settle(m, r, ridge*n/len(r.y), 200, 1e-5)[0]
+    theta = lambda x: flatten(U.adapter_params(x)).detach()
+    step, change = theta(U.llmeraser(m, tok, f, r, solver="cg", damping=ridge, tol=1e-4)) - theta(m), theta(true) - theta(m)
+    assert F.cosine_similarity(step, change, dim=0) > .9 and (step - change).norm() < change.norm()
+
 def test_a_small_step_raises_the_loss_of_what_is_removed(tok, model, parts):
     f, r = parts; m = U.sft(adapter(model), U.joined(f, r), 40, 1e-2, 16)
     out = U.llmeraser(m, tok, f, r, steps=20, lr=2e-3, damping=.1)
@@ -320,12 +356,80 @@ def test_pretraining_moves_H_and_eta_only_and_pushes_requests_down():
     assert mean(enc(U.edge_graph(f, n, m))) < mean(enc.E0)
     with pytest.raises(ValueError, match="share=1"): U.pretrain_encoder(encoder(), EDGES, 6, 5, share=1.)
 
-def test_tuning_a_request_lowers_its_edges():
-    torch.manual_seed(0); E0 = torch.randn(11, 4); f, rest = EDGES[:3], EDGES[3:]
-    before = U.Graph(rest, 6, 5).embed(E0); s = lambda V, I: (V[f[:, 0]]*I[f[:, 1]]).sum(1).mean()
-    same = U.unlearn_edges(E0, f, rest, 6, 5, steps=0)
-    torch.testing.assert_close(torch.cat(same), torch.cat(before))
-    assert s(*U.unlearn_edges(E0, f, rest, 6, 5, steps=20, lr=.02, push=1.)) < s(*before)
-    assert s(*U.unlearn_edges(E0, f, rest, 6, 5, steps=20, lr=.02, ascend=True)) < s(*before)
-    with pytest.raises(ValueError, match="nothing to forget"): U.unlearn_edges(E0, f[:0], rest, 6, 5)
-    with pytest.raises(ValueError, match="nothing remains"): U.unlearn_edges(E0, EDGES, EDGES[:0], 6, 5)
+def light(edges=EDGES, seed=0):
+    torch.manual_seed(seed); m = LightGCN(U.edge_graph(edges, 6, 5), 6, 4); nn.init.normal_(m.E0)
+    return m
+
+def score_of(m, f=EDGES[:3]): V, I = m(); return (V[f[:, 0]]*I[f[:, 1]]).sum(1).mean()
+
+def test_answers_to_a_request_are_models_on_the_remaining_graph():
+    f, rest = EDGES[:3], EDGES[3:]; m = light(); enc = InfluenceEncoderOf(m); nn.init.normal_(enc.H0)
+    before = [p.clone() for p in (*enc.parameters(), m.E0)]
+    dropped = U.graph_model(U.edge_graph(rest, 6, 5), m.E0, 6)
+    asked = U.Graph(rest, 6, 5).sample(*torch.from_numpy(rest.T.copy())) # the pairs that `valid=rest` asks about
+    def loss(x): return U.pair_loss(x.E0, *x(), asked).item()
+    def margin(x): S = (lambda V, I: V @ I.T)(*x())[0]; return S[[0, 1, 4]].mean() - S[[2, 3]].mean() # of user 0, who asks
+    torch.testing.assert_close(torch.cat(dropped()), torch.cat(U.Graph(rest, 6, 5).embed(m.E0)))
+    torch.testing.assert_close(torch.cat(U.unlearn_edges(m, f, rest, 6, 5, steps=0)()), torch.cat(dropped()))
+    torch.testing.assert_close(U.unlearn_edges(enc, f, rest, 6, 5, steps=0).E0, enc(U.edge_graph(f, 6, 5)))
+    for start in (m, enc):
+        first = U.unlearn_edges(start, f, rest, 6, 5, steps=0)
+        out = U.unlearn_edges(start, f, rest, 6, 5, steps=20, lr=.02, push=1.)
+        assert isinstance(out, LightGCN) and score_of(out) < score_of(first)
+        assert margin(U.unlearn_edges(start, f, rest, 6, 5, steps=20, lr=.02, ascend=True)) < margin(first)
+        held = U.unlearn_edges(start, f, rest, 6, 5, steps=20, lr=1., valid=rest)
+        assert loss(held) <= loss(first) # the best step is kept
+    assert all(torch.equal(a, b) for a, b in zip(before, (*enc.parameters(), m.E0))) # what is given is not touched
+
+def InfluenceEncoderOf(m): return U.InfluenceEncoder(m.E0.detach(), torch.cat(m()).detach())
+
+def test_tuning_moves_the_mlp_too():
+    f, rest = EDGES[:3], EDGES[3:]; enc = InfluenceEncoderOf(light()); nn.init.normal_(enc.H0); x = enc.influence(U.edge_graph(f, 6, 5)).detach()
+    one = U.unlearn_edges(enc, f, rest, 6, 5, steps=1, lr=.01, batch_size=99).E0.detach() # Adam's first step moves whatever has a gradient by lr
+    with_mlp = (one - enc(U.edge_graph(f, 6, 5))).abs().max()
+    assert with_mlp > .0101 and x.abs().max() > .1 # more than the embeddings alone could move
+
+def test_losses_of_the_graph_against_the_recommenders_own():
+    m = light(); batch = tuple(torch.tensor(t) for t in ([0, 1, 2], [1, 2, 3], [4, 0, 0]))
+    torch.testing.assert_close(U.pair_loss(m.E0, *m(), batch, l2=.1), bpr_loss(m, batch, .1))
+    f, rest = EDGES[:3], EDGES[3:]
+    far = U.unlearn_edges(m, f, rest, 6, 5, steps=60, lr=.05, push=1., seed=1); near = U.unlearn_edges(m, f, rest, 6, 5, steps=60, lr=.05, push=1., keep=5., seed=1)
+    u, i = (torch.from_numpy(c) for c in rest.T.copy()); V0, I0 = m()
+    off = lambda x: U.keep_loss(*(V[u] @ I[i].T for V, I in (x(), (V0, I0)))).item()
+    assert off(near) < off(far) # L_p holds what remains
+
+def test_edge_requests_that_cannot_be_answered():
+    f, rest = EDGES[:3], EDGES[3:]; m = light()
+    for method in (lambda *a: U.unlearn_edges(m, *a), lambda *a: U.graph_influence(m, *a)):
+        with pytest.raises(ValueError, match="nothing to forget"): method(f[:0], rest, 6, 5)
+        with pytest.raises(ValueError, match="nothing remains"): method(EDGES, EDGES[:0], 6, 5)
+        with pytest.raises(ValueError, match=r"1 edge.*both sets, such as \(0, 0\)"): method(f, np.r_[rest, f[:1]], 6, 5)
+        with pytest.raises(ValueError, match="outside of 6 users x 2 items"): method(f, rest, 6, 2)
+        with pytest.raises(ValueError, match="shape"): method(f[:, :1], rest, 6, 5)
+
+def test_graph_influence_against_an_explicit_inverse():
+    m = light(); f, rest = EDGES[:2], EDGES[2:]; lam = .05; torch.manual_seed(0)
+    out, n = U.graph_influence(m, f, rest, 6, 5, damping=lam, negatives=2, tol=1e-8, seed=0)
+    order = np.r_[rest, f]; g, r = U.Graph(order, 6, 5), U.Graph(rest, 6, 5)
+    u, i = torch.from_numpy(order.T.copy()).repeat(1, 2); u, i, j = g.sample(u, i); stays = (torch.arange(len(order)) < len(rest)).repeat(2)
+    def loss(A, e, k): F_ = horner(A, e, 3); return F.softplus(-(F_[u[k]]*(F_[6+i[k]] - F_[6+j[k]])).sum(1)).sum()/len(u)
+    dense_A = {x: x.A.to_dense() for x in (g, r)}; e = m.E0.detach().clone().requires_grad_()
+    b = torch.autograd.grad(loss(dense_A[r], e, stays) - loss(dense_A[g], e, torch.ones_like(stays)), e)[0].flatten()
+    def scores(v): F_ = horner(dense_A[g], v.reshape(11, 4), 3); return (F_[u]*(F_[6+i] - F_[6+j])).sum(1)
+    J = torch.autograd.functional.jacobian(scores, e.detach().flatten()); p = torch.sigmoid(scores(e.detach().flatten()))
+    H = J.T @ ((p*(1-p))[:, None]*J)/len(u)
+    want = -torch.linalg.solve(H + lam*torch.eye(44), b)
+    torch.testing.assert_close((out.E0 - m.E0).detach().flatten(), want, atol=1e-4*want.abs().max().item(), rtol=1e-3)
+    assert n > 3 and torch.equal(out.A.to_dense(), r.A.to_dense())
+
+def test_shards_are_balanced_and_of_similar_users():
+    X = torch.cat([torch.randn(10, 3) + c for c in (-9., 0., 9.)]); shard = U.balanced_shards(X, 3, seed=1)
+    assert sorted(np.bincount(shard)) == [10, 10, 10] and all(len(set(shard[k:k+10])) == 1 for k in (0, 10, 20))
+    assert sorted(np.bincount(U.balanced_shards(torch.randn(11, 2), 4))) == [2, 3, 3, 3]
+    made = []
+    def train(e): made.append(e); torch.manual_seed(len(made)); return torch.randn(6, 4), torch.randn(5, 4)
+    shard = np.array([0, 1, 0, 1, 0, 1]); V, I = U.sharded(train, EDGES, shard)
+    assert sum(map(len, made)) == len(EDGES) and all((shard[e[:, 0]] == k).all() for k, e in enumerate(made))
+    for k in (0, 1): # every user meets the items of its own shard
+        torch.manual_seed(k+1); a, b = torch.randn(6, 4), torch.randn(5, 4)
+        torch.testing.assert_close((V @ I.T)[shard == k], (a @ b.T)[shard == k])

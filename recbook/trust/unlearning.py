@@ -12,9 +12,9 @@ import numpy as np, pandas as pd, scipy.sparse as sp, torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from ..collaborative.graph_cf import Smooth, SymMM, sparse_tensor, sym_norm, uniform_negatives
+from ..collaborative.graph_cf import LightGCN, Smooth, SymMM, horner, sparse_tensor, sym_norm, uniform_negatives
 from ..data import Interactions
-from ..gradients import add_, ggn_vp, grad_of, hvp, params_of
+from ..gradients import add_, flatten, ggn_vp, grad_of, hvp, params_of, solve
 from ..lm import label_ids, lora
 from ..metrics import auc
 from ..training import batches, fit, set_seed
@@ -24,8 +24,9 @@ __all__ = ['click_prompts', 'Prompts', 'encode_prompts', 'take', 'joined', 'next
            'kl', 'jsd', 'symmetric_kl', 'true_logprob', 'evaluate_unlearning', 'beside', 'two_losses',
            'gradient_ascent', 'neg_grad', 'bad_teacher', 'sisa', 'macs', 'forgetting_teacher', 'soft_cross_entropy',
            'e2urec_loss', 'forget_loss', 'as_request', 'merged', 'e2urec', 'request_gradient', 'curvature_products',
-           'stochastic_solve', 'adapter_params', 'llmeraser', 'edge_graph', 'InfluenceEncoder', 'Graph', 'pair_loss',
-           'push_loss', 'keep_loss', 'contrast_loss', 'pretrain_encoder', 'unlearn_edges']
+           'stochastic_solve', 'adapter_params', 'settle', 'full_product', 'llmeraser', 'edge_graph',
+           'InfluenceEncoder', 'Graph', 'pair_loss', 'push_loss', 'keep_loss', 'contrast_loss', 'pretrain_encoder',
+           'as_edge_request', 'graph_model', 'unlearn_edges', 'Scores', 'graph_influence', 'balanced_shards', 'sharded']
 
 # %% ../../nbs/trust/02_unlearning.ipynb #00000007
 def click_prompts(
@@ -340,21 +341,55 @@ def adapter_params(model) -> dict[str, nn.Parameter]:
     if not names: raise ValueError("the model has no adapters: LLMEraser moves a LoRA; wrap the model with recbook.lm.lora (or peft) and fine-tune it first")
     return params_of(model, names)
 
+def settle(
+    model, # peft model; a copy is trained, dropout off
+    rows:Prompts,
+    ridge:float=1e-2, # the loss is the mean cross-entropy + ridge/2 |adapter|^2
+    steps:int=100, tol:float=1e-3, # at most so many L-BFGS steps; stop when no coordinate of the gradient exceeds tol
+    ) -> tuple: # the model, and what it took: dict(evaluations, start, gradient); the last two: largest coordinates
+    "The adapter at a regularised minimum: where an influence step means something."
+    m = copy.deepcopy(model).eval(); P = adapter_params(m); log = []
+    for k, p in m.named_parameters(): p.requires_grad_(k in P)
+    def closure():
+        opt.zero_grad(); loss = answer_loss(m, rows) + ridge/2*flatten(P).square().sum(); loss.backward()
+        log.append(max(p.grad.abs().max().item() for p in P.values())); return loss
+    opt = torch.optim.LBFGS(list(P.values()), lr=1., max_iter=steps, max_eval=2*steps, history_size=50, tolerance_grad=tol, tolerance_change=0., line_search_fn="strong_wolfe")
+    if steps: opt.step(closure)
+    n = len(log); closure(); opt.zero_grad()
+    return m, dict(evaluations=n, start=log[0], gradient=log[-1])
+
+# %% ../../nbs/trust/02_unlearning.ipynb #a87fede0
+def full_product(
+    model, rows:Sequence[Tensor], params, kind:str="ggn", batch_size:int=256,
+    ) -> Callable: # v -> H v over all rows
+    "The curvature-vector product on all rows, in chunks."
+    parts = [tuple(t[k:k+batch_size] for t in rows) for k in range(0, len(rows[0]), batch_size)]
+    each = [next(curvature_products(model, p, params, kind, len(p[0]))) for p in parts]
+    return lambda v: sum(len(p[0])/len(rows[0])*f(v) for p, f in zip(parts, each))
+
 def llmeraser(
-    model, # peft model, fine-tuned on forget and retain to (near) a minimum
+    model, # peft model, fine-tuned on forget and retain to (near) a minimum, e.g. by `settle`
     tok, forget, retain, # rows with `prompt` and `completion`, or Prompts
     replace=None, # the rows that take the place of `forget` one by one (QM, RC); None removes them (IR)
-    steps:int=100, lr:float=1e-3, damping:float=1e-2, # of the solver
-    kind:str="ggn", batch_size:int=64, seed:int=0):
+    damping:float=1e-2, # the ridge of the training, or more
+    solver:str="adam", # "adam": mini-batches (LLMEraser); "cg": conjugate gradients on all rows
+    steps:int=100, lr:float=1e-3, batch_size:int=64, # of adam
+    tol:float=2e-3, # of cg
+    kind:str="ggn", seed:int=0,
+    spent:dict|None=None): # is told how many `rows` went through curvature products
     "A copy of the model whose adapter has moved by one influence step (LLMEraser)."
     adapter_params(model)
+    if solver not in ("adam", "cg"): raise ValueError(f"solver={solver!r}: must be 'adam' or 'cg'")
     forget, retain = as_request(tok, forget, retain)
     after = None if replace is None else encode_prompts(tok, replace)
     if after is not None and len(after.y) != len(forget.y): raise ValueError(f"{len(after.y)} rows replace {len(forget.y)}: one for one")
-    m = copy.deepcopy(model).eval(); P = adapter_params(m)
-    rows = joined(forget, retain)
+    m = copy.deepcopy(model).eval(); P = adapter_params(m); rows, used = joined(forget, retain), [0]
     b = request_gradient(m, len(rows.y), forget, after, P)
-    add_(P, stochastic_solve(curvature_products(m, rows, P, kind, batch_size, seed), b, steps, lr, damping))
+    def counted(f, n): return lambda v: (used.__setitem__(0, used[0] + n), f(v))[1]
+    if solver == "cg": delta = solve(counted(full_product(m, rows, P, kind), len(rows.y)), -b, damping, tol)
+    else: delta = stochastic_solve((counted(f, min(batch_size, len(rows.y))) for f in curvature_products(m, rows, P, kind, batch_size, seed)), b, steps, lr, damping)
+    add_(P, delta)
+    if spent is not None: spent["rows"] = used[0]
     return m
 
 # %% ../../nbs/trust/02_unlearning.ipynb #9465d0b1
@@ -388,10 +423,14 @@ class InfluenceEncoder(nn.Module):
         for _ in range(self.L): H.append(SymMM.apply(A, H[-1]))
         return H
 
-    def forward(self, A:Tensor) -> Tensor: # (N, d) new E0; A: sparse (N, N) graph of the request
+    def influence(self, A:Tensor) -> Tensor: # (N, d); A: sparse (N, N) graph of the request
+        "What goes into the MLP: -rho W + H."
         W, H = self.eta*self.E, self.layers(A)
         for _ in range(self.L): W = SymMM.apply(A, W)
-        return self.E0 + self.mlp(sum(H if self.offset else H[1:]) - self.rho*W)
+        return sum(H if self.offset else H[1:]) - self.rho*W
+
+    def forward(self, A:Tensor) -> Tensor: # (N, d) new E0
+        return self.E0 + self.mlp(self.influence(A))
 
 # %% ../../nbs/trust/02_unlearning.ipynb #f7fd7a8c
 class Graph:
@@ -404,9 +443,16 @@ class Graph:
     def embed(self, E0): return Smooth.apply(self.A, E0, self.K).split([self.n_users, self.n_items])
     def loader(self, batch_size, seed): return batches(*(torch.from_numpy(c) for c in self.edges.T.copy()), batch_size=batch_size, sample=self.sample, seed=seed)
 
-def pair_loss(U, I, batch): # BPR of (u, i, j)
+def pair_loss(
+    E0:Tensor, # (N, d) layer 0
+    U:Tensor, I:Tensor, # final embeddings
+    batch, # u, i, j: users, clicked items, negatives, each (b,)
+    l2:float=0., # weight of the layer-0 rows in the batch
+    ) -> Tensor: # scalar
+    "The recommender's own loss: BPR, with L2 as in LightGCN."
     u, i, j = batch
-    return F.softplus((U[u]*(I[j] - I[i])).sum(1)).mean()
+    rank = F.softplus((U[u]*(I[j] - I[i])).sum(1)).mean()
+    return rank + l2*E0[torch.cat([u, len(U)+i, len(U)+j])].square().sum()/(2*len(u))
 
 def push_loss(U, I, edges): # L_u: -log sigmoid(-score) of the edges to forget
     u, i = (torch.from_numpy(c) for c in edges.T.copy())
@@ -432,7 +478,7 @@ def pretrain_encoder(
     epochs:int=40, every:int=5, # epochs, and after how many a new request is drawn
     share:float=.2, # of all edges, in a simulated request
     weights=(1., .005, 1e-3), # lambda_u, lambda_p, lambda_c
-    lr:float=1e-3, batch_size:int=1024, seed:int=0) -> InfluenceEncoder: # trained in place
+    lr:float=1e-3, l2:float=1e-4, batch_size:int=1024, seed:int=0) -> InfluenceEncoder: # trained in place
     "Teach the encoder to answer simulated requests; only H_0 and eta move."
     if not 0 < share < 1: raise ValueError(f"share={share}: a simulated request is between none and all of the edges")
     rng, opt = np.random.default_rng(seed), torch.optim.Adam([encoder.H0, encoder.eta], lr=lr)
@@ -443,29 +489,112 @@ def pretrain_encoder(
             g, A = Graph(edges[~gone], n_users, n_items), edge_graph(edges[gone], n_users, n_items)
             thin = edge_graph(edges[gone][rng.random(gone.sum()) >= .05], n_users, n_items)
         for u, i, j in g.loader(batch_size, seed + epoch):
-            U, I = g.embed(encoder(A))
-            loss = pair_loss(U, I, (u, i, j)) + weights[0]*push_loss(U, I, edges[gone]) + weights[1]*keep_loss(U[u] @ I[i].T, U0[u] @ I0[i].T)
+            E0 = encoder(A); U, I = g.embed(E0)
+            loss = pair_loss(E0, U, I, (u, i, j), l2) + weights[0]*push_loss(U, I, edges[gone]) + weights[1]*keep_loss(U[u] @ I[i].T, U0[u] @ I0[i].T)
             nodes = torch.cat([u.unique(), n_users + i.unique()])
             loss = loss + weights[2]*sum(contrast_loss(a[nodes], b[nodes]) for a, b in zip(encoder.layers(A)[1:], encoder.layers(thin)[1:]))
             opt.zero_grad(); loss.backward(); opt.step()
     return encoder
 
-def unlearn_edges(
-    E0:Tensor, # (N, d) where to start: the encoder's answer, or the trained embeddings
-    forget:np.ndarray, remaining:np.ndarray, # (m, 2) edges
-    n_users:int, n_items:int, steps:int=10, lr:float=1e-3, push:float=.2, # push: weight of L_u
-    ascend:bool=False, # gradient ascent on the BPR loss of the forgotten edges instead
-    batch_size:int=1024, seed:int=0) -> tuple[Tensor, Tensor]: # final embeddings of users and items
-    "A few steps on what remains, with the edges to forget pushed down."
+# %% ../../nbs/trust/02_unlearning.ipynb #cccf97fa
+def as_edge_request(forget, remaining, n_users, n_items) -> tuple[np.ndarray, np.ndarray]:
+    "Both sets as arrays of (user, item), after checking that this is a request that can be answered."
     if not len(forget): raise ValueError("the forget set is empty: there is nothing to forget, keep the model")
     if not len(remaining): raise ValueError("nothing remains: everything is to be forgotten, there is no model left to keep")
-    g, E = Graph(remaining, n_users, n_items), nn.Parameter(E0.detach().clone())
-    opt, done = torch.optim.Adam([E], lr=lr), 0
-    f = torch.from_numpy(forget.copy())
-    while done < steps:
-        for batch in g.loader(batch_size, seed + done):
-            if done == steps: break
-            U, I = g.embed(E)
-            loss = -pair_loss(U, I, g.sample(f[:, 0], f[:, 1])) if ascend else pair_loss(U, I, batch) + push*push_loss(U, I, forget)
-            opt.zero_grad(); loss.backward(); opt.step(); done += 1
-    return tuple(x.detach() for x in g.embed(E))
+    f, r = (np.asarray(x, np.int64) for x in (forget, remaining))
+    for x in (f, r):
+        if x.ndim != 2 or x.shape[1] != 2: raise ValueError(f"edges of shape {x.shape}: need one row (user, item) an edge")
+        if x.min() < 0 or x[:, 0].max() >= n_users or x[:, 1].max() >= n_items: raise ValueError(f"an edge outside of {n_users} users x {n_items} items: use the numbers that the model was trained with")
+    both = np.intersect1d(f[:, 0]*n_items + f[:, 1], r[:, 0]*n_items + r[:, 1])
+    if len(both): raise ValueError(f"{len(both)} edge(s) are in both sets, such as {divmod(int(both[0]), n_items)}: an edge is either forgotten or remains")
+    return f, r
+
+def graph_model(A:Tensor, E0:Tensor, n_users:int, K:int=3) -> LightGCN:
+    "A LightGCN with these layer-0 embeddings."
+    m = LightGCN(A, n_users, E0.shape[1], K)
+    with torch.no_grad(): m.E0.copy_(E0)
+    return m
+
+# %% ../../nbs/trust/02_unlearning.ipynb #0aea93c0
+def unlearn_edges(
+    model:InfluenceEncoder|LightGCN, # a pre-trained encoder; or the recommender itself: tuned without an encoder
+    forget:np.ndarray, remaining:np.ndarray, # (m, 2) edges
+    n_users:int, n_items:int, steps:int=10, lr:float=1e-3, # steps=0: the encoder's answer as it is
+    push:float=.2, keep:float=0., l2:float=1e-4, # weights of L_u, L_p and of the layer-0 rows
+    ascend:bool=False, # gradient ascent on the BPR loss of the forgotten edges instead
+    valid:np.ndarray|None=None, # (m, 2) edges; the step with the lowest BPR loss on them is kept
+    batch_size:int=1024, seed:int=0) -> LightGCN: # on the remaining graph
+    "Answer one request (UnlearnRec): the encoder's pass, then a few steps of the embeddings and its MLP; the model given is not touched."
+    forget, remaining = as_edge_request(forget, remaining, n_users, n_items)
+    g, before = (Graph(e, n_users, n_items) for e in (remaining, np.r_[remaining, forget]))
+    f, encoder = torch.from_numpy(forget.copy()), isinstance(model, InfluenceEncoder)
+    E = nn.Parameter(model.E0.detach().clone()); mlp = copy.deepcopy(model.mlp).requires_grad_(True) if encoder else None
+    with torch.no_grad():
+        x = model.influence(edge_graph(forget, n_users, n_items)) if encoder else None
+        U0, I0 = (model.E if encoder else torch.cat(model())).split([n_users, n_items])
+    answer = (lambda: E + mlp(x)) if encoder else (lambda: E)
+    opt, batch_of = torch.optim.Adam([E, *(mlp.parameters() if encoder else [])], lr=lr), (b for e in range(steps) for b in g.loader(batch_size, seed + e))
+    held = None if valid is None else g.sample(*torch.from_numpy(np.asarray(valid, np.int64).T.copy()))
+    best = (np.inf, answer().detach().clone())
+    for _, (u, i, j) in zip(range(steps), batch_of):
+        E0 = answer(); U, I = g.embed(E0)
+        if ascend: loss = -pair_loss(E0, U, I, before.sample(f[:, 0], f[:, 1]))
+        else:
+            loss = pair_loss(E0, U, I, (u, i, j), l2) + push*push_loss(U, I, forget)
+            if keep: loss = loss + keep*keep_loss(U[u] @ I[i].T, U0[u] @ I0[i].T)
+        opt.zero_grad(); loss.backward(); opt.step()
+        with torch.no_grad(): E0 = answer(); score = 0. if held is None else pair_loss(E0, *g.embed(E0), held).item()
+        if held is None or score < best[0]: best = (score, E0.clone())
+    return graph_model(g.A, best[1], n_users, g.K)
+
+# %% ../../nbs/trust/02_unlearning.ipynb #d7efd01e
+class Scores(nn.Module):
+    "Score differences of (user, clicked, negative) as a function of the final embeddings."
+    def __init__(self, E): super().__init__(); self.E = nn.Parameter(E.clone())
+    def forward(self, batch): u, i, j = batch; return (self.E[u]*(self.E[i] - self.E[j])).sum(1) # items numbered after the users
+
+def graph_influence(
+    model:LightGCN, forget:np.ndarray, remaining:np.ndarray, n_users:int, n_items:int,
+    damping:float=1e-3, negatives:int=5, # of each edge, fixed
+    tol:float=.05, seed:int=0) -> tuple[LightGCN, int]: # the model on the remaining graph, products used
+    "One influence step on the layer-0 embeddings of a graph recommender (GIF: edges and smoothing change at once)."
+    forget, remaining = as_edge_request(forget, remaining, n_users, n_items)
+    full, rest = (Graph(e, n_users, n_items) for e in (np.r_[remaining, forget], remaining))
+    u, i = torch.from_numpy(full.edges.T.copy()).repeat(1, negatives)
+    u, i, j = full.sample(u, i); rows = (u, n_users + i, n_users + j)
+    stays = (torch.arange(len(full.edges)) < len(remaining)).repeat(negatives)
+    smooth, E0, loss = (lambda g, X: horner(g.A, X, g.K)), model.E0.detach(), lambda m, b: F.softplus(-m(b)).sum()/len(u)
+    def gradient(g, rows): m = Scores(smooth(g, E0)); return smooth(g, grad_of(m, loss, rows).reshape(E0.shape))
+    b = (gradient(rest, tuple(t[stays] for t in rows)) - gradient(full, rows)).flatten()
+    m, n = Scores(smooth(full, E0)), [0]
+    def product(v):
+        n[0] += 1; Fv = smooth(full, v.reshape(E0.shape))
+        Hv = ggn_vp(m, lambda m, b: m(b), lambda z, b: F.softplus(-z).sum()/len(u), rows, Fv.flatten())
+        return smooth(full, Hv.reshape(E0.shape)).flatten()
+    delta = solve(product, -b, damping, tol)
+    return graph_model(rest.A, E0 + delta.reshape(E0.shape), n_users, full.K), n[0]
+
+# %% ../../nbs/trust/02_unlearning.ipynb #495f76fb
+def balanced_shards(
+    vectors:Tensor, # (n, d) of users
+    n_shards:int=4, rounds:int=10, seed:int=0,
+    ) -> np.ndarray: # (n,) shard of each user
+    "Shards of similar users in equal numbers (RecEraser's partition): k-means where the nearest pairs are placed first and full shards take no more."
+    X = vectors.detach().double().numpy(); n, most = len(X), -(-len(X)//n_shards)
+    centres = X[np.random.default_rng(seed).choice(n, n_shards, replace=False)]
+    for _ in range(rounds):
+        D = ((X[:, None] - centres)**2).sum(2); shard, room = np.full(n, -1), np.full(n_shards, most)
+        for k in np.argsort(D, axis=None, kind="stable"):
+            x, c = divmod(int(k), n_shards)
+            if shard[x] < 0 and room[c]: shard[x], room[c] = c, room[c] - 1
+        centres = np.stack([X[shard == c].mean(0) if (shard == c).any() else centres[c] for c in range(n_shards)])
+    return shard
+
+def sharded(
+    train:Callable, # edges -> (U, I) of a recommender trained on them
+    edges:np.ndarray, shard:np.ndarray, # (m, 2) and (n_users,)
+    ) -> tuple[Tensor, Tensor]: # of the whole: each user meets the items of its own shard's model
+    "One recommender a shard of users (as in RecEraser, without its attention)."
+    S = shard.max() + 1; parts = [train(edges[shard[edges[:, 0]] == k]) for k in range(S)]
+    mine = torch.from_numpy(np.eye(S, dtype=np.float32)[shard])
+    return torch.cat([U.detach()*mine[:, k:k+1] for k, (U, _) in enumerate(parts)], 1), torch.cat([I.detach() for _, I in parts], 1)
