@@ -66,7 +66,7 @@ def relative(
 # %% ../nbs/foundations/10_contribute.ipynb #c19646d4
 def picture(
     records:list[dict], # of `published`
-    n:int=24 # rows at most, spread over the papers
+    n:int=30 # rows at most, spread over the papers
 ):
     "Relative effects with their 95 % intervals as a matplotlib Axes, coloured by verdict; None when nothing is published."
     turn, rows = Counter(), []
