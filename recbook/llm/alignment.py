@@ -8,6 +8,7 @@ import copy, tempfile, warnings, zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pandas as pd, torch
@@ -513,6 +514,7 @@ def profile_users_of(
     return pd.DataFrame(out)
 
 # %% ../../nbs/llm/01_alignment.ipynb #7a683574
+@lru_cache(100_000) # a profile is quoted for many items
 def mentions(text:str, word:str) -> str:
     "What `text` says about `word`, in the order of mention."
     return " ".join("likes" if x.isupper() else "avoids" for x in text.split() if x.lower() == word) or "nothing"
