@@ -443,6 +443,7 @@ def kernel_env(
     old = dict(os.environ)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [old.get("PYTHONPATH")])])
     os.environ |= dict(PYDEVD_DISABLE_FILE_VALIDATION="1", TQDM_DISABLE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_PROGRESS_BARS="1") # no bars in saved pages
+    for k, v in dict(MALLOC_MMAP_THRESHOLD_=1 << 25, MALLOC_TRIM_THRESHOLD_=1 << 32, MALLOC_TOP_PAD_=1 << 28).items(): os.environ.setdefault(k, str(v)) # glibc keeps freed memory: fewer page faults, a tenth of the time of LM chapters
     if jobs > 1:
         n = max(1, cores() // jobs)
         os.environ["OMP_NUM_THREADS"] = str(min(n, int(old.get("OMP_NUM_THREADS") or n)))
