@@ -718,7 +718,9 @@ def lte_prompt(
     if not len(descriptors): return query
     return FRAME.format("".join(f" {k}. {d}." for k, d in enumerate(descriptors, 1)), query)
 
-def descriptor(e:Edit) -> str: return f"{e.prompt} {e.new}"
+def descriptor(e:Edit) -> str:
+    "The line that stands for an edit in the context: its prompt and the new object (LTE)."
+    return f"{e.prompt} {e.new}"
 
 # %% ../../nbs/trust/03_editing.ipynb #0d41a271
 class EditMemory:

@@ -123,7 +123,9 @@ def sft(
     return m.eval()
 
 # %% ../../nbs/trust/02_unlearning.ipynb #00000011
-def kl(p, q): return (p.exp()*(p-q)).sum(-1) # of log-probabilities
+def kl(p:Tensor, q:Tensor) -> Tensor: # log-probabilities (n, vocab) -> (n,) nats
+    "Kullback-Leibler divergence KL(p || q)."
+    return (p.exp()*(p-q)).sum(-1)
 
 def jsd(
     z1:Tensor, z2:Tensor, # (n, vocab) logits
@@ -138,7 +140,9 @@ def symmetric_kl(z1:Tensor, z2:Tensor) -> Tensor: # (n,) nats, unbounded
     p, q = z1.double().log_softmax(-1), z2.double().log_softmax(-1)
     return (kl(p, q) + kl(q, p))/2
 
-def true_logprob(z, y): return z.log_softmax(-1).gather(1, y[:, None])[:, 0]
+def true_logprob(z:Tensor, y:Tensor) -> Tensor: # logits (n, vocab), token ids (n,) -> (n,) nats
+    "Log-probability of the true answer of each row."
+    return z.log_softmax(-1).gather(1, y[:, None])[:, 0]
 
 # %% ../../nbs/trust/02_unlearning.ipynb #abfb500c
 def evaluate_unlearning(
@@ -244,7 +248,9 @@ def e2urec_loss(
     L_rem = soft_cross_entropy(z, p_o) + F.cross_entropy(z, r[2].to(z.device))
     return beta*soft_cross_entropy(next_logits(model, f), p_f) + (1-beta)*L_rem
 
-def forget_loss(model, batch): return soft_cross_entropy(next_logits(model, batch), batch[3])
+def forget_loss(model, batch) -> Tensor: # batch: ids, mask, y, softmax(z_f) -> scalar
+    "The forgetting teacher alone (E2URec, L_FGT)."
+    return soft_cross_entropy(next_logits(model, batch), batch[3])
 
 # %% ../../nbs/trust/02_unlearning.ipynb #b71bff0c
 def as_request(tok, forget, retain) -> tuple[Prompts, Prompts]:
@@ -454,7 +460,8 @@ def pair_loss(
     rank = F.softplus((U[u]*(I[j] - I[i])).sum(1)).mean()
     return rank + l2*E0[torch.cat([u, len(U)+i, len(U)+j])].square().sum()/(2*len(u))
 
-def push_loss(U, I, edges): # L_u: -log sigmoid(-score) of the edges to forget
+def push_loss(U:Tensor, I:Tensor, edges:np.ndarray) -> Tensor: # final embeddings, (m, 2) -> scalar
+    "Mean -log sigmoid(-score) of the edges to forget (UnlearnRec, L_u)."
     u, i = (torch.from_numpy(c) for c in edges.T.copy())
     return F.softplus((U[u]*I[i]).sum(1)).mean()
 
