@@ -4,16 +4,19 @@
 
 # %% ../nbs/foundations/04_training.ipynb #eaf41ca6
 from __future__ import annotations
-import os, random
+import os, random, warnings
 from collections.abc import Callable, Iterable
 from time import perf_counter
+from unittest.mock import patch
 import numpy as np, pandas as pd, torch
+from joblib import Parallel, delayed
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 from tqdm.auto import tqdm
 
 # %% auto #0
-__all__ = ['set_seed', 'pick_device', 'Rows', 'batches', 'as_is', 'Objective', 'fit', 'one_step', 'mean_loss', 'keep_best']
+__all__ = ['set_seed', 'pick_device', 'Rows', 'batches', 'as_is', 'Objective', 'fit', 'one_step', 'mean_loss', 'keep_best',
+           'fan_out']
 
 # %% ../nbs/foundations/04_training.ipynb #58fbd141
 def set_seed(seed:int):
@@ -132,3 +135,16 @@ def keep_best(best, model, row, monitor):
     if monitor not in row: raise ValueError(f"monitor={monitor!r} is not among the metrics {[k for k in row if k not in ('epoch', 'step', 'loss', 'seconds')]}")
     if best and row[monitor] <= best["value"]: return best | dict(waited=best["waited"]+1)
     return dict(value=row[monitor], waited=0, state={k: v.detach().clone() for k, v in model.state_dict().items()})
+
+# %% ../nbs/foundations/04_training.ipynb #519c36eb
+def fan_out(
+    f:Callable, # of one item; what it uses is copied to the workers, so it returns its result and changes nothing here
+    items:Iterable, # seeds, usually
+    jobs:int=1, # processes at the same time; 1: none but this one
+    ) -> list: # in the order of the items
+    "f of every item, on several processes."
+    if jobs < 1: raise ValueError(f"jobs={jobs}: give the number of processes, 1 or more")
+    if jobs == 1: return [f(i) for i in items]
+    with patch.dict(os.environ, PYTHONWARNINGS="ignore"), warnings.catch_warnings(): # workers don't repeat this process's warnings, and are replaced when they have grown
+        warnings.filterwarnings("ignore", message="A worker stopped")
+        return Parallel(n_jobs=jobs)(delayed(f)(i) for i in items)

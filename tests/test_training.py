@@ -2,7 +2,7 @@
 import json, subprocess, sys
 import numpy as np, pytest, torch
 from torch import nn
-from recbook.training import batches, fit, set_seed
+from recbook.training import batches, fan_out, fit, set_seed
 
 SCRIPT = '''
 import json, sys, torch
@@ -103,3 +103,18 @@ def test_a_diverged_run_says_so():
 def test_rows_must_correspond_and_exist():
     with pytest.raises(ValueError, match="different lengths"): batches(np.arange(2), np.arange(3))
     with pytest.raises(ValueError, match="no rows"): batches(np.arange(0))
+
+
+def test_seeds_on_two_processes_are_the_seeds_on_one():
+    import os
+    def weights(s): m = model(s); run(m, steps=10, seed=s); return os.getpid(), m.weight.detach()
+    here, there = (fan_out(weights, iter(range(3)), jobs) for jobs in (1, 2))
+    assert {p for p, _ in here} == {os.getpid()} and os.getpid() not in {p for p, _ in there}
+    assert all(torch.allclose(a, b, atol=1e-6) for (_, a), (_, b) in zip(here, there)) and not torch.equal(here[0][1], here[1][1])
+
+
+def test_fan_out_says_what_went_wrong():
+    with pytest.raises(ValueError, match="jobs=0"): fan_out(abs, [1], 0)
+    def fail(s):
+        if s == 1: raise FloatingPointError(f"seed {s}")
+    with pytest.raises(FloatingPointError, match="seed 1"): fan_out(fail, range(3), 2)
