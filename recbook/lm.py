@@ -97,7 +97,7 @@ def pretrain(
     plan = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=.1)
     history = []
     model.train()
-    for _, ids in zip(tqdm(range(steps), desc=desc, leave=False), batches):
+    for _, ids in zip(tqdm(range(steps), desc=desc, leave=False, disable=bool(os.environ.get("TQDM_DISABLE"))), batches):
         l = loss(ids)
         opt.zero_grad(); l.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.)
@@ -127,6 +127,7 @@ def cached(
 
 # %% ../nbs/foundations/06_lm.ipynb #eaa25b0c
 def corpus_of(world, corpus):
+    "The documents to read: those given, or those of a world."
     if world is not None and corpus is not None: raise ValueError("world and corpus were both given: a model reads one of them")
     docs = list(corpus) if corpus is not None else (world or World(0)).corpus(8)
     if not docs: raise ValueError("the corpus is empty: nothing to read")
@@ -160,7 +161,9 @@ def read_causal(docs, to, hidden_size, n_layers, intermediate_size, steps, seed,
         return m, lambda x: next_token_loss(m(x).logits, x, tok.pad_token_id, mark)
     read(docs, to, build, steps//4, steps, seed, vocab_size, max_length, lr, batch_size)
 
-def mark_ids(tok): return dict(pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id)
+def mark_ids(tok):
+    "Ids of the tokenizer's special tokens, as a model's configuration names them."
+    return dict(pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id)
 
 def read(docs, to, build, facts, steps, seed, vocab_size, max_length, lr, batch_size):
     "Tokenizer, model and loss from `build`, training (first `facts` steps on facts), saving; the caller's random state stays as it was."
@@ -260,7 +263,9 @@ def encode(
             ids[k] = head + x[len(x)-limit+len(head):] if truncate == "left" else x[:limit]
     return tok.pad({"input_ids": ids}, padding=True, padding_side=side, return_tensors="pt")
 
-def context_limit(model): return getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
+def context_limit(model):
+    "Longest input in tokens; None where the model has no limit."
+    return getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
 
 def label_ids(tok, prompts, labels):
     "Ids of the labels as they are tokenized behind the prompts' last characters; each must be one token."
@@ -298,7 +303,9 @@ def answer_logits(
     return torch.cat(out)
 
 # %% ../nbs/foundations/06_lm.ipynb #de272473
-def tokens_only(x): return {k: x[k] for k in ("input_ids", "attention_mask")}
+def tokens_only(x):
+    "What every model takes of a tokenizer's output."
+    return {k: x[k] for k in ("input_ids", "attention_mask")}
 
 # %% ../nbs/foundations/06_lm.ipynb #bfd1619f
 @torch.no_grad()
@@ -586,6 +593,7 @@ def text_vectors(
 
 # %% ../nbs/foundations/06_lm.ipynb #ec0df24b
 def tfidf_vectors(texts, dim, seed):
+    "TF-IDF of the texts, at most `dim` columns (truncated SVD): (n, <= dim)."
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
     T = TfidfVectorizer(sublinear_tf=True).fit_transform(texts)

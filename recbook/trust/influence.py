@@ -485,6 +485,7 @@ def open_booster(
     raise ValueError(f"{name} is not a fitted GradientBoostingClassifier, GradientBoostingRegressor, LGBMClassifier, LGBMRegressor or lightgbm.Booster")
 
 def open_sklearn(model):
+    "The trees of a scikit-learn booster."
     if model.subsample != 1: raise ValueError(f"subsample={model.subsample}: leaves come from part of the rows; refit with subsample=1")
     if model.loss not in ("log_loss", "squared_error"): raise ValueError(f"loss={model.loss!r}: must be 'log_loss' or 'squared_error'")
     trees, eta = model.estimators_, model.learning_rate
@@ -499,6 +500,7 @@ def open_sklearn(model):
 
 # %% ../../nbs/trust/01_influence.ipynb #6ad5bbd5
 def open_lightgbm(model, y):
+    "The trees of a LightGBM booster."
     b = getattr(model, "booster_", model)
     said = dict(re.findall(r"^\[(\w+): (.*)\]$", b.model_to_string(), re.M))
     kinds = dict(binary="binary", multiclass="classes", regression="squares")
@@ -541,6 +543,7 @@ def rounds(b:Boosted, X, y) -> Rounds:
     return Rounds(L + width*np.arange(T*K).reshape(T, K), F, g, h, Y)
 
 def targets(b, y):
+    "Labels as the booster's loss sees them: (n, K)."
     y = np.asarray(y)
     if b.kind == "squares": return y.astype(float)[:, None]
     c = b.classes if b.classes is not None else np.arange(max(2, b.value.shape[1]))
@@ -691,7 +694,9 @@ def tree_influence(
     return f(b, rounds(b, *train), rounds(b, *query), **kw)
 
 # %% ../../nbs/trust/01_influence.ipynb #bf8118a7
-def with_one(X): return np.column_stack([X, np.ones(len(X))])
+def with_one(X):
+    "X with a column of ones."
+    return np.column_stack([X, np.ones(len(X))])
 
 def fit_head(
     X, # (n, d) features, a column of ones among them
@@ -747,6 +752,7 @@ def vote(
 
 # %% ../../nbs/trust/01_influence.ipynb #c3c5f670
 def macro_f1(y, p):
+    "Mean F1 of the two classes, at a threshold of .5."
     from sklearn.metrics import f1_score
     return float(f1_score(y, np.asarray(p) > .5, average="macro"))
 
