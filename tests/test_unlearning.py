@@ -426,10 +426,33 @@ def test_shards_are_balanced_and_of_similar_users():
     X = torch.cat([torch.randn(10, 3) + c for c in (-9., 0., 9.)]); shard = U.balanced_shards(X, 3, seed=1)
     assert sorted(np.bincount(shard)) == [10, 10, 10] and all(len(set(shard[k:k+10])) == 1 for k in (0, 10, 20))
     assert sorted(np.bincount(U.balanced_shards(torch.randn(11, 2), 4))) == [2, 3, 3, 3]
+
+def test_only_touched_shards_are_trained_again():
     made = []
-    def train(e): made.append(e); torch.manual_seed(len(made)); return torch.randn(6, 4), torch.randn(5, 4)
-    shard = np.array([0, 1, 0, 1, 0, 1]); V, I = U.sharded(train, EDGES, shard)
+    def train(e): made.append(e); return light()
+    shard = np.array([0, 1, 0, 1, 0, 1]); first = U.shard_models(train, EDGES, shard)
     assert sum(map(len, made)) == len(EDGES) and all((shard[e[:, 0]] == k).all() for k, e in enumerate(made))
-    for k in (0, 1): # every user meets the items of its own shard
-        torch.manual_seed(k+1); a, b = torch.randn(6, 4), torch.randn(5, 4)
-        torch.testing.assert_close((V @ I.T)[shard == k], (a @ b.T)[shard == k])
+    gone = EDGES[shard[EDGES[:, 0]] == 1][:1]; rest = np.array([e for e in EDGES.tolist() if e not in gone.tolist()])
+    second = U.shard_models(train, rest, shard, first, gone)
+    assert second[0] is first[0] and second[1] is not first[1] and gone[0].tolist() not in made[-1].tolist()
+    with pytest.raises(ValueError, match="2 models for 3 shards"): U.shard_models(train, EDGES, shard + (np.arange(6) == 5), first, gone)
+    with pytest.raises(ValueError, match="shard 1 has no edges"): U.shard_models(train, EDGES[shard[EDGES[:, 0]] == 0], shard)
+
+def test_shard_attention_against_loops():
+    torch.manual_seed(0); m = U.ShardAttention(3, 4, 6); nn.init.normal_(m.W); nn.init.normal_(m.b)
+    E = torch.randn(11, 3, 4); out, a = m(E)
+    for v in range(11):
+        x = torch.stack([m.W[s] @ E[v, s] + m.b[s] for s in range(3)]); net = m.of_users if v < 6 else m.of_items
+        h = torch.relu(x @ net[0].weight.T + net[0].bias) @ net[2].weight[0]; w = h.exp()/h.exp().sum()
+        torch.testing.assert_close(a[v], w); torch.testing.assert_close(out[v], w @ x)
+
+def test_receraser_learns_a_mixture_and_leaves_the_shards_alone():
+    models = [light(), light()]; torch.manual_seed(5)
+    for m in models: nn.init.normal_(m.E0, std=.1)
+    before = [m.E0.detach().clone() for m in models]
+    start, end = (U.receraser(models, EDGES, 6, 5, epochs=n, lr=.05, seed=1) for n in (0, 60))
+    assert all(torch.equal(m.E0, b) for m, b in zip(models, before)) and torch.equal(start.A.to_dense(), U.edge_graph(EDGES, 6, 5).to_dense())
+    batch = U.Graph(EDGES, 6, 5).sample(*torch.from_numpy(EDGES.T.copy())); loss = lambda m: bpr_loss(m, batch, 0.).item()
+    assert isinstance(end, LightGCN) and loss(end) < .7*loss(start)
+    one = U.receraser(models[:1], EDGES, 6, 5, epochs=0) # one shard, nothing learned: the shard itself
+    torch.testing.assert_close(one.E0, models[0].E0)

@@ -26,7 +26,8 @@ __all__ = ['click_prompts', 'Prompts', 'encode_prompts', 'take', 'joined', 'next
            'e2urec_loss', 'forget_loss', 'as_request', 'merged', 'e2urec', 'request_gradient', 'curvature_products',
            'stochastic_solve', 'adapter_params', 'settle', 'full_product', 'llmeraser', 'edge_graph',
            'InfluenceEncoder', 'Graph', 'pair_loss', 'push_loss', 'keep_loss', 'contrast_loss', 'pretrain_encoder',
-           'as_edge_request', 'graph_model', 'unlearn_edges', 'Scores', 'graph_influence', 'balanced_shards', 'sharded']
+           'as_edge_request', 'graph_model', 'unlearn_edges', 'Scores', 'graph_influence', 'balanced_shards',
+           'shard_models', 'ShardAttention', 'receraser']
 
 # %% ../../nbs/trust/02_unlearning.ipynb #00000007
 def click_prompts(
@@ -597,11 +598,43 @@ def balanced_shards(
         centres = np.stack([X[shard == c].mean(0) if (shard == c).any() else centres[c] for c in range(n_shards)])
     return shard
 
-def sharded(
-    train:Callable, # edges -> (U, I) of a recommender trained on them
-    edges:np.ndarray, shard:np.ndarray, # (m, 2) and (n_users,)
-    ) -> tuple[Tensor, Tensor]: # of the whole: each user meets the items of its own shard's model
-    "One recommender a shard of users (as in RecEraser, without its attention)."
-    S = shard.max() + 1; parts = [train(edges[shard[edges[:, 0]] == k]) for k in range(S)]
-    mine = torch.from_numpy(np.eye(S, dtype=np.float32)[shard])
-    return torch.cat([U.detach()*mine[:, k:k+1] for k, (U, _) in enumerate(parts)], 1), torch.cat([I.detach() for _, I in parts], 1)
+def shard_models(
+    train:Callable, # edges -> model trained on them
+    edges:np.ndarray, # (m, 2) what is left to train on
+    shard:np.ndarray, # (n_users,) from `balanced_shards`
+    before:list|None=None, forget:np.ndarray|None=None, # models of an earlier call and the edges forgotten since: only their shards are trained again
+    ) -> list: # one model a shard
+    "One recommender a shard of users (RecEraser)."
+    n = int(shard.max()) + 1; touched = set(range(n)) if before is None else set(shard[np.asarray(forget)[:, 0]].tolist())
+    if before is not None and len(before) != n: raise ValueError(f"{len(before)} models for {n} shards: pass those of the earlier call")
+    if empty := touched - set(shard[edges[:, 0]].tolist()): raise ValueError(f"shard {min(empty)} has no edges to train on: use fewer shards")
+    return [train(edges[shard[edges[:, 0]] == k]) if k in touched else before[k] for k in range(n)]
+
+# %% ../../nbs/trust/02_unlearning.ipynb #f25c992b
+class ShardAttention(nn.Module):
+    "Mixes the embeddings of shard models: a map for each shard, an attention for users and one for items (RecEraser's adaptive aggregation)."
+    def __init__(self, n_shards:int, dim:int, n_users:int):
+        super().__init__()
+        self.W, self.b, self.n_users = nn.Parameter(torch.eye(dim).repeat(n_shards, 1, 1)), nn.Parameter(torch.zeros(n_shards, dim)), n_users
+        def attention(): return nn.Sequential(nn.Linear(dim, dim//2), nn.ReLU(), nn.Linear(dim//2, 1, bias=False))
+        self.of_users, self.of_items = attention(), attention()
+
+    def forward(self, E:Tensor) -> tuple[Tensor, Tensor]: # (N, S, d) -> (N, d), weights (N, S)
+        X = torch.einsum("nsd,sed->nse", E, self.W) + self.b
+        users, items = X.split([self.n_users, len(X) - self.n_users])
+        a = torch.cat([self.of_users(users), self.of_items(items)]).softmax(1)
+        return (a*X).sum(1), a[..., 0]
+
+def receraser(
+    models:list[LightGCN], # of `shard_models`; not touched
+    edges:np.ndarray, n_users:int, n_items:int, # (m, 2) all that is left to train on
+    epochs:int=30, lr:float=1e-3, l2:float=1e-4, batch_size:int=1024, seed:int=0) -> LightGCN: # on the graph of `edges`
+    "Shard models as one recommender (RecEraser); after a request, train the touched shards and this again."
+    g, E = Graph(edges, n_users, n_items), torch.stack([m.E0.detach() for m in models], 1)
+    set_seed(seed); mix = ShardAttention(len(models), E.shape[2], n_users)
+    opt = torch.optim.Adam(mix.parameters(), lr=lr)
+    for epoch in range(epochs):
+        for batch in g.loader(batch_size, seed + epoch):
+            E0, _ = mix(E); loss = pair_loss(E0, *g.embed(E0), batch, l2)
+            opt.zero_grad(); loss.backward(); opt.step()
+    with torch.no_grad(): return graph_model(g.A, mix(E)[0], n_users, g.K)
