@@ -436,6 +436,7 @@ def test_only_touched_shards_are_trained_again():
     second = U.shard_models(train, rest, shard, first, gone)
     assert second[0] is first[0] and second[1] is not first[1] and gone[0].tolist() not in made[-1].tolist()
     with pytest.raises(ValueError, match="2 models for 3 shards"): U.shard_models(train, EDGES, shard + (np.arange(6) == 5), first, gone)
+    with pytest.raises(ValueError, match="belong together"): U.shard_models(train, EDGES, shard, first)
     with pytest.raises(ValueError, match="shard 1 has no edges"): U.shard_models(train, EDGES[shard[EDGES[:, 0]] == 0], shard)
 
 def test_shard_attention_against_loops():

@@ -605,6 +605,7 @@ def shard_models(
     before:list|None=None, forget:np.ndarray|None=None, # models of an earlier call and the edges forgotten since: only their shards are trained again
     ) -> list: # one model a shard
     "One recommender a shard of users (RecEraser)."
+    if (before is None) != (forget is None): raise ValueError("before and forget belong together: earlier models, and the edges forgotten since")
     n = int(shard.max()) + 1; touched = set(range(n)) if before is None else set(shard[np.asarray(forget)[:, 0]].tolist())
     if before is not None and len(before) != n: raise ValueError(f"{len(before)} models for {n} shards: pass those of the earlier call")
     if empty := touched - set(shard[edges[:, 0]].tolist()): raise ValueError(f"shard {min(empty)} has no edges to train on: use fewer shards")
