@@ -2,7 +2,12 @@
 import json
 import numpy as np, pytest
 from scipy.stats import ttest_rel
-from recbook.claims import claim, find_claim, holm, ledger, level, paired_interval, papers, two_way_error, verdict
+import pandas as pd
+from recbook import claims
+from recbook.claims import (card, claim, detectable, exact, find_claim, holm, is_provisional, ledger, level, measure, notes, paired_error,
+    paired_interval, papers, results, two_way_error, verdict)
+from recbook.provenance import Store
+from recbook.trials import Case, Method, Outcome, over_seeds
 
 
 def test_interval_is_students_for_one_value_a_seed():
@@ -86,6 +91,126 @@ def test_bad_input_is_named(call, says):
 
 
 def test_ladder():
-    rec = dict(dataset="gowalla", ours=[.181, .182], reported=dict(ours=.1823, on="gowalla"))
+    rec = dict(dataset="gowalla", verdict="supported", ours=[.181, .182], reported=dict(ours=.1823, on="gowalla"))
     assert [level([], False), level([], True), level([rec | dict(dataset="world, thin")], True), level([rec | dict(ours=[.16])], True), level([rec], True)] == [0, 1, 2, 3, 4]
     assert level([rec | dict(dataset="movielens-100k, semi-synthetic, p=2")], True) == 2
+
+
+@pytest.mark.parametrize("lo, hi, direction, want", [(-.001, .002, "higher", "negligible"), (.001, .002, "higher", "negligible"),
+    (.001, .02, "higher", "supported"), (-.02, -.001, "higher", "refuted"), (-.02, .02, "higher", "inconclusive"), (-.02, -.015, "lower", "supported"),
+    (-.002, .001, "lower", "negligible"), (-.001, .001, "equal", "inconclusive")])
+def test_the_smallest_effect_of_interest_makes_some_effects_negligible(lo, hi, direction, want): assert verdict(lo, hi, direction, 0., .01) == want
+
+
+def test_detectable_effect_is_found_in_four_of_five_experiments():
+    rng = np.random.default_rng(0)
+    for n in (4, 10):
+        size = detectable(1/n**.5, n)
+        assert np.mean([paired_interval(rng.normal(size, 1, n))[1] > 0 for _ in range(2000)]) == pytest.approx(.8, abs=.04)
+    assert np.isnan(detectable(.1, 1)) and np.isnan(paired_error([1.]))
+
+
+@pytest.mark.parametrize("said, ours, theirs, want", [("supported", [], ["unfinished"], True), ("supported", ["unfinished"], [], False), ("refuted", ["edge: lr=.1"], [], True),
+    ("refuted", [], ["edge: lr=.1"], False), ("inconclusive", ["tie"], [], True), ("negligible", [], ["untuned"], True), ("supported", [], [], False)])
+def test_caveats_of_the_losing_side_make_a_verdict_provisional(said, ours, theirs, want): assert is_provisional(said, ours, theirs) == want
+
+
+def catalogue(monkeypatch, **more):
+    c = dict(id="x.1", paper="x", area="graph_cf", statement="A beats B.", metric="recall", ours="A", theirs="B") | more
+    monkeypatch.setattr(claims, "find_claim", lambda id: c)
+
+
+def trial_frame(n=6, **means):
+    "Methods with planted means over 40 users that are the same at every seed."
+    def run(case, seed, m, curve=()): return Outcome(dict(recall=m + .01*np.random.default_rng(seed).normal(size=40)), curve=curve)
+    from functools import partial
+    ms = [Method(k, partial(run, m=v, curve=np.arange(10.) if k == "open" else ()), role=dict(r="rival", p="placebo").get(k[0], "method")) for k, v in means.items()]
+    return over_seeds(ms, [Case("set", float, same_units=True, shares="users")], range(n), store=Store("/nonexistent/x"))
+
+
+def test_measure_takes_systems_and_metric_from_the_catalogue(monkeypatch):
+    catalogue(monkeypatch, smallest=.01)
+    r, = measure(trial_frame(A=.3, B=.2), "x.1", "set")
+    assert r["verdict"] == "supported" and r["effect"] == pytest.approx(.1) and r["units"] == 40 and r["shares"] == "users" and not r["provisional"]
+    assert measure(trial_frame(A=.205, B=.2), "x.1", "set")[0]["verdict"] == "negligible"
+    assert json.loads(json.dumps(r, allow_nan=False)) == r
+
+
+def test_measure_takes_the_strongest_rival_and_names_it(monkeypatch):
+    catalogue(monkeypatch, theirs="best rival")
+    r, = measure(trial_frame(A=.3, r1=.2, r2=.4), "x.1", "set")
+    assert r["verdict"] == "refuted" and r["systems"][1] == "best rival (r2)"
+
+
+def test_a_simple_rival_that_is_stronger_is_named_whatever_the_claim_compares(monkeypatch):
+    catalogue(monkeypatch)
+    r, = measure(trial_frame(A=.3, B=.2, r1=.4), "x.1", "set")
+    assert r["verdict"] == "supported" and r["against_rival"]["verdict"] == "refuted" and any("worse than the strongest simple rival, r1" in n for n in notes(r))
+    catalogue(monkeypatch, rivals=False)
+    assert "against_rival" not in measure(trial_frame(A=.3, B=.2, r1=.4), "x.1", "set")[0]
+
+
+def test_a_placebo_as_good_as_the_method_is_no_support(monkeypatch):
+    catalogue(monkeypatch, theirs="best placebo", smallest=.01)
+    assert measure(trial_frame(A=.3, p1=.3), "x.1", "set")[0]["verdict"] == "negligible"
+
+
+def test_an_unfinished_rival_makes_the_verdict_provisional(monkeypatch):
+    catalogue(monkeypatch, theirs="open")
+    r, = measure(trial_frame(A=.3, open=.2), "x.1", "set")
+    assert r["provisional"] and "supported (provisional)" in card(r) and ledger([r]).verdict[0].startswith("supported (provisional)")
+
+
+def test_a_system_that_does_not_work_is_noted(monkeypatch):
+    catalogue(monkeypatch)
+    assert measure(trial_frame(A=.3, B=.2), "x.1", "set", chance=.29, ceiling=.9)[0]["caveats"][0] == ["not alive"]
+
+
+def test_exact_statements_are_asserted_and_never_counted(monkeypatch):
+    catalogue(monkeypatch, exact=True)
+    r = exact("x.1", True)
+    assert r["verdict"] == "exact" and ledger([r]).verdict[0] == "exact" and level([r], True) == 1
+    with pytest.raises(AssertionError, match="by construction"): exact("x.1", False)
+    with pytest.raises(ValueError, match="exact"): claim("x.1", [1, 2], [0, 1])
+
+
+def test_records_of_the_first_form_are_still_read():
+    for r in results():
+        rows = ledger(r["claims"])
+        assert len(rows) == len(r["claims"]) and isinstance(r["stale"], bool)
+        for c in r["claims"]: assert card(c)
+
+
+def test_a_record_is_stale_when_its_code_has_changed(monkeypatch, tmp_path):
+    import shutil
+    from recbook.provenance import notebook_code
+    home = tmp_path/"book"
+    (home/"nbs/foundations").mkdir(parents=True)
+    (home/"data/results/cpu").mkdir(parents=True)
+    nb = home/"nbs/foundations/04_metrics.ipynb"
+    shutil.copy(next((claims.root()/"nbs/foundations").glob("*_metrics.ipynb")), nb)
+    monkeypatch.setattr(claims, "root", lambda: home)
+    put = lambda **r: (home/"data/results/cpu/metrics.json").write_text(json.dumps(dict(area="metrics", claims=[]) | r))
+    put(code=notebook_code(nb))
+    assert results()[0]["stale"] is False
+    nb.write_text(nb.read_text().replace("recommend(", "recommend( ", 1))
+    assert results()[0]["stale"] is False, "a blank is no change"
+    nb.write_text(nb.read_text().replace("torch.inf", "torch.pi"))
+    assert results()[0]["stale"] is True
+    put()
+    assert results()[0]["stale"] is True
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "null", '{"area": "x", "claims": "oops"}', '{"area": "x", "claims": [{}]}'])
+def test_a_broken_record_is_named_and_left_out(monkeypatch, tmp_path, text):
+    (tmp_path/"data/results/cpu").mkdir(parents=True)
+    (tmp_path/"data/results/cpu/broken.json").write_text(text)
+    monkeypatch.setattr(claims, "root", lambda: tmp_path)
+    with pytest.warns(UserWarning, match="broken.json"): assert results() == []
+
+
+@pytest.mark.parametrize("call, says", [(lambda: claim("lightgcn.1", [1, 2], [1, 2], seeds=[1, 1]), "repeat one"), (lambda: claim("lightgcn.1", [1, 2], [1, 2], dataset=None), "dataset=None"),
+    (lambda: claim("lightgcn.1", [1e300, 2], [1, 2]), "no measurement"), (lambda: claim("lightgcn.1", [], []), "at least one value"),
+    (lambda: claim("lightgcn.1", np.zeros((2, 2, 2)), np.zeros((2, 2, 2))), "shape"), (lambda: verdict(0, 1, smallest=0), "smallest=0")])
+def test_odd_values_are_refused(call, says):
+    with pytest.raises(ValueError, match=says): call()
