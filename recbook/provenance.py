@@ -89,7 +89,7 @@ def touched(node):
 # %% ../nbs/foundations/11_provenance.ipynb #0c05925b
 PACKAGE = "recbook"
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def read_module(name:str, path:str, stamp:float) -> Module:
     "`Module` of a file; read again when the file has changed (`stamp`)."
     return Module(name, Path(path).read_text(encoding="utf-8"))
@@ -172,9 +172,9 @@ class Digest:
         return ["function", *bytecode(f.__code__, f.__doc__), self.of(f.__defaults__), self.of(f.__kwdefaults__), self.of(cells), repr(values)]
 
     def klass(self, c):
-        own = {k: v for k, v in vars(c).items() if k not in ("__dict__", "__weakref__", "__doc__", "__module__", "__firstlineno__", "__static_attributes__")}
-        own = {k: getattr(v, "__func__", getattr(v, "fget", v)) for k, v in own.items()}
-        return ["class", *map(self.of, c.__bases__), self.of(own)]
+        own = {k: getattr(v, "__func__", getattr(v, "fget", v)) for k, v in vars(c).items()}
+        own = {k: v for k, v in own.items() if isinstance(v, types.FunctionType) or not k.startswith("__")}
+        return ["class", *map(self.of, c.__bases__), self.of(own), str(vars(c).get("__annotations__"))]
 
     def instance(self, x):
         "An object by its class and what it holds; by its `fingerprint()` where it has one."
@@ -220,7 +220,7 @@ def package_code(names):
     "Digest parts for definitions of the package."
     return ["package", json.dumps(sorted((m, n, c) for (m, n), c in reach(names).items()))]
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def distribution(top): # top-level module -> "name version"
     "Version of the distribution that holds a module."
     found = metadata.packages_distributions().get(top)
