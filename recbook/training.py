@@ -7,7 +7,7 @@ from __future__ import annotations
 import os, random, warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from numbers import Integral, Real
+from numbers import Real
 from time import perf_counter
 from unittest.mock import patch
 import numpy as np, pandas as pd, torch
@@ -15,10 +15,11 @@ from joblib import Parallel, delayed
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 from tqdm.auto import tqdm
+from .data import whole_number
 
 # %% auto #0
-__all__ = ['set_seed', 'pick_device', 'Rows', 'batches', 'as_is', 'whole_number', 'eval_mode', 'Objective', 'fit', 'one_step',
-           'mean_loss', 'keep_best', 'restore', 'fan_out']
+__all__ = ['set_seed', 'pick_device', 'Rows', 'batches', 'as_is', 'eval_mode', 'Objective', 'fit', 'one_step', 'mean_loss',
+           'keep_best', 'restore', 'fan_out']
 
 # %% ../nbs/foundations/04_training.ipynb #58fbd141
 def set_seed(seed:int):
@@ -61,11 +62,6 @@ def batches(
     return DataLoader(rows, batch_sampler=BatchSampler(order, batch_size, drop_last), collate_fn=as_is)
 
 def as_is(batch): return batch
-
-def whole_number(name, value, least=1):
-    "Refuse what is not a whole number of at least `least`."
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ValueError(f"{name}={value!r}: give a whole number, {least} or more")
 
 # %% ../nbs/foundations/04_training.ipynb #1d00dfab
 @contextmanager
