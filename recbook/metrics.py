@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable
 import numpy as np, pandas as pd, torch
 from scipy.sparse import csr_matrix
 from torch import Tensor
+from .data import canonical, whole_number
 
 # %% auto #0
-__all__ = ['Scorer', 'topk', 'first_of_ties', 'dot', 'table', 'recommend', 'hits', 'ranking_values', 'evaluate', 'auc', 'gauc',
-           'logloss', 'ece', 'exposures', 'coverage', 'gini', 'entropy', 'diversity', 'mean_popularity',
-           'individual_unfairness']
+__all__ = ['Scorer', 'topk', 'first_of_ties', 'dot', 'table', 'user_numbers', 'scores_of', 'mask_of', 'seen_last', 'recommend',
+           'items_of', 'hits', 'ranking_values', 'cutoffs', 'check_reachable', 'evaluate', 'labelled', 'probabilities',
+           'auc', 'gauc', 'logloss', 'ece', 'amounts', 'exposures', 'coverage', 'gini', 'entropy', 'diversity',
+           'mean_popularity', 'individual_unfairness']
 
 # %% ../nbs/foundations/03_metrics.ipynb #ffc0d169
 def topk(
@@ -51,11 +53,43 @@ def table(
     S, # (n_users, n_items) array, tensor or scipy sparse matrix
     ) -> Scorer:
     "Score by looking up the rows of a matrix."
-    if hasattr(S, "tocsr"): S = S.tocsr(); return lambda u: torch.from_numpy(S[u.cpu().numpy()].toarray())
-    S = torch.as_tensor(S)
-    return lambda u: S[u.to(S.device)]
+    S = S.tocsr() if hasattr(S, "tocsr") else torch.as_tensor(S)
+    if S.ndim != 2: raise ValueError(f"a table of {S.ndim} dimensions: give one row a user, one column an item")
+    def score(u):
+        user_numbers(u.cpu(), S.shape[0])
+        return torch.from_numpy(S[u.cpu().numpy()].toarray()) if hasattr(S, "tocsr") else S[u.to(S.device)]
+    return score
 
 # %% ../nbs/foundations/03_metrics.ipynb #c3f60852
+def user_numbers(users, n=None):
+    "`users` as an array of row numbers, all below `n`."
+    users = np.asarray(users)
+    if users.ndim != 1 or users.size and users.dtype.kind not in "iu": raise ValueError(f"users {users.dtype} {users.shape}: give a list of whole numbers")
+    if bad := [int(u) for u in users if u < 0 or n is not None and u >= n][:3]: raise ValueError(f"users {bad} are not in 0..{'' if n is None else n-1}")
+    return users.astype(int)
+
+def scores_of(score, u, n_items=None):
+    "The scores of users `u` in a floating type that tells apart all that the scorer tells apart."
+    S = torch.as_tensor(score(torch.as_tensor(u)))
+    if S.ndim != 2 or len(S) != len(u) or n_items not in (None, S.shape[1]):
+        raise ValueError(f"the scorer gives {tuple(S.shape)} for {len(u)} users and {n_items or 'all'} items: one row a user, one column an item")
+    if S.dtype in (torch.float32, torch.float64): return S
+    if S.is_floating_point(): return S.float()
+    if (S.double().to(S.dtype) != S).any(): raise ValueError("whole numbers above 2^53 as scores: subtract a constant, or they tie")
+    return S.double()
+
+def mask_of(seen, device):
+    "The entries of the sparse `seen` as a bool tensor."
+    M = torch.zeros(seen.shape, dtype=torch.bool, device=device)
+    M[tuple(torch.from_numpy(a.astype(np.int64)) for a in seen.nonzero())] = True
+    return M
+
+def seen_last(S, M, k):
+    "Best k columns of rows with less than k scores above minus infinity: then unseen ones in order of column, seen ones (M) never."
+    order = S.sort(dim=1, descending=True, stable=True).indices
+    return order.gather(1, M.gather(1, order).sort(dim=1, stable=True).indices)[:, :k]
+
+# %% ../nbs/foundations/03_metrics.ipynb #bcd711c2
 @torch.no_grad()
 def recommend(
     score:Scorer,
@@ -63,47 +97,76 @@ def recommend(
     k:int=20,
     seen:csr_matrix|None=None, # (n_users, n_items): items never to recommend again, usually the training set
     chunk:int=256, # users scored at a time; memory is chunk x n_items floats
+    n_items:int|None=None, # the width that scores must have; None: that of `seen`
     ) -> np.ndarray: # (n, k) item numbers, best first
-    "Rank the whole catalogue for each user, seen items excluded."
-    users, out = np.asarray(users), []
-    if seen is not None and (left := seen.shape[1] - np.diff(seen.indptr)[users].max(initial=0)) < k:
-        raise ValueError(f"k={k}, but some user has only {left} unseen items: use a smaller k")
+    "Rank the whole catalogue for each user, seen items excluded; items scored minus infinity come last, in order of number."
+    whole_number("k", k); whole_number("chunk", chunk)
+    users, out = user_numbers(users, None if seen is None else seen.shape[0]), []
+    if seen is not None:
+        seen = canonical(seen); n_items = n_items or seen.shape[1]
+        if (left := seen.shape[1] - np.diff(seen.indptr)[users].max(initial=0)) < k:
+            raise ValueError(f"k={k}, but some user has only {left} unseen items: use a smaller k")
     for s in range(0, len(users), chunk):
         u = users[s:s+chunk]
-        S = score(torch.as_tensor(u)).float()
-        if seen is not None:
-            r = seen[u]
-            S = S.index_put((torch.from_numpy(np.repeat(np.arange(len(u)), np.diff(r.indptr))).to(S.device),
-                torch.from_numpy(r.indices.astype(np.int64)).to(S.device)), torch.tensor(-torch.inf, device=S.device))
-        out.append(topk(S, k).cpu().numpy())
+        S = scores_of(score, u, n_items)
+        if seen is not None: S = S.masked_fill(M := mask_of(seen[u], S.device), -torch.inf)
+        top = topk(S, k)
+        if seen is not None and (short := (S.gather(1, top[:, -1:]) == -torch.inf)[:, 0]).any(): top[short] = seen_last(S[short], M[short], k)
+        out.append(top.cpu().numpy())
     return np.concatenate(out) if out else np.zeros((0, k), int)
 
 # %% ../nbs/foundations/03_metrics.ipynb #da6ccc54
+def items_of(top, n_items):
+    "`top` as an array of item numbers; one outside the catalogue would count for somebody else."
+    top = np.asarray(top)
+    if not top.size: return top.astype(int)
+    if top.dtype.kind not in "iu" or top.min() < 0 or top.max() >= n_items:
+        raise ValueError(f"items {top.min()}..{top.max()} ({top.dtype}): must be whole numbers in 0..{n_items-1}")
+    return top
+
+# %% ../nbs/foundations/03_metrics.ipynb #7172771e
 def hits(
     top, # (n, k) recommended items
     test:csr_matrix, # (n_users, n_items) held-out items
     users, # (n,) the user of each row of `top`
     ) -> np.ndarray: # (n, k) bool
     "Which recommended items are in the user's test set."
-    T = test[np.asarray(users)].tocoo()
+    items_of(top, test.shape[1])
+    T = canonical(test)[user_numbers(users, test.shape[0])].tocoo()
     keys = np.sort(T.row.astype(np.int64)*test.shape[1] + T.col)
     asked = np.arange(len(top))[:, None]*test.shape[1] + np.asarray(top)
     return keys[np.searchsorted(keys, asked).clip(max=len(keys)-1)] == asked if len(keys) else np.zeros(asked.shape, bool)
 
-# %% ../nbs/foundations/03_metrics.ipynb #7172771e
+# %% ../nbs/foundations/03_metrics.ipynb #0f2e26fe
 def ranking_values(
     h, # (n, k) bool hits, best rank first
     n_relevant, # (n,) test-set sizes, all at least 1
     k:int, # cut-off, at most the width of h
     ) -> dict[str, np.ndarray]: # metric name -> (n,) values
     "Recall, precision, NDCG, HR, MRR and MAP at k, one value a row."
+    if whole_number("k", k) > np.shape(h)[1]: raise ValueError(f"k={k}: the lists have only {np.shape(h)[1]} ranks")
     h, n = np.asarray(h)[:, :k].astype(float), np.asarray(n_relevant)
+    if (n < 1).any(): raise ValueError(f"a test set of {n.min()} items: leave out users without held-out items")
     rank, gain = np.arange(1, k+1), 1/np.log2(np.arange(2, k+2))
     return {f"recall@{k}": h.sum(1)/n, f"precision@{k}": h.sum(1)/k, f"hr@{k}": h.max(1),
             f"ndcg@{k}": (h*gain).sum(1)/gain.cumsum()[np.minimum(n, k)-1],
             f"mrr@{k}": (h/rank).max(1), f"map@{k}": (h*h.cumsum(1)/rank).sum(1)/n}
 
 # %% ../nbs/foundations/03_metrics.ipynb #118e1935
+def cutoffs(k):
+    "One cut-off or several, as a sorted list."
+    ks = sorted({whole_number("k", c) for c in (k if isinstance(k, Iterable) else [k])})
+    if not ks: raise ValueError(f"k={k}: give at least one cut-off")
+    return ks
+
+def check_reachable(T, seen):
+    "Held-out items that are masked as seen can never be hit."
+    if T.shape != seen.shape: raise ValueError(f"test {T.shape} and seen {seen.shape}: both must be (n_users, n_items)")
+    if both := int((T.astype(bool).multiply(seen.astype(bool))).nnz):
+        raise ValueError(f"{both} of {T.nnz} held-out pairs are also in `seen`, which is never recommended: no model could hit them. "
+            "To count repeats rank without `seen`; to leave them out evaluate on data.new_pairs(test, seen)")
+
+# %% ../nbs/foundations/03_metrics.ipynb #f3ac7a26
 def evaluate(
     score:Scorer,
     test, # Interactions or csr_matrix of held-out items
@@ -112,20 +175,37 @@ def evaluate(
     chunk:int=256, # users scored at a time
     ) -> pd.DataFrame: # one row for each user who has test items; columns such as `recall@20`
     "Full-ranking metrics for each user: `.mean()` is what papers print, the rows are what tests of significance need."
-    T, seen = (m.csr() if hasattr(m, "csr") else m for m in (test, seen))
-    n, ks = np.diff(T.indptr), [k] if isinstance(k, int) else sorted(k)
+    T, seen = (None if m is None else canonical(m.csr() if hasattr(m, "csr") else m) for m in (test, seen))
+    n, ks = np.diff(T.indptr), cutoffs(k)
     users = n.nonzero()[0]
     if not len(users): raise ValueError("the test set is empty: no user has a held-out item")
-    h = hits(recommend(score, users, ks[-1], seen, chunk), T, users)
+    if seen is not None: check_reachable(T, seen)
+    h = hits(recommend(score, users, ks[-1], seen, chunk, T.shape[1]), T, users)
     return pd.DataFrame({m: v for c in ks for m, v in ranking_values(h, n[users], c).items()}, index=pd.Index(users, name="user"))
 
 # %% ../nbs/foundations/03_metrics.ipynb #dae3090d
+def labelled(y, p):
+    "0/1 labels and as many predictions, checked."
+    y, p = np.asarray(y, float), np.asarray(p, float)
+    if y.ndim != 1 or y.shape != p.shape or not len(y): raise ValueError(f"labels {y.shape} and predictions {p.shape}: one prediction for each label, at least one")
+    if not np.isin(y, (0, 1)).all(): raise ValueError(f"labels must be 0 or 1, not {y[~np.isin(y, (0, 1))][0]:g}")
+    if np.isnan(p).any(): raise ValueError(f"{np.isnan(p).sum()} predictions are NaN: check the model")
+    return y, p
+
+def probabilities(p):
+    "`p`, refused outside 0..1."
+    if p.min() < 0 or p.max() > 1: raise ValueError(f"predictions lie in {p.min():.3g}..{p.max():.3g}: probabilities are needed, apply a sigmoid first")
+    return p
+
+# %% ../nbs/foundations/03_metrics.ipynb #3357642b
 def auc(
     y, # (n,) 0/1
     p, # (n,) scores
     ) -> float:
     "Probability that a positive outscores a negative, ties counted half."
     from sklearn.metrics import roc_auc_score
+    y, p = labelled(y, p)
+    if y.min() == y.max(): raise ValueError(f"all labels are {y[0]:g}: AUC needs both classes")
     return float(roc_auc_score(y, p))
 
 def gauc(
@@ -133,20 +213,23 @@ def gauc(
     groups, # (n,) e.g. users; groups with one class only are left out
     ) -> float:
     "AUC inside each group, averaged with the group sizes as weights (Zhou et al. 2018, DIN, eq. 9)."
-    d = pd.DataFrame(dict(y=np.asarray(y, float), p=np.asarray(p, float), g=np.asarray(groups)))
+    (y, p), g = labelled(y, p), np.asarray(groups)
+    if g.shape != y.shape or pd.isna(g).any(): raise ValueError(f"groups {g.shape} for {len(y)} labels, {pd.isna(g).sum()} missing: one group for each label")
+    d = pd.DataFrame(dict(y=y, p=p, g=g))
     d["rank"] = d.groupby("g").p.rank()
     a = d.assign(ry=d["rank"]*d.y).groupby("g").agg(n=("y", "size"), pos=("y", "sum"), ry=("ry", "sum"))
     a = a[(a.pos > 0) & (a.pos < a.n)]
     if a.empty: raise ValueError("no group has both classes: GAUC is not defined")
     return float(np.average((a.ry - a.pos*(a.pos+1)/2)/(a.pos*(a.n-a.pos)), weights=a.n))
 
-# %% ../nbs/foundations/03_metrics.ipynb #3357642b
+# %% ../nbs/foundations/03_metrics.ipynb #38c39abf
 def logloss(
     y, p, # (n,) 0/1 and probabilities
     eps:float=1e-7, # probabilities are clipped to eps..1-eps
     ) -> float:
     "Mean negative log-likelihood of 0/1 labels."
-    y, p = np.asarray(y, float), np.asarray(p, float).clip(eps, 1-eps)
+    y, p = labelled(y, p)
+    p = probabilities(p).clip(eps, 1-eps)
     return float(-(y*np.log(p) + (1-y)*np.log1p(-p)).mean())
 
 def ece(
@@ -154,18 +237,26 @@ def ece(
     bins:int=15, # equal-width bins on 0..1
     ) -> float:
     "Expected calibration error: |observed rate - mean prediction| averaged over bins, weighted by bin size."
-    y, p = np.asarray(y, float), np.asarray(p, float)
-    if p.min(initial=0) < 0 or p.max(initial=0) > 1: raise ValueError(f"predictions lie in {p.min():.3g}..{p.max():.3g}: ECE needs probabilities, apply a sigmoid first")
-    b = np.minimum((p*bins).astype(int), bins-1)
+    whole_number("bins", bins)
+    y, p = labelled(y, p)
+    b = np.minimum((probabilities(p)*bins).astype(int), bins-1)
     return float(np.abs(np.bincount(b, y-p, bins)).sum()/len(y))
 
 # %% ../nbs/foundations/03_metrics.ipynb #e16adec2
+def amounts(x):
+    "Finite, non-negative numbers, some above zero."
+    x = np.asarray(x, float)
+    if x.ndim != 1 or not np.isfinite(x).all() or x.min(initial=0) < 0 or not x.sum() > 0:
+        raise ValueError(f"amounts {x.shape} from {x.min(initial=0):g} to {x.max(initial=0):g}: need finite, non-negative amounts that are not all zero")
+    return x
+
+# %% ../nbs/foundations/03_metrics.ipynb #412bb276
 def exposures(
     top, # (n, k) recommended items
     n_items:int,
     ) -> np.ndarray: # (n_items,)
     "How often each item is recommended."
-    return np.bincount(np.asarray(top).ravel(), minlength=n_items)
+    return np.bincount(items_of(top, whole_number("n_items", n_items)).ravel(), minlength=n_items)
 
 def coverage(top, n_items:int) -> float:
     "Share of the catalogue that is recommended to anyone."
@@ -175,8 +266,7 @@ def gini(
     x, # (n,) non-negative amounts, e.g. exposures of items or utilities of users
     ) -> float:
     "Gini coefficient: 0 when all share alike, near 1 when one has everything."
-    x = np.sort(np.asarray(x, float))
-    if x.min(initial=0) < 0 or not x.sum() > 0: raise ValueError("Gini needs non-negative amounts that are not all zero")
+    x = np.sort(amounts(x))
     n = len(x)
     return float((2*np.arange(1, n+1) - n - 1) @ x/(n*x.sum()))
 
@@ -184,7 +274,8 @@ def entropy(
     x, # (n,) non-negative amounts
     ) -> float:
     "Shannon entropy of the shares x/sum(x), in bits."
-    p = np.asarray(x, float); p = p[p > 0]/p.sum()
+    p = amounts(x)
+    p = p[p > 0]/p.sum()
     return float(-(p*np.log2(p)).sum())
 
 # %% ../nbs/foundations/03_metrics.ipynb #b2060c3b
@@ -193,9 +284,10 @@ def diversity(
     V, # (n_items, d) item vectors, or one-hot attributes
     ) -> np.ndarray: # (n,)
     "Intra-list diversity: mean cosine distance between the items of a list."
-    V = np.asarray(V, float); V = V/np.linalg.norm(V, axis=1, keepdims=True).clip(1e-12)
-    k = np.shape(top)[1]
-    L = V[np.asarray(top)]
+    V = np.asarray(V, float)
+    V = V/np.linalg.norm(V, axis=1, keepdims=True).clip(1e-12)
+    if (k := np.shape(top)[1]) < 2: raise ValueError(f"lists of {k} item: diversity needs at least 2")
+    L = V[items_of(top, len(V))]
     return 1 - ((L.sum(1)**2).sum(-1) - (L**2).sum((1, 2)))/(k*(k-1))
 
 def mean_popularity(
@@ -203,7 +295,7 @@ def mean_popularity(
     counts, # (n_items,) training interactions of each item
     ) -> np.ndarray: # (n,)
     "Average recommendation popularity of each list, in interactions (Yin et al. 2012)."
-    return np.asarray(counts, float)[np.asarray(top)].mean(1)
+    return np.asarray(counts, float)[items_of(top, len(counts))].mean(1)
 
 def individual_unfairness(
     utility, # (n,) what each user gets, e.g. ndcg

@@ -1,10 +1,10 @@
 "The data foundation: container, splits, registry, downloads."
-import functools, hashlib, http.server, io, threading, zipfile
+import functools, hashlib, http.server, io, os, platform, subprocess, sys, threading, zipfile
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from recbook import data
-from recbook.data import (Interactions, cache_dir, cold_items, cold_users, datasets_list, fetch, given_split, head_tail, k_core,
-                          leave_one_out, load, ratio_split, root, temporal_split, verify)
+from recbook.data import (Interactions, cache_dir, canonical, cold_items, cold_users, datasets_list, fetch, given_split, head_tail, k_core,
+                          leave_one_out, load, new_pairs, ratio_split, root, temporal_split, verify)
 
 SPLITS = [leave_one_out, lambda x: leave_one_out(x, 2), lambda x: ratio_split(x, .3, .2, 1), lambda x: temporal_split(x, .2, .2)]
 
@@ -75,6 +75,64 @@ def test_ratings_in_matrix():
 def test_bad_frames_are_refused(df, n, words):
     with pytest.raises(ValueError) as e: Interactions(pd.DataFrame(df), *n)
     for w in words: assert w in str(e.value)
+
+
+@pytest.mark.parametrize("make,says", [
+    (lambda: Interactions(dict(user=[0], item=[0]), 1, 1), "dict instead of a table"),
+    (lambda: Interactions.from_frame(dict(user=[0], item=[0])), "dict instead of a table"),
+    (lambda: Interactions(pd.DataFrame([[0, 0, 1]], columns=["user", "item", "user"]), 1, 1), "'user' occurs twice"),
+    (lambda: Interactions.from_frame(pd.DataFrame([[0, 0, 1]], columns=["user", "item", "user"])), "'user' occurs twice"),
+    (lambda: Interactions.from_frame(pd.DataFrame(dict(user=[[1], [2]], item=[0, 1]))), "user ids cannot be compared"),
+    (lambda: Interactions.from_frame(pd.DataFrame(dict(user=[1, 2], item=[{}, {}]))), "item ids cannot be compared"),
+    (lambda: Interactions.from_frame(pd.DataFrame(dict(user=[1], item=[1])), items=dict(item=[1])), "items table is a dict"),
+    (lambda: Interactions(pd.DataFrame(dict(user=[0], item=[0])), 2.5, 1), "n_users=2.5"),
+    (lambda: Interactions(pd.DataFrame(dict(user=[0], item=[0])), 1, True), "n_items=True"),
+    *[(lambda v=v: Interactions(pd.DataFrame(dict(user=[0], item=[0], **v)), 1, 1), f"{list(v)[0]} is infinite")
+      for v in (dict(rating=[np.inf]), dict(rating=[1e300]), dict(time=[-np.inf]))],
+    (lambda: leave_one_out(random_log(0), 1.5), "n=1.5"), (lambda: leave_one_out(random_log(0), True), "n=True"),
+    (lambda: k_core(random_log(0), 2.5), "k=2.5"),
+    (lambda: random_log(0).subset(np.ones(3, bool)), "a mask of"), (lambda: random_log(0).subset([0, 10**6]), "row positions"),
+    (lambda: random_log(0).subset([-1]), "row positions"), (lambda: random_log(0).subset([.5]), "row positions"),
+    (lambda: canonical([[0, np.nan]]), "not finite"), (lambda: new_pairs(random_log(0), random_log(0, n_items=50)), "one split")])
+def test_what_would_be_silently_wrong_is_refused(make, says):
+    with pytest.raises(ValueError, match=says): make()
+
+
+def test_subset_takes_masks_rows_and_nothing():
+    x = random_log(0); m = np.arange(len(x)) % 3==0
+    assert x.subset(m).df.equals(x.subset(np.flatnonzero(m)).df) and x.subset(pd.Series(m)).df.equals(x.subset(m).df) and len(x.subset([]))==0
+
+
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
+def test_durations_become_seconds_whatever_their_unit(unit):
+    df = pd.DataFrame(dict(user=[0,0], item=[0,1], t=pd.Series(pd.to_timedelta([1,90], "s")).astype(f"timedelta64[{unit}]")))
+    assert Interactions.from_frame(df, time="t").df.time.tolist()==[1,90]
+    assert Interactions(df.rename(columns=dict(t="time")), 1, 2).df.time.tolist()==[1,90]
+
+
+def test_a_sum_does_not_move_rows_between_parts():
+    df = pd.DataFrame(dict(user=list("aab"), item=list("xxy"), t=[1,2,3], split=["train","test","train"]))
+    with pytest.raises(ValueError, match="different parts"): Interactions.from_frame(df, time="t", split="split", duplicates="sum")
+    x = Interactions.from_frame(df.assign(split="train"), time="t", split="split", duplicates="sum")
+    assert x.df.rating.tolist()==[2,1]
+
+
+@pytest.mark.parametrize("form", ["coo", "csr", "csc", "lil", "dok", "bsr"])
+def test_canonical_is_the_same_matrix_without_surprises(form):
+    import scipy.sparse as sp
+    rng = np.random.default_rng(0)
+    r,c,v = rng.integers(6, size=40), rng.integers(5, size=40), rng.integers(-1, 2, 40).astype(float)
+    raw = sp.coo_matrix((v, (r, c)), (6, 5)); want = raw.toarray()
+    A = raw if form=="coo" else raw.asformat(form)
+    got = canonical(A)
+    assert (got.toarray()==want).all() and got.nnz==(want!=0).sum() and got.has_sorted_indices and (A.toarray()==want).all()
+    odd = sp.csr_matrix((np.array([1.,1.,0.,2.]), np.array([3,3,1,0]), np.array([0,3,4])), (2, 4)); kept = odd.indices.copy()
+    assert canonical(odd).toarray().tolist()==[[0,0,0,2],[2,0,0,0]] and canonical(odd).nnz==2 and (odd.indices==kept).all()
+
+
+def test_new_pairs():
+    x = Interactions(pd.DataFrame(dict(user=[0,0,1,1,0], item=[0,1,0,1,0])), 2, 2, allow_duplicates=True)
+    assert keys(new_pairs(x.subset([2,3,4]), x.subset([0,1])))=={(1,0), (1,1)} and len(new_pairs(x, x))==0
 
 
 def test_table_of_wrong_length():
@@ -195,7 +253,7 @@ def test_split_errors():
     with pytest.raises(ValueError, match="no test rows"): ratio_split(two, .2, .1)
     for f in (ratio_split, temporal_split):
         with pytest.raises(ValueError, match="sum under 1"): f(x, .6, .4)
-    with pytest.raises(ValueError, match="at least 1"): leave_one_out(x, 0)
+    with pytest.raises(ValueError, match="n=0. Fix: a whole number"): leave_one_out(x, 0)
     same = Interactions(pd.DataFrame(dict(user=[0,1], item=[0,1], time=[3,3])), 2, 2)
     with pytest.raises(ValueError, match="no train rows"): temporal_split(same)
 
@@ -286,11 +344,15 @@ def home(no_mirror, monkeypatch):
            spec("changed-zip", archive=f"{url}/a.zip", member="in/a.bin", sha256="0"*64),
            spec("rar", archive=f"{url}/a.rar", member="in/a.bin")]
     monkeypatch.setattr(data, "_registry", lambda: {d["name"]: d for d in reg})
+    import requests # the loopback server speaks http; that all else is refused has tests of its own
+    monkeypatch.setattr(data, "_check_url", lambda url: None)
+    monkeypatch.setattr(data, "_session", requests.Session)
+    srv.registry = reg
     yield srv
     srv.shutdown(); srv.server_close()
 
 
-def whole_files(folder): return [p for p in folder.rglob("*") if p.is_file() and not {".checked",".terms"} & set(p.parts)]
+def whole_files(folder): return [p for p in folder.rglob("*") if p.is_file() and ".terms" not in p.parts]
 
 
 @pytest.mark.parametrize("name", ["plain", "zipped"])
@@ -364,6 +426,156 @@ def test_terms_show_once(home, capsys):
     assert "research only" in capsys.readouterr().err
     data._shown.clear(); fetch("plain")
     assert capsys.readouterr().err==""
+
+
+# nothing leaves the cache, nothing is run, nothing swells
+
+ESCAPES = ["../esc.txt", "../../esc.txt", "a/../../esc.txt", "/tmp/esc.txt", "..", "", "C:/esc.txt", "..\\esc.txt", "\\\\host\\esc.txt", "a\0b"]
+@pytest.mark.parametrize("name", ESCAPES)
+@pytest.mark.parametrize("kind", ["plain", "zipped"])
+def test_file_names_stay_inside_the_cache(home, own_cache, tmp_path, name, kind):
+    before = {p for p in tmp_path.rglob("*")}
+    spec = next(d for d in home.registry if d["name"]==kind)
+    spec["file"][0]["name"] = name
+    with pytest.raises(ValueError, match="outside the cache"): fetch(kind)
+    assert Home.hits==0 and {p for p in tmp_path.rglob("*") if ".terms" not in p.parts and p!=own_cache}==before
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_set_names_stay_inside_the_cache(home, name):
+    home.registry.append({**home.registry[0], "name": name})
+    for f in (fetch, verify):
+        with pytest.raises(ValueError): f(name)
+    assert Home.hits==0
+
+
+@pytest.mark.parametrize("linked", ["plain", "plain/sub", "plain/sub/a.bin"])
+def test_links_do_not_lead_out_of_the_cache(home, own_cache, tmp_path, linked):
+    outside = tmp_path/"outside"; outside.mkdir()
+    at = own_cache/linked; at.parent.mkdir(parents=True, exist_ok=True)
+    at.symlink_to(outside/"a.bin" if linked.endswith("bin") else outside)
+    with pytest.raises(ValueError, match="outside the cache"): fetch("plain")
+    assert not any(outside.iterdir())
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1/a.bin", "ftp://x.org/a", "file:///etc/passwd", "x.org/a", "HTTP://x.org"])
+def test_only_https(no_mirror, monkeypatch, url):
+    d = dict(name="x", title="", terms="", cite="", home="", file=[dict(name="a", sha256="0"*64, bytes=3, url=url)])
+    monkeypatch.setattr(data, "_registry", lambda: dict(x=d))
+    with pytest.raises(ValueError, match="not an https address"): fetch("x")
+
+
+def test_a_redirect_to_http_is_not_followed():
+    import requests
+    with data._session() as s, pytest.raises(requests.exceptions.InvalidSchema): s.get("http://127.0.0.1:1/a")
+
+
+def test_a_longer_file_than_stated_is_cut_off(home, own_cache):
+    home.registry[0]["file"][0]["bytes"] = 1000
+    with pytest.raises(ValueError, match="longer than the 1000 bytes"): fetch("plain")
+    assert whole_files(own_cache)==[]
+
+
+class Bomb(Home):
+    "A zip whose member is much longer than the registry says, perhaps with a header that lies about it."
+    lies = False
+    def do_GET(self):
+        buf = io.BytesIO()
+        with zipfile.ZipFile(buf, "w", zipfile.ZIP_DEFLATED) as z: z.writestr("in/a.bin", bytes(50_000_000))
+        body = buf.getvalue()
+        if self.lies: body = body.replace((50_000_000).to_bytes(4, "little"), (10).to_bytes(4, "little"))
+        self.send_response(200); self.send_header("Content-Length", str(len(body))); self.end_headers(); self.wfile.write(body)
+
+
+@pytest.mark.parametrize("lies", [False, True])
+def test_a_zip_bomb_is_refused_before_it_unfolds(home, own_cache, monkeypatch, lies):
+    monkeypatch.setattr(Bomb, "lies", lies); home.RequestHandlerClass = Bomb
+    home.registry[1]["file"][0]["bytes"] = 10
+    with pytest.raises(ValueError, match="unpacks to|whole archive|expected sha256"): data._unpack("zipped", home.registry[1]["file"][0]["archive"], own_cache/"zipped")
+    assert whole_files(own_cache)==[]
+
+
+def test_members_never_exceed_their_size(tmp_path):
+    import tracemalloc
+    with zipfile.ZipFile(tmp_path/"b.zip", "w", zipfile.ZIP_DEFLATED) as z: z.writestr("a", bytes(30_000_000))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="unpacks to 30000000 bytes"): data._member(tmp_path/"b.zip", "a", 10)
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+
+
+def test_an_archive_is_hashed_before_it_is_opened(home, monkeypatch):
+    home.registry[1]["file"][0]["archive_sha256"] = "0"*64
+    monkeypatch.setattr(data, "_member", lambda *a: pytest.fail("opened"))
+    with pytest.raises(ValueError, match="0000"): fetch("zipped")
+
+
+@pytest.mark.parametrize("name", ["cora", "gowalla", "diffrec"])
+def test_planted_pickles_do_not_run(tmp_path, name):
+    class Evil:
+        def __reduce__(self): return (Path.touch, (tmp_path/"ran",))
+    evil = np.array([Evil()], dtype=object)
+    if name=="diffrec": f = tmp_path/"x.npy"; np.save(f, evil, allow_pickle=True)
+    else: f = tmp_path/"x.npz"; np.savez(f, adj_data=evil, adj_indices=evil, adj_indptr=evil, adj_shape=evil, data=evil, format=evil, shape=evil)
+    with pytest.raises(ValueError, match="pickle"): data._loaders[dict(cora="citation-graphs", gowalla="gowalla", diffrec="movielens-1m-diffrec")[name]](lambda n: f)
+    assert not (tmp_path/"ran").exists()
+
+
+def test_data_archives_have_a_limit(tmp_path):
+    import tarfile
+    with pytest.raises(ValueError, match="unpacks to"): data._check_room("x", [1<<30, 1])
+    with tarfile.open(tmp_path/"x.tar.gz", "w:gz") as t:
+        m = tarfile.TarInfo("../train.txt"); m.size = 6; t.addfile(m, io.BytesIO(b"a\tb\tc\n"))
+        for n in ("valid.txt", "test.txt"): m = tarfile.TarInfo(n); m.size = 6; t.addfile(m, io.BytesIO(b"a\tb\tc\n"))
+    assert len(data._triples(lambda f: tmp_path/"x.tar.gz", "umls"))==3 and not (tmp_path.parent/"train.txt").exists()
+
+
+def test_bit_rot_with_the_old_time_is_noticed(home, tmp_path):
+    p = fetch("plain")["sub/a.bin"]; st = p.stat()
+    p.write_bytes(b"!" + BODY[1:]); os.utime(p, ns=(st.st_atime_ns, st.st_mtime_ns))
+    assert fetch("plain")["sub/a.bin"].read_bytes()==BODY and verify("plain").status.tolist()==["ok"]
+
+
+def test_leftovers_of_killed_downloads_go(home, own_cache):
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True).stdout.strip()
+    mine,theirs,gone = (own_cache/"plain"/"sub"/f".part-{pid}@{host}@abc" for pid,host in
+        ((os.getpid(), platform.node()), (dead, "elsewhere"), (dead, platform.node())))
+    for p in (mine, theirs, gone): p.mkdir(parents=True); (p/"tmp123").write_bytes(b"half")
+    fetch("plain")
+    assert mine.exists() and theirs.exists() and not gone.exists()
+
+
+def test_a_full_disk_is_told(home, own_cache, monkeypatch):
+    def full(*a): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(data.os, "replace", full)
+    for name in ("plain", "zipped"):
+        with pytest.raises(PermissionError, match="No space left.*RECBOOK_CACHE"): fetch(name)
+        assert whole_files(own_cache)==[]
+
+
+@pytest.mark.parametrize("text,says", [(None, "cannot read"), ("[[dataset]", "not a registry"), ("x=1", "not a registry"), ("[[dataset]]\ntitle='a'", "not a registry"),
+    ("[[dataset]]\nname='a'", "'a' lacks 'title'"), (b"\xff\xfe", "not a registry"),
+    ("[[dataset]]\nname='a'\ntitle='a'\nterms=''\ncite=''\nhome=''\n[[dataset.file]]\nname='../x'\nsha256='%s'\nbytes=1\nurl=''"%("0"*64), "outside the cache"),
+    ("[[dataset]]\nname='a'\ntitle='a'\nterms=''\ncite=''\nhome=''\n[[dataset.file]]\nname='x'\nsha256='abc'\nbytes=1\nurl=''", "64 hexadecimal")])
+def test_a_missing_or_broken_registry_is_named(tmp_path, monkeypatch, text, says):
+    monkeypatch.setattr(data, "root", lambda: tmp_path)
+    (tmp_path/"data").mkdir()
+    if text is not None: (tmp_path/"data"/"datasets.toml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    for f in (datasets_list, lambda: fetch("a"), lambda: load("a")):
+        with pytest.raises(ValueError, match=says) as e: f()
+        assert "datasets.toml" in str(e.value) and "Fix" in str(e.value)
+
+
+@pytest.mark.parametrize("name", [None, 3, [], ("a",)])
+def test_odd_names_are_refused(name):
+    for f in (load, fetch, verify):
+        with pytest.raises(ValueError, match="no data set"): f(name)
+
+
+def test_no_home_folder(monkeypatch):
+    def no(): raise RuntimeError("Could not determine home directory.")
+    monkeypatch.delenv("RECBOOK_CACHE"); monkeypatch.setattr(data, "_is_checkout", lambda p: False); monkeypatch.setattr(Path, "home", no)
+    with pytest.raises(ValueError, match="RECBOOK_CACHE"): cache_dir()
 
 
 def test_malformed_line(tmp_path):
