@@ -123,7 +123,7 @@ def per_sample_grads(
     theta = {k: p.detach() for k, p in params.items()}
     one = lambda th, row: loss(Bound(model, th), tuple(x[None] for x in row))
     with as_function(model), sdpa_kernel(SDPBackend.MATH):
-        g = vmap(grad(one), (None, 0), chunk_size=chunk_size, randomness="different") # if random at all, `as_function` says so(theta, batch)
+        g = vmap(grad(one), (None, 0), chunk_size=chunk_size, randomness="different")(theta, batch) # if random at all, `as_function` says so
     return torch.cat([g[k].reshape(n, -1) for k in params], 1).detach()
 
 # %% ../nbs/foundations/05_gradients.ipynb #45d0ad16
