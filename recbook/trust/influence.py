@@ -17,17 +17,17 @@ from ..data import whole_number
 from ..gradients import Bound, as_function, chosen, dense, flatten, ggn_vp, hvp, params_of, per_sample_grads, solve, unflatten
 
 # %% auto #0
-__all__ = ['LAYERWISE', 'WHOLE', 'TREES', 'Task', 'row_losses', 'ggn_rows', 'ggn_matrix', 'blocks', 'pbrf', 'lbfgs', 'minimise',
-           'pseudo_losses', 'linear_layers', 'is_linear', 'layer_grads', 'weight_grads', 'chunks', 'Factors',
-           'ekfac_factors', 'precondition', 'spectrum', 'query_grads', 'low_rank', 'pair_scores', 'products',
-           'ggn_products', 'lissa', 'check_damping', 'tenth_of_mean', 'solve_curvature', 'solved', 'influence',
-           'check_rows', 'n_rows', 'refuse', 'whole_influence', 'agreement', 'removal_curve', 'detection', 'lm_task',
-           'real_tokens', 'lm_batch', 'token_ids', 'with_end', 'common_prefix', 'Boosted', 'open_booster',
-           'open_sklearn', 'open_lightgbm', 'check_columns', 'look_up', 'Rounds', 'rounds', 'targets', 'derivatives',
-           'raw_losses', 'Leaves', 'leaf_values', 'leaf_moves', 'boostin', 'in_leaves', 'leaf_influence', 'trex',
-           'representers', 'tree_sim', 'losses_of', 'retrainer', 'leave_one_out', 'tree_influence', 'with_one',
-           'check_head', 'fit_head', 'head_influence', 'folds_of', 'cross_influence', 'vote', 'macro_f1', 'repair',
-           'inf_relabel', 'knn_relabel', 'loss_relabel', 'reannotate', 'silver_order']
+__all__ = ['LAYERWISE', 'WHOLE', 'TREES', 'Task', 'row_losses', 'ggn_rows', 'check_damping', 'ggn_matrix', 'blocks', 'pbrf',
+           'lbfgs', 'minimise', 'pseudo_losses', 'linear_layers', 'is_linear', 'layer_grads', 'weight_grads', 'chunks',
+           'Factors', 'ekfac_factors', 'precondition', 'spectrum', 'query_grads', 'low_rank', 'pair_scores', 'products',
+           'ggn_products', 'lissa', 'tenth_of_mean', 'solve_curvature', 'solved', 'influence', 'check_rows', 'n_rows',
+           'refuse', 'whole_influence', 'agreement', 'removal_curve', 'detection', 'lm_task', 'real_tokens', 'lm_batch',
+           'token_ids', 'with_end', 'common_prefix', 'Boosted', 'open_booster', 'open_sklearn', 'open_lightgbm',
+           'check_columns', 'look_up', 'Rounds', 'rounds', 'targets', 'derivatives', 'raw_losses', 'Leaves',
+           'leaf_values', 'leaf_moves', 'boostin', 'in_leaves', 'leaf_influence', 'trex', 'representers', 'tree_sim',
+           'losses_of', 'retrainer', 'leave_one_out', 'tree_influence', 'with_one', 'check_head', 'fit_head',
+           'head_influence', 'folds_of', 'cross_influence', 'vote', 'macro_f1', 'repair', 'inf_relabel', 'knn_relabel',
+           'loss_relabel', 'reannotate', 'silver_order']
 
 # %% ../../nbs/trust/01_influence.ipynb #0000000e
 class Task(NamedTuple):
@@ -64,6 +64,12 @@ def ggn_rows(
         g = per_sample_grads(model, loss, batch, params, chunk_size=256)
         return (g if task.kind == "squares" else g*y.softmax(-1)[:, j:j+1].sqrt()).detach()
     return torch.cat([one(j) for j in range(width)])
+
+def check_damping(damping):
+    "`damping`, refused if it is neither None nor a number of at least 0."
+    if isinstance(damping, Tensor) and damping.ndim == 0: damping = damping.item()
+    if damping is None or isinstance(damping, Real) and not isinstance(damping, bool) and 0 <= damping < np.inf: return damping
+    raise ValueError(f"damping={damping!r}: must be a finite number, 0 or more, or None")
 
 def ggn_matrix(model, task, train, params):
     "The exact Gauss-Newton matrix (p, p)."
@@ -353,12 +359,6 @@ def lissa(
     return X
 
 # %% ../../nbs/trust/01_influence.ipynb #f67144a7
-def check_damping(damping):
-    "`damping`, refused if it is neither None nor a number of at least 0."
-    if isinstance(damping, Tensor) and damping.ndim == 0: damping = damping.item()
-    if damping is None or isinstance(damping, Real) and not isinstance(damping, bool) and 0 <= damping < np.inf: return damping
-    raise ValueError(f"damping={damping!r}: must be a finite number, 0 or more, or None")
-
 def tenth_of_mean(product, p, like, probes=16):
     "A tenth of the mean eigenvalue of a (p, p) matrix given by its products: E v'Av = trace A for random signs v (Hutchinson 1989)."
     g = torch.Generator().manual_seed(0)
