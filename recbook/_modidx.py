@@ -1341,4 +1341,5 @@ d = { 'settings': { 'branch': 'main',
                                'recbook.world.World.rng': ('foundations/world.html#world.rng', 'recbook/world.py'),
                                'recbook.world.aspect': ('foundations/world.html#aspect', 'recbook/world.py'),
                                'recbook.world.exercises': ('foundations/world.html#exercises', 'recbook/world.py'),
+                               'recbook.world.finite': ('foundations/world.html#finite', 'recbook/world.py'),
                                'recbook.world.unique_titles': ('foundations/world.html#unique_titles', 'recbook/world.py')}}}
