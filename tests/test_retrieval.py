@@ -314,3 +314,17 @@ def test_an_index_gives_the_models_modes_back(sparcode):
     CodeIndex(m, x).search(q)
     assert [k.training for k in m.modules()] == found and len(set(found)) == 2
     m.eval()
+
+
+def test_training_gives_the_same_bits_on_one_and_two_threads():
+    from recbook.training import batches, fit, set_seed
+    g = torch.Generator().manual_seed(0)
+    q, x, pos = torch.randint(5, (2000, 2), generator=g), torch.stack([torch.randint(6, (500,), generator=g), torch.arange(500)], 1), torch.randint(500, (2000,), generator=g)
+    def trained(threads):
+        torch.set_num_threads(threads); set_seed(0); m = SparCode([5, 5], [6, 500])
+        fit(m, lambda m, b: sampled_softmax(m, b, x), batches(q, pos, batch_size=256), steps=10, lr=.01, device="cpu", progress=False)
+        return m.state_dict()
+    had = torch.get_num_threads()
+    try: one, two = trained(1), trained(2)
+    finally: torch.set_num_threads(had)
+    assert all(torch.equal(one[k], two[k]) for k in one)

@@ -14,11 +14,11 @@ from ..training import batches, eval_mode, fit, set_seed
 from ..world import World, aspect
 
 # %% auto #0
-__all__ = ['REQUEST', 'ITEM', 'Tower', 'TwoTower', 'sampled_softmax', 'recall_at', 'kmeans', 'ProductQuantizer', 'AllToAll',
-           'SparCode', 'CodeIndex', 'ivf_search', 'passing', 'nearest_among', 'robust_prune', 'vamana', 'by_distance',
-           'walk', 'FilterIndex', 'PreFilter', 'PostFilter', 'entries', 'Acorn', 'first_distinct', 'FilteredVamana',
-           'order_of', 'Serf', 'RangeTree', 'Ung', 'filtered_recall', 'effort_curve', 'DiagLinUCB', 'LinUCB',
-           'item_tower', 'sparse_context', 'simulate']
+__all__ = ['REQUEST', 'ITEM', 'Tower', 'TwoTower', 'sampled_softmax', 'recall_at', 'kmeans', 'ProductQuantizer', 'over_columns',
+           'AllToAll', 'SparCode', 'CodeIndex', 'ivf_search', 'passing', 'nearest_among', 'robust_prune', 'vamana',
+           'by_distance', 'walk', 'FilterIndex', 'PreFilter', 'PostFilter', 'entries', 'Acorn', 'first_distinct',
+           'FilteredVamana', 'order_of', 'Serf', 'RangeTree', 'Ung', 'filtered_recall', 'effort_curve', 'DiagLinUCB',
+           'LinUCB', 'item_tower', 'sparse_context', 'simulate']
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #2ac43375
 REQUEST = dict(taste=16, occasion=8, age=6, place=6) # fields of a request and how many values each has
@@ -156,6 +156,10 @@ def perplexity(self:ProductQuantizer,
     return torch.exp(torch.special.entr(p).sum(1)).detach().numpy()
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #cfba1f10
+def over_columns(b, x):
+    "The scalar b once for each row of x: its gradient is then a sum of column sums, whose order does not depend on the number of threads."
+    return b.reshape(1).expand(len(x))
+
 class AllToAll(nn.Module):
     "E(t, c): perceptron on [t, c, t*c] for every pair, one hidden layer."
     def __init__(self, d:int=16, hidden:int=32):
@@ -168,7 +172,7 @@ class AllToAll(nn.Module):
         ) -> Tensor: # (n, m)
         n, h = len(t), len(self.tx)
         pair = ((t[:, None]*self.tx).reshape(n*h, -1) @ x.T).reshape(n, h, -1)
-        return torch.einsum("nhm,h->nm", F.relu(pair + self.t(t)[:, :, None] + self.x(x).T), self.out.weight[0]) + self.out.bias
+        return torch.einsum("nhm,h->nm", F.relu(pair + self.t(t)[:, :, None] + self.x(x).T), self.out.weight[0]) + over_columns(self.out.bias, x)
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #17e437b2
 class SparCode(nn.Module):
@@ -187,7 +191,7 @@ class SparCode(nn.Module):
         return self.tokenizer(q).reshape(len(q)*self.K, -1)
     def pair_scores(self, t:Tensor, x:Tensor) -> Tensor: # (n, d), (m, d) -> (n, m)
         "ReLU(E + b) of tokens and item vectors."
-        return F.relu(self.E(t, x) + self.b)
+        return F.relu(self.E(t, x) + over_columns(self.b, x))
     def forward(self, q:Tensor, x:Tensor) -> Tensor: # (n, fields), (m, fields) -> (n, m)
         t = self.tokens(q)
         if self.quantise: t = self.vq(t)
