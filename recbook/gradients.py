@@ -11,10 +11,13 @@ from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from .data import whole_number
+from .training import eval_mode
 
 # %% auto #0
-__all__ = ['params_of', 'flatten', 'unflatten', 'add_', 'grad_of', 'differentiable', 'per_sample_grads', 'Bound', 'hvp', 'dense',
-           'ggn_vp', 'solve']
+__all__ = ['params_of', 'flatten', 'unflatten', 'add_', 'OwnRows', 'as_function', 'chosen', 'grad_of', 'differentiable',
+           'per_sample_grads', 'Bound', 'hvp', 'dense', 'ggn_vp', 'solve']
 
 # %% ../nbs/foundations/05_gradients.ipynb #787b3faf
 def params_of(
@@ -53,15 +56,43 @@ def add_(
         for p, d in zip(params.values(), unflatten(delta, params).values()): p.add_(d, alpha=scale)
 
 # %% ../nbs/foundations/05_gradients.ipynb #4d4124fa
+class OwnRows(TorchFunctionMode):
+    "Inside, batch statistics are refused, also those that a model asks for in evaluation mode."
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if name.endswith("batch_norm") and (kwargs.get("training") or any(a is True for a in args[5:6])):
+            raise ValueError("the model normalises by the statistics of the batch, so no row has a gradient of its own: track running statistics, or use LayerNorm")
+        return func(*args, **kwargs)
+
+@contextmanager
+def as_function(
+    model:nn.Module,
+    ):
+    "Inside, `model` is a fixed function of each row: evaluation mode, nothing random, no batch statistics. Afterwards its modes are as before."
+    cuda = [p.device for p in list(model.parameters())[:1] if p.is_cuda]
+    states = lambda: [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in cuda)]
+    before = states()
+    with eval_mode(model), OwnRows(): yield
+    if any((a != b).any() for a, b in zip(before, states())):
+        raise ValueError("model or loss drew random numbers in evaluation mode, e.g. F.dropout without `training=self.training`: "
+            "gradients would be those of another model each time; switch it off")
+
+def chosen(model, params):
+    "`params`, or all of the model's if None."
+    if params is None: return params_of(model)
+    if not params: raise ValueError("no parameters chosen: give some, or None for all that require a gradient")
+    return params
+
+# %% ../nbs/foundations/05_gradients.ipynb #9c2e221f
 def grad_of(
     model:nn.Module, loss:Callable, # (model, batch) -> scalar
     batch,
     params:dict[str, nn.Parameter]|None=None,
     create_graph:bool=False, # True when the result is to be differentiated again
     ) -> Tensor: # (p,); zero where the loss does not depend on a parameter
-    "Gradient of one loss as a vector."
-    params = params or params_of(model)
-    with differentiable(params):
+    "Gradient of one loss as a vector, of the model in evaluation mode."
+    params = chosen(model, params)
+    with as_function(model), differentiable(params):
         g = torch.autograd.grad(loss(model, batch), list(params.values()), create_graph=create_graph, materialize_grads=True)
     return flatten(dict(zip(params, g)))
 
@@ -77,23 +108,22 @@ def differentiable(params:dict[str, nn.Parameter]):
 
 def per_sample_grads(
     model:nn.Module,
-    loss:Callable, # (model, batch) -> mean of the rows' losses; must treat rows alone (no batch norm, dropout off)
+    loss:Callable, # (model, batch) -> mean of the rows' losses; must treat rows alone
     batch:Sequence[Tensor], # tensors of n rows each
     params:dict[str, nn.Parameter]|None=None,
     chunk_size:int=64, # rows at once: memory grows with chunk_size * p
     vectorize:bool=True, # False: one row after another, for models that torch.func cannot trace
     ) -> Tensor: # (n, p)
     "The gradient of every row's own loss."
-    params = params or params_of(model)
-    batch = tuple(batch); n = len(batch[0])
-    if not n: raise ValueError("an empty batch has no gradients")
-    if model.training and any(isinstance(m, nn.Dropout) and m.p for m in model.modules()):
-        raise ValueError("the model is in training mode with dropout: call model.eval() first, or gradients are those of another model")
+    params, batch = chosen(model, params), tuple(batch)
+    whole_number("chunk_size", chunk_size)
+    if len(lens := {len(b) for b in batch}) != 1: raise ValueError(f"tensors of {sorted(lens)} rows: rows must correspond")
+    if not (n := lens.pop()): raise ValueError("an empty batch has no gradients")
     if not vectorize: return torch.stack([grad_of(model, loss, tuple(b[i:i+1] for b in batch), params).detach() for i in range(n)])
     theta = {k: p.detach() for k, p in params.items()}
     one = lambda th, row: loss(Bound(model, th), tuple(x[None] for x in row))
-    with sdpa_kernel(SDPBackend.MATH):
-        g = vmap(grad(one), (None, 0), chunk_size=chunk_size)(theta, batch)
+    with as_function(model), sdpa_kernel(SDPBackend.MATH):
+        g = vmap(grad(one), (None, 0), chunk_size=chunk_size, randomness="different")(theta, batch) # if random at all, `as_function` says so
     return torch.cat([g[k].reshape(n, -1) for k in params], 1).detach()
 
 # %% ../nbs/foundations/05_gradients.ipynb #45d0ad16
@@ -111,8 +141,8 @@ def hvp(
     params:dict[str, nn.Parameter]|None=None,
     ) -> Tensor: # (p,)
     "Hessian of the loss times a vector, by differentiating twice (Pearlmutter 1994)."
-    params = params or params_of(model)
-    with differentiable(params):
+    params = chosen(model, params)
+    with as_function(model), differentiable(params):
         g = grad_of(model, loss, batch, params, create_graph=True)
         Hv = torch.autograd.grad(g @ v, list(params.values()), materialize_grads=True) if g.requires_grad else [torch.zeros_like(p) for p in params.values()]
     return flatten(dict(zip(params, Hv))).detach()
@@ -134,9 +164,9 @@ def ggn_vp(
     params:dict[str, nn.Parameter]|None=None,
     ) -> Tensor: # (p,)
     "Generalised Gauss-Newton matrix of head(outputs) times a vector (Schraudolph 2002)."
-    params = params or params_of(model)
+    params = chosen(model, params)
     leaves = list(params.values())
-    with differentiable(params):
+    with as_function(model), differentiable(params):
         y = outputs(model, batch)
         u = torch.zeros_like(y, requires_grad=True)
         Jtu = torch.autograd.grad(y, leaves, u, create_graph=True, materialize_grads=True)
@@ -156,14 +186,19 @@ def solve(
     maxiter:int|None=None, # default 10*p
     ) -> Tensor: # (p,)
     "x with (A + damping*I) x = b by conjugate gradients, for A given as products."
-    if damping < 0: raise ValueError(f"damping={damping}: must not be negative")
+    if not damping >= 0: raise ValueError(f"damping={damping}: must not be negative")
     if not torch.isfinite(b).all(): raise ValueError("the right-hand side is not finite")
+    if not (size := b.abs().max().item()): return torch.zeros_like(b)
     as_tensor = lambda a: torch.as_tensor(a, dtype=b.dtype, device=b.device)
     def product(x):
         Ax = matvec(as_tensor(x.ravel())).detach().cpu().numpy().astype(float) + damping*x.ravel()
+        if not np.isfinite(Ax).all(): raise FloatingPointError("the product with the matrix is not finite: raise the damping or compute in float64")
         if (curve := x.ravel() @ Ax) < -1e-9*(np.linalg.norm(x)*np.linalg.norm(Ax)):
             raise ValueError(f"negative curvature {curve:.3g}: the matrix plus damping={damping:g} is not positive definite; raise the damping or use the Gauss-Newton matrix")
         return Ax
-    x, info = cg(LinearOperator((len(b), len(b)), product, dtype=float), b.detach().cpu().numpy().astype(float), rtol=tol, atol=0., maxiter=maxiter)
+    rhs = b.detach().cpu().numpy().astype(float)/size # of size 1, so that no limit below is absolute
+    x, info = cg(LinearOperator((len(b), len(b)), product, dtype=float), rhs, rtol=tol, atol=0., maxiter=maxiter)
     if info > 0: raise RuntimeError(f"no solution to tol={tol:g} within {info} iterations: raise maxiter, tol or the damping")
-    return as_tensor(x)
+    if (left := np.linalg.norm(product(x) - rhs)/np.linalg.norm(rhs)) > max(1e-2, 100*tol):
+        raise RuntimeError(f"the solution is off by {left:.1e} of the right-hand side: the matrix is too ill-conditioned; raise the damping or compute in float64")
+    return as_tensor(x*size)

@@ -6,14 +6,15 @@
 from __future__ import annotations
 import zlib
 from functools import wraps
+from numbers import Real
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from scipy.optimize import brentq
 from scipy.special import expit, log_softmax
-from .data import Interactions
+from .data import Interactions, whole_number
 
 # %% auto #0
-__all__ = ['CUES', 'World', 'aspect', 'unique_titles', 'exercises']
+__all__ = ['CUES', 'finite', 'World', 'aspect', 'unique_titles', 'exercises']
 
 # %% ../nbs/foundations/02_world.ipynb #17910f6e
 CUES = dict( # attribute -> value -> cue words used in titles and reviews
@@ -34,6 +35,10 @@ CUES = dict( # attribute -> value -> cue words used in titles and reviews
 CUES = {a: {v: tuple(w.split()) for v, w in vs.items()} for a, vs in CUES.items()}
 
 # %% ../nbs/foundations/02_world.ipynb #87992bf1
+def finite(name, value):
+    "Refuse what is not a finite number."
+    if isinstance(value, bool) or not isinstance(value, Real) or not np.isfinite(value): raise ValueError(f"{name}={value!r}: must be a finite number")
+
 class World:
     "A synthetic universe of users and items with known relevance, exposure and text; every aspect is lazy and fixed by the seed."
     def __init__(self,
@@ -46,8 +51,10 @@ class World:
         like_rate:float=.25, # mean probability that a user likes a random item
         kappa:float=1., # how strongly the logging policy follows true affinity
         zipf:float=.8): # exponent of item popularity in the logging policy
+        whole_number("seed", seed, 0)
+        for name, value in dict(n_users=n_users, n_items=n_items, dim=dim).items(): whole_number(name, value)
+        for name, value in dict(rho=rho, like_rate=like_rate, clicks_per_user=clicks_per_user, kappa=kappa, zipf=zipf).items(): finite(name, value)
         if not 0 <= rho <= 1: raise ValueError(f"rho={rho}: must lie in 0..1")
-        if min(n_users, n_items, dim) < 1: raise ValueError(f"n_users={n_users}, n_items={n_items}, dim={dim}: all must be at least 1")
         if not 0 < like_rate < 1: raise ValueError(f"like_rate={like_rate}: must lie strictly between 0 and 1")
         limit = .8*like_rate*n_items
         if not 0 < clicks_per_user < limit:
@@ -189,7 +196,7 @@ def random_exposure(self:World,
     n:int=50, # items shown to each user, uniformly at random
     ) -> pd.DataFrame: # `user, item, click`
     "An unbiased test log: what users click when a coin and not the logging policy shows the items."
-    if not 0 < n <= self.n_items: raise ValueError(f"n={n}: must lie in 1..{self.n_items}, the number of items")
+    if whole_number("n", n) > self.n_items: raise ValueError(f"n={n}: must lie in 1..{self.n_items}, the number of items")
     rng = self.rng("random_exposure")
     i = np.argpartition(rng.random((self.n_users, self.n_items)), n-1, axis=1)[:, :n].ravel()
     u = np.arange(self.n_users).repeat(n)
@@ -201,6 +208,7 @@ def reviews(self:World,
     n:int=1000, # how many
     ) -> pd.DataFrame: # `user, item, rating, text`
     "Reviews of logged clicks: the words follow the true rating and name one attribute of the item."
+    whole_number("n", n)
     rng, tone = self.rng("reviews"), {1: "hated it", 2: "was bored", 3: "thought it was fine", 4: "liked it", 5: "loved it"}
     df = self.events[["user", "item", "rating"]].sample(n, replace=n > len(self.events), random_state=int(rng.integers(2**31)))
     rows = self.items.iloc[df.item]
@@ -214,6 +222,7 @@ def corpus(self:World,
     passes:int=4, # how many exercises of each kind an item gets
     ) -> list[str]:
     "What there is to read in this world, shuffled: descriptions, questions and answers, letter and yes/no exercises, reviews."
+    whole_number("passes", passes)
     rng, out = self.rng("corpus"), [f"{t}: {d}" for t, d in zip(self.items.title, self.items.description)]
     for r in self.items.itertuples():
         for _ in range(passes): out += exercises(r, rng)

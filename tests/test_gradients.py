@@ -91,7 +91,6 @@ def test_solve_agrees_with_a_dense_solver_and_refuses_what_it_cannot(net, data):
 
 def test_bad_input(net, data):
     with pytest.raises(ValueError, match="empty batch"): per_sample_grads(net, ce, (data[0][:0], data[1][:0]))
-    with pytest.raises(ValueError, match="dropout"): per_sample_grads(nn.Sequential(nn.Dropout(.5), net), ce, data)
 
 
 def test_adapters_of_a_causal_lm():
@@ -115,3 +114,68 @@ def test_a_loss_that_fails_leaves_the_parameters_as_they_were(net, data):
     for f in (lambda: grad_of(net, broken, data, theta), lambda: hvp(net, broken, data, torch.ones(5).double(), theta), lambda: ggn_vp(net, broken, broken, data, torch.ones(5).double(), theta)):
         with pytest.raises(KeyError): f()
         assert not net[0].bias.requires_grad
+
+
+class Noisy(nn.Module):
+    "A layer that is random, or looks at the other rows, whatever its mode."
+    def __init__(self, how): super().__init__(); self.how,self.l,self.bn = how,nn.Linear(3, 4),nn.BatchNorm1d(4, track_running_stats=how != "untracked")
+    def forward(self, x):
+        y, F = self.l(x), nn.functional
+        return dict(functional=lambda: F.dropout(y, .5), tensor=lambda: torch.dropout(y, .5, True), homemade=lambda: y*torch.bernoulli(torch.full_like(y, .5)),
+            attention=lambda: F.scaled_dot_product_attention(y[:, None], y[:, None], y[:, None], dropout_p=.5)[:, 0], module=lambda: F.dropout(y, .5, self.training),
+            batch=lambda: F.batch_norm(y, None, None, training=True), low=lambda: torch.batch_norm(y, None, None, None, None, True, .1, 1e-5, False),
+            untracked=lambda: self.bn(y), tracked=lambda: self.bn(y))[self.how]()
+
+
+out = lambda m, b: m(b[0])
+head = lambda y, b: nn.functional.cross_entropy(y, b[1])
+USES = [lambda m, d: grad_of(m, ce, d), lambda m, d: per_sample_grads(m, ce, d), lambda m, d: per_sample_grads(m, ce, d, vectorize=False),
+    lambda m, d: hvp(m, ce, d, torch.ones(sum(p.numel() for p in params_of(m).values()))), lambda m, d: ggn_vp(m, out, head, d, torch.ones(sum(p.numel() for p in params_of(m).values())))]
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("how", ["functional", "tensor", "homemade", "attention", "batch", "low", "untracked"])
+def test_randomness_and_batch_statistics_that_stay_on_are_refused(use, how):
+    m = Noisy(how); found = [k.training for k in m.modules()]
+    with pytest.raises(ValueError, match="random|statistics|more than 1 value"): use(m, (torch.randn(6, 3), torch.randint(4, (6,))))
+    assert [k.training for k in m.modules()] == found
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("how", ["module", "tracked"])
+def test_training_mode_is_switched_off_inside_and_given_back(use, how):
+    m = Noisy(how); m.l.eval(); d = torch.randn(6, 3), torch.randint(4, (6,)); mean = m.bn.running_mean.clone()
+    m(d[0]) if how == "module" else None
+    got = [use(m, d) for _ in range(2)]
+    assert torch.equal(*got) and [k.training for k in m.modules()] == [True, False, True] and torch.equal(m.bn.running_mean, mean)
+    torch.testing.assert_close(got[0], use(m.eval(), d))
+
+
+def test_attention_dropout_of_a_language_model_is_switched_off():
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0); m = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2)).train()
+    ids = torch.randint(20, (3, 5)); loss = lambda m, b: nn.functional.cross_entropy(m(input_ids=b[0]).logits.flatten(0, 1), b[0].flatten())
+    a, b = (per_sample_grads(m, loss, (ids,)) for _ in range(2))
+    assert torch.equal(a, b) and m.training and m.transformer.h[0].attn.attn_dropout.training
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1., 1e12, 1e30])
+def test_solve_does_not_depend_on_units(scale):
+    torch.manual_seed(0); A = torch.randn(8, 8).double(); A = A @ A.T + torch.eye(8); b = torch.randn(8).double()
+    torch.testing.assert_close(solve(lambda v: A @ v, b*scale, tol=1e-10), torch.linalg.solve(A, b)*scale, rtol=1e-6, atol=0)
+    torch.testing.assert_close(solve(lambda v: scale*(A @ v), b, tol=1e-10), torch.linalg.solve(A, b)/scale, rtol=1e-6, atol=0)
+
+
+def test_solve_of_nothing_and_of_what_cannot_be_solved():
+    assert solve(lambda v: v, torch.zeros(3)).tolist() == [0, 0, 0]
+    with pytest.raises(FloatingPointError, match="not finite"): solve(lambda v: v*float("nan"), torch.ones(3))
+    with pytest.raises(ValueError, match="damping=nan"): solve(lambda v: v, torch.ones(3), float("nan"))
+    torch.manual_seed(0); Q = torch.linalg.qr(torch.randn(40, 40))[0]; A = Q @ torch.diag(torch.logspace(0, -12, 40)) @ Q.T # float32 cannot hold this
+    with pytest.raises((RuntimeError, ValueError), match="damping"): solve(lambda v: A @ v, torch.randn(40))
+
+
+def test_an_empty_choice_of_parameters_is_not_all(net, data):
+    for f in (lambda: grad_of(net, ce, data, {}), lambda: per_sample_grads(net, ce, data, {}), lambda: hvp(net, ce, data, torch.ones(3), {})):
+        with pytest.raises(ValueError, match="no parameters chosen"): f()
+    with pytest.raises(ValueError, match="rows must correspond"): per_sample_grads(net, ce, (data[0], data[1][:3]))
+    with pytest.raises(ValueError, match="chunk_size=0"): per_sample_grads(net, ce, data, chunk_size=0)

@@ -85,13 +85,61 @@ def test_ngcf_message_by_message(train, A, transform, nonlinear, affinity):
     assert torch.allclose(torch.cat(m()).detach(), torch.cat(out, 1), atol=1e-5)
 
 
-def test_node_dropout_drops_rows_and_columns_and_keeps_the_mean(A):
+@pytest.mark.parametrize("p", [.1, .3, .5])
+def test_node_dropout_silences_senders_and_keeps_the_mean(A, p):
     S = sparse_tensor(A); set_seed(0)
-    draws = [drop_nodes(S, .3).to_dense() for _ in range(400)]
-    assert all(torch.allclose(D, D.T) for D in draws[:5])
-    gone = [(D.sum(1) == 0).float().mean() for D in draws]
-    assert np.mean(gone) >= .3
-    assert torch.allclose(torch.stack(draws).mean(0), dense(A)*.7, atol=.15) # both ends must stay: (1-p)^2/(1-p)
+    draws = torch.stack([drop_nodes(S, p).to_dense() for _ in range(3000)])
+    silent = (draws == 0).all(1) & (dense(A) > 0).any(0)
+    assert abs(silent.float().mean().item()/(dense(A) > 0).any(0).float().mean().item() - p) < .02
+    for D, gone in zip(draws[:20], silent): assert torch.allclose(D, dense(A)*~gone/(1-p)) # whole columns: messages of a node, not to it
+    assert torch.allclose(draws.mean(0), dense(A), atol=.05)
+
+
+def test_gradients_under_node_dropout_are_those_of_the_dropped_graph(A):
+    set_seed(0); m = NGCF(sparse_tensor(A), 12, dim=4, K=2, message_dropout=0., node_dropout=.5).train(); G = torch.randn(21, 12)
+    set_seed(5); (torch.cat(m())*G).sum().backward(); got = m.E0.grad.clone(); m.E0.grad = None
+    set_seed(5); D = drop_nodes(m.A, .5).to_dense(); E, out = m.E0, [m.E0]
+    for W1, W2 in zip(m.W1, m.W2): E = F.leaky_relu(W1(D @ E + E) + W2((D @ E)*E), .2); out.append(F.normalize(E, dim=1))
+    (torch.cat(out, 1)*G).sum().backward()
+    assert torch.allclose(got, m.E0.grad, atol=1e-5)
+
+
+@pytest.mark.parametrize("call, says", [
+    (lambda A: LightGCN(sparse_tensor(A), 12, K=-1), "K=-1"), (lambda A: LightGCN(sparse_tensor(A), 12, K=1.5), "K=1.5"), (lambda A: NGCF(sparse_tensor(A), 12, K=-1), "K=-1"),
+    *[(lambda A, p=p: NGCF(sparse_tensor(A), 12, node_dropout=p), "node_dropout") for p in (1, -.1, np.nan)], (lambda A: NGCF(sparse_tensor(A), 12, message_dropout=1), "message_dropout=1"),
+    (lambda A: drop_nodes(sparse_tensor(A), 1), "p=1"), (lambda A: LightGCN(sparse_tensor(sym_norm(A, 1, 0)), 12), "transpose"), (lambda A: NGCF(sparse_tensor(sym_norm(A, 1, 0)), 12), "transpose"),
+    (lambda A: LightGCN(sparse_tensor(A[:12]), 12), "must be"), (lambda A: LightGCN(sparse_tensor(A), 22), "22 users"), (lambda A: sym_norm(A[:5]), "square"), (lambda A: sym_norm(-A), "negative"),
+    (lambda A: path_weights(0), "k=0"), (lambda A: path_weights(1.5), "k=1.5")])
+def test_what_would_be_silently_wrong_is_refused(A, call, says):
+    with pytest.raises(ValueError, match=says): call(A)
+
+
+def test_closeness_of_nobody_is_refused(train):
+    with pytest.raises(ValueError, match="none of 0 users"): closeness(popularity(train), train, [])
+
+
+def test_sparse_input_in_any_form_is_the_same_graph(A):
+    B = sp.csr_matrix((A > 0).astype(float)); want = sym_norm(B).toarray()
+    rows = [np.r_[B.indices[a:b][::-1], B.indices[a:b][:1]] for a, b in zip(B.indptr, B.indptr[1:])]
+    half = [np.r_[np.ones(len(r)-1), np.zeros(1)] if len(r) else np.ones(0) for r in rows] # unsorted, with a stored zero
+    odd = sp.csr_matrix((np.concatenate(half), np.concatenate(rows), np.cumsum([0] + [len(r) for r in rows])), B.shape)
+    for X in (odd, B.tocoo(), B.tocsc(), B.tolil()):
+        assert np.allclose(sym_norm(X).toarray(), want) and torch.allclose(sparse_tensor(X).to_dense(), torch.from_numpy(B.toarray()).float())
+        assert len(sparse_tensor(X).values()) == B.nnz
+    W = B*.01; d = np.asarray(W.sum(1)).ravel(); assert np.allclose(sym_norm(W).toarray(), W.toarray()/np.sqrt(np.outer(d, d).clip(1e-12)), atol=1e-6) # light weights are normalised, too
+
+
+def test_counts_above_two_to_the_24_do_not_tie():
+    x = Interactions(pd.DataFrame(dict(user=[0], item=[0])), 1, 2)
+    assert popularity(x)(torch.tensor([0])).dtype == torch.float64
+
+
+@pytest.mark.parametrize("make", [lambda S: NGCF(S, 12, 4, node_dropout=.2), lambda S: LightGCN(S, 12, 4)])
+@pytest.mark.parametrize("with_valid", [False, True])
+def test_a_trained_model_scores_the_same_twice(train, A, make, with_valid):
+    m = make(sparse_tensor(A)); tr, va, _ = ratio_split(train, .2, .2) if with_valid else (train, None, None)
+    train_bpr(m, tr, va, epochs=2, progress=False, device="cpu", k=2)
+    assert all(torch.equal(a, b) for a, b in zip(m(), m()))
 
 
 def test_bpr_loss_by_hand():

@@ -1,5 +1,6 @@
 "PinSage and LSM-GNN against exact walks, linear solves, networkx, hand-made losses and an exhaustive cache oracle."
 import networkx as nx, numpy as np, pandas as pd, pytest, scipy.sparse as sp, torch
+from recbook.collaborative import graph_cf as gcf
 from recbook.collaborative.graph_cf import (UNKNOWN, PinBatches, PinSage, SharedCache, VictimBuffer, computation_graph, curriculum,
     embed_all, equal_weights, hard_negatives, max_margin, neighbour_batches, next_reuse, pack, pair_ranks, personalised_pagerank, pin_loss,
     power_law_graph, reverse_pagerank, scaled_mrr, serve, successive_pairs, top_neighbours, uniform_neighbours, unpack, visit_counts)
@@ -301,3 +302,27 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="policy='belady'"): SharedCache(9, 4, "belady", ways=2)
     with pytest.raises(ValueError, match="hotness"): SharedCache(9, 4, "hybrid", ways=2)
     with pytest.raises(ValueError, match="lines=5"): SharedCache(9, 5, "lru", ways=2)
+
+
+def odd(G):
+    "The same graph with unsorted entries and stored zeros."
+    empty = [np.setdiff1d(np.arange(G.shape[1]), G.indices[a:b])[:1] for a, b in zip(G.indptr, G.indptr[1:])]
+    rows = [np.r_[e, G.indices[a:b][::-1]] for e, a, b in zip(empty, G.indptr, G.indptr[1:])]
+    data = [np.r_[np.zeros(len(e)), np.ones(b-a)] for e, a, b in zip(empty, G.indptr, G.indptr[1:])]
+    return sp.csr_matrix((np.concatenate(data), np.concatenate(rows), np.cumsum([0] + [len(r) for r in rows])), G.shape)
+
+
+def test_the_form_of_a_graph_does_not_matter():
+    rng = np.random.default_rng(0); G = sp.csr_matrix((rng.random((15, 20)) < .2).astype(np.float32)); G[3] = 0; G.eliminate_zeros(); X = odd(G)
+    assert (gcf.visit_counts(X) != gcf.visit_counts(G)).nnz == 0 and np.allclose(gcf.personalised_pagerank(X, np.arange(15)), gcf.personalised_pagerank(G, np.arange(15)))
+    for a, b in zip(gcf.uniform_neighbours(X, 3), gcf.uniform_neighbours(G, 3)): assert (a == b).all()
+    H = (G @ G.T).tocsr(); H.sort_indices(); assert np.allclose(gcf.reverse_pagerank(H.tocoo()), gcf.reverse_pagerank(H))
+    C = gcf.visit_counts(G); D = sp.csr_matrix((np.r_[C.data, [0.]], np.r_[C.indices, [5]], np.r_[C.indptr[:-1], [C.nnz+1]]), C.shape)
+    for a, b in zip(gcf.top_neighbours(D, 3), gcf.top_neighbours(C, 3)): assert (a == b).all()
+    with pytest.raises(ValueError, match="node 3 has no neighbour"): gcf.random_neighbour(G, np.array([1, 3]), rng)
+
+
+@pytest.mark.parametrize("trace, kw, says", [([np.array([0, -1])], {}, "distinct"), ([np.array([0, 0])], {}, "distinct"), ([np.array([0, 99])], {}, "distinct"), ([np.array([.5])], {}, "distinct"),
+    ([np.array([0])], dict(window=4, pvp=3), "pvp=3"), ([np.array([0])], dict(window=0, pvp=3), "pvp=3"), ([np.array([0])], dict(window=1.5), "window=1.5")])
+def test_serving_refuses_what_it_cannot_serve(trace, kw, says):
+    with pytest.raises(ValueError, match=says): list(gcf.serve(trace, gcf.SharedCache(20, 8, "lru", gpus=2, ways=2), **kw))

@@ -377,3 +377,29 @@ def test_bad_input(train, truth):
     with pytest.raises(ValueError, match="different lengths"): ItemTower([np.arange(3), np.arange(4)])
     with pytest.raises(ValueError, match="tau=0"): batch_softmax(torch.eye(2), torch.eye(2), 0)
     with pytest.raises(ValueError, match="nothing|no user"): dcg(torch.zeros(2, 5), torch.zeros(2, 5), torch.ones(2, 5))
+
+
+@pytest.mark.parametrize("kw, says", [(dict(theta=1.5), "theta"), (dict(theta=torch.tensor([.5, float("nan")])), "theta"), (dict(theta=-.1), "theta"), (dict(Y=torch.tensor([0., 5.])), "Y from 0 to 5"),
+    (dict(Y=torch.tensor([-1., 1.])), "Y"), (dict(M=2.), "M from 2")])
+def test_shares_outside_0_to_1_are_refused(kw, says):
+    with pytest.raises(ValueError, match=says): ips_loss(torch.zeros(2), **(dict(Y=torch.tensor([0., 1.])) | kw))
+
+
+@pytest.mark.parametrize("alpha", [[.5, .6], [1.5, -.5], [0., 0.], [float("nan"), 1.]])
+def test_a_mixture_off_the_simplex_is_refused(alpha):
+    U, I, one = torch.ones(2, 3), torch.ones(4, 3), torch.tensor([0, 1])
+    for instance in (True, False):
+        with pytest.raises(ValueError, match="sum to 1"): mixture_loss(U, I, one, one, torch.tensor([[2, 3], [2, 3]]), torch.tensor(alpha), instance)
+
+
+def test_a_search_on_training_clicks_is_refused():
+    x = Interactions(pd.DataFrame(dict(user=[0, 0, 1], item=[0, 1, 2])), 2, 5)
+    with pytest.raises(ValueError, match="3 of 3 validation clicks"): auto_sample(MF(2, 5, 4), x, x, {"uniform": fixed_sampler(x)}, steps=2)
+
+
+def test_the_search_differentiates_the_model_that_is_scored():
+    class Dropping(MF):
+        def forward(self): return tuple(F.dropout(x, .5, self.training) for x in super().forward())
+    set_seed(0); m = Dropping(5, 8, 4); b = torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5]), torch.randint(8, (3, 2)); held = torch.tensor([0, 1]), torch.tensor([6, 7]), torch.arange(4)
+    a, c = (search_gradient(m, b, held, torch.zeros(2)) for _ in range(2))
+    assert torch.equal(a[0], c[0]) and a[1] == c[1] and m.training

@@ -363,6 +363,126 @@ def test_completions_only():
     with pytest.raises(ValueError, match="does not begin"): I.lm_batch(tok, ["A is B"], ["B is"])
 
 
+class Shaky(nn.Module):
+    "Dropout that no mode switches off, or normalisation by the batch."
+    def __init__(self, net, how="dropout"): super().__init__(); self.net,self.how = net,how
+    def forward(self, x):
+        y = self.net(x)
+        return nn.functional.dropout(y, .5) if self.how == "dropout" else nn.functional.batch_norm(y, None, None, training=True)
+
+
+@pytest.mark.parametrize("how", ["dropout", "batch"])
+@pytest.mark.parametrize("method", I.LAYERWISE + I.WHOLE)
+def test_what_cannot_be_switched_off_is_refused(net, data, method, how):
+    with pytest.raises(ValueError, match="random numbers|statistics|more than 1 value"): I.influence(Shaky(net, how), data, data, method=method, damping=.1)
+
+
+@pytest.mark.parametrize("method", I.LAYERWISE + I.WHOLE)
+def test_modes_are_switched_inside_and_given_back(net, data, method):
+    m = nn.Sequential(nn.Dropout(.5), *net, nn.Dropout(.5).eval()).train(); m[-1].eval(); found = [k.training for k in m.modules()]
+    close(I.influence(m, data, data, method=method, damping=.1), I.influence(net, data, data, method=method, damping=.1))
+    assert [k.training for k in m.modules()] == found and found.count(False) == 1
+    close(I.pbrf(m, I.Task(), data, data, [0], .1), I.pbrf(net, I.Task(), data, data, [0], .1))
+    assert [k.training for k in m.modules()] == found
+
+
+def test_default_damping_is_a_tenth_of_the_mean_eigenvalue(net, data):
+    lam = .1*float(I.ggn_matrix(net, I.Task(), data, params_of(net)).diagonal().mean())
+    ask = lambda method, **kw: I.influence(net, data, data, method=method, **kw)
+    close(ask("ggn"), ask("ggn", damping=lam), rtol=1e-6, atol=1e-12)
+    scale = np.abs(ask("ggn")).max()
+    for method, kw in (("ggn", dict(dense_below=1)), ("lissa", dict(steps=1000, batch_size=30))):
+        assert np.corrcoef(ask(method, **kw).ravel(), ask("ggn").ravel())[0, 1] > .99 and np.abs(ask(method, **kw)).max() < 2*scale
+    est = I.tenth_of_mean(lambda v: I.ggn_products(net, I.Task(), data, params_of(net), v[None])[0], 43, double(1), 4000)
+    assert est == pytest.approx(lam, rel=.05)
+
+
+@pytest.mark.parametrize("kw, says", [(dict(by="tokens"), "by='tokens'"), (dict(dampning=.1), "dampning"), (dict(damping=-1), "damping=-1"), (dict(damping=float("nan")), "damping=nan"),
+    (dict(damping="x"), "damping='x'"), (dict(damping=True), "damping=True"), (dict(rank=0), "rank=0"), (dict(rank=1.5), "rank=1.5"), (dict(batch_size=0), "batch_size=0"), (dict(steps=5), "steps"),
+    (dict(params=["0.weight"]), "params"), *[(dict(method=m, **kw), s) for m in ("ggn", "hessian", "block", "lissa")
+    for kw, s in ((dict(by="layer"), "by"), (dict(rank=2), "rank"), (dict(damping=-1), "damping=-1"), (dict(dampning=1), "dampning"), (dict(params=["0.weight"], modules=["0"]), "modules"))],
+    (dict(method="ggn", steps=5), "steps"), (dict(method="lissa", dense_below=5), "dense_below"), (dict(method="lissa", steps=0), "steps=0")])
+def test_options_without_effect_or_sense_are_refused(net, data, kw, says):
+    with pytest.raises(ValueError, match=says): I.influence(net, data, data, **kw)
+
+
+@pytest.mark.parametrize("kw", [dict(damping=.1), dict(task=I.Task()), dict(rank=2), dict(by="layer"), dict(l2=1.), dict(method="random", l2=1.), dict(method="loo", x=1), dict(method="trex", l2=0.)])
+def test_options_without_effect_on_a_booster_are_refused(kw):
+    X, y = XY["binary"]; forest = GradientBoostingClassifier(n_estimators=2).fit(X, y)
+    with pytest.raises(ValueError, match="no option of|l2=0"): I.influence(forest, (X, y), (X[:2], y[:2]), **kw)
+
+
+def test_a_curvature_without_inverse_is_refused(net, data):
+    single = copy.deepcopy(net).float(), tuple(x.float() if x.is_floating_point() else x for x in data)
+    with pytest.raises(ValueError, match="raise damping"): I.influence(single[0], single[1], single[1], method="ggn", damping=0.)
+
+
+def gpt2(tie=True):
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=12, n_embd=8, n_layer=2, n_head=2, n_positions=16, tie_word_embeddings=tie)).double()
+
+
+def test_conv1d_layers_of_gpt2_are_linear_layers():
+    m = gpt2(); ids = torch.randint(1, 12, (5, 6), generator=torch.Generator().manual_seed(0)); batch = ids, ids.clone()
+    task = I.Task(lambda m, b: m(input_ids=b[0]).logits[:, :-1], lambda b: b[1][:, 1:])
+    assert len(I.linear_layers(m)) == 8 and "lm_head" not in I.linear_layers(m) and "lm_head" in I.linear_layers(gpt2(False)) and "lm_head" in I.linear_layers(m, ["lm_head"])
+    name = "transformer.h.1.mlp.c_fc"
+    W = I.weight_grads(next(I.layer_grads(m, task, batch, I.linear_layers(m, [name])))[name])
+    G = per_sample_grads(m, task.mean, batch, params_of(m, [name + ".weight", name + ".bias"]))
+    want = torch.cat([W[..., :-1].transpose(1, 2).flatten(1), W[..., -1]], 1)
+    close(want, G, atol=1e-10)
+    close(I.influence(m, batch, batch, task, "dot", modules=[name]), (G @ G.T/5).numpy(), atol=1e-10)
+    assert np.isfinite(I.influence(m, batch, batch, task)).all() and m.training
+
+
+# boosters as people have them
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1., 1e3, 1e6, 1e9])
+@pytest.mark.parametrize("make", [lambda: LGBMRegressor(**light), lambda: GradientBoostingRegressor(n_estimators=10)])
+def test_influence_scales_with_the_square_of_the_targets(make, scale):
+    X, y = XY["squares"]; y = (y - y.mean())/y.std() + 5
+    one = I.influence(make().fit(X, y), (X, y), (X[:5], y[:5]))
+    got = I.influence(make().fit(X, y*scale), (X, y*scale), (X[:5], y[:5]*scale))/scale**2
+    assert np.abs(got - one).max() < 1e-3*np.abs(one).max()
+
+
+def test_wrong_rows_are_refused_at_every_scale():
+    X, y = XY["squares"]
+    for scale in (1e-6, 1., 1e6):
+        m = LGBMRegressor(**light).fit(X, y*scale); other = y.copy(); other[:20] += y.std()
+        with pytest.raises(ValueError, match="differ from Newton"): I.influence(m, (X, other*scale), (X[:2], y[:2]*scale))
+
+
+def test_tables_sparse_rows_and_categories():
+    import pandas as pd, scipy.sparse as sp
+    rng = np.random.default_rng(0); X, y = XY["binary"]; X, y = X[:200, :4], y[:200]
+    plain = LGBMClassifier(**light).fit(X, y); want = I.influence(plain, (X, y), (X[:3], y[:3]))
+    close(I.influence(plain, (sp.csr_matrix(X), y), (sp.csr_matrix(X[:3]), y[:3])), want)
+    df = pd.DataFrame(X, columns=["a b", "c", "d", "e"]); named = LGBMClassifier(**light).fit(df, y)
+    close(I.influence(named, (df, pd.Series(y, index=range(200, 0, -1))), (df[:3], y[:3])), want)
+    with pytest.raises(ValueError, match="same order"): I.influence(named, (df[["c", "a b", "d", "e"]], y), (df[:3], y[:3]))
+    cat = df.assign(k=pd.Categorical(rng.choice(["x", "y", "z"], 200))); booster = LGBMClassifier(**light).fit(cat, y)
+    assert np.isfinite(I.influence(booster, (cat, y), (cat[:3], y[:3]))).all()
+    r = I.rounds(I.open_booster(booster, y), cat, y); close(r.F[:, -1, 0], booster.predict(cat, raw_score=True), atol=1e-9)
+    close(I.rounds(I.open_booster(booster, y), cat[:3].assign(k=pd.Categorical(cat.k[:3].astype(str))), y[:3]).L, r.L[:3]) # fewer categories in the queries
+    assert I.influence(booster, (cat[:40], y[:40]), (cat[:2], y[:2]), method="loo").shape == (40, 2)
+    sk = GradientBoostingClassifier(n_estimators=3).fit(df, y); close(I.influence(sk, (df, y), (df[:3], y[:3])), I.influence(GradientBoostingClassifier(n_estimators=3).fit(X, y), (X, y), (X[:3], y[:3])))
+    with pytest.raises(ValueError, match="same order"): I.influence(sk, (df[["c", "a b", "d", "e"]], y), (df[:3], y[:3]))
+
+
+@pytest.mark.parametrize("y", [[0, 1, 2, 0], [-1, 1, -1, 1], [.3, 1, 0, 1], ["a", "b", "a", "b"]])
+def test_a_head_for_two_classes_wants_0_and_1(y):
+    X = np.ones((4, 2))
+    for call in (lambda: I.fit_head(X, np.array(y)), lambda: I.head_influence(X, np.array(y), np.zeros(2), .1, X, np.array([0, 1, 0, 1])), lambda: I.head_influence(X, np.array([0, 1, 0, 1]), np.zeros(2), .1, X, np.array(y))):
+        with pytest.raises(ValueError, match="needs 0 and 1"): call()
+    with pytest.raises(ValueError, match="l2=0"): I.fit_head(X, np.array([0, 1, 0, 1]), 0)
+    with pytest.raises(ValueError, match="one label a row"): I.fit_head(X, np.array([0, 1]))
+    with pytest.raises(ValueError, match="NaN"): I.macro_f1([0, 1], [np.nan, 1])
+    with pytest.raises(ValueError, match="not finite"): I.detection([np.nan, 1], [0, 1])
+    with pytest.raises(ValueError, match="not finite"): I.removal_curve([[np.nan], [1]], lambda k: [0], [1])
+
+
 # bad input
 
 def test_bad_input(net, data):
@@ -371,7 +491,7 @@ def test_bad_input(net, data):
         "method='newton'": lambda: I.influence(net, data, q, method="newton"), "method='ekfac'": lambda: I.influence(forest, (X, y), (X, y), method="ekfac"),
         "no linear layers": lambda: I.influence(net, data, q, modules=["7"]), "rows must correspond": lambda: I.influence(net, (data[0], data[1][:5]), q),
         "query is empty": lambda: I.influence(net, data, tuple(x[:0] for x in data)), "no factors for layers": lambda: I.influence(net, data, q, factors=I.ekfac_factors(net, I.Task(), data, ["0"])),
-        "dropout": lambda: I.influence(nn.Sequential(net, nn.Dropout(.5)).train(), data, q), "positive damping": lambda: I.influence(net, data, q, method="lissa", damping=0.),
+        "random numbers": lambda: I.influence(Shaky(net), data, q), "positive damping": lambda: I.influence(net, data, q, method="lissa", damping=0.),
         "labels='true'": lambda: I.influence(net, data, q, labels="true"), "without tokens": lambda: I.ekfac_factors(tagger(), TAGS, sequences(), labels="exact"),
         "rank=": lambda: I.low_rank(torch.ones(2, 3, 4), 9), "not a fitted": lambda: I.influence(object(), (X, y), (X, y)),
         "unknown to the booster": lambda: I.influence(forest, (X, y), (X[:2], [5, 5])), "subsample=0.5": lambda: I.influence(GradientBoostingClassifier(n_estimators=3, subsample=.5).fit(X, y), (X, y), (X, y)),
@@ -380,3 +500,28 @@ def test_bad_input(net, data):
         "same rows and queries": lambda: I.agreement(np.ones((2, 2)), np.ones((3, 2))), "need some of both": lambda: I.detection([1, 2], [0, 0]), "k=9": lambda: I.removal_curve(np.ones((9, 1)), lambda k: [0], [9]),
         "about='x'": lambda: I.cross_influence(np.ones((4, 2)), [0, 1, 0, 1], about="x"), "how='x'": lambda: I.silver_order(I.with_one(X), y, y == 0, .1, I.with_one(X), y, "x")}.items():
         with pytest.raises(ValueError, match=match): call()
+
+
+# texts
+
+def tiny_tokenizer(pad):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+    t = Tokenizer(models.BPE()); t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False); t.decoder = decoders.ByteLevel()
+    specials = ["<bos>", "<eos>", "<pad>"]
+    t.train_from_iterator(["Answer: yes no red fox"]*20, trainers.BpeTrainer(special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    t.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=t, bos_token="<bos>", eos_token="<eos>", pad_token=pad)
+
+
+@pytest.mark.parametrize("pad", ["<eos>", "<pad>"])
+def test_every_token_and_the_end_mark_count_whatever_pads(pad):
+    tok = tiny_tokenizer(pad); texts = ["yes", "Answer: red fox", "<bos>no"]
+    x, y = I.lm_batch(tok, texts)
+    want = [tok(t.removeprefix("<bos>")).input_ids + [1] for t in texts]
+    assert [r[r >= 0].tolist() for r in y] == want and [a[m].tolist() for a, m in zip(x, I.real_tokens(tok, x))] == want
+    _, y = I.lm_batch(tok, ["Answer: yes", "Answer: yes", "Answer: no"], ["Answer: ", "Answer:", "Answer: no"])
+    assert [tok.convert_ids_to_tokens(r[r >= 0].tolist()) for r in y] == [["Ġyes"], ["Ġyes"], []]
+    with pytest.raises(ValueError, match="1 prompts for 2"): I.lm_batch(tok, ["a", "b"], ["a"])
+    tok.pad_token = None
+    with pytest.raises(ValueError, match="pad token"): I.lm_batch(tok, ["a"])

@@ -287,3 +287,44 @@ def test_contexts_and_towers():
     rng = np.random.default_rng(0); F = rng.normal(size=(30, 4)); R = sp.csr_matrix(rng.random((50, 30)) < .3, dtype=float).tolil(); R[:, :5] = 0
     U, V = item_tower(R.tocsr(), F, dim=3)
     assert U.shape == (50, 3) and V.shape == (30, 3) and np.isfinite(V).all()
+
+
+def test_padding_does_not_count_in_recall():
+    S = np.array([[3., 2, 1, 0], [0, 1, 2, 3]])
+    assert recall_at(S, np.array([[0, -1], [0, 3]]), 1) == pytest.approx(2/3)
+
+
+tb = pd.DataFrame(dict(year=[1., 2, np.nan], n=[1, 2, 3], tags=[{"x"}, {"y"}, {"x", "y"}]))
+many = dict(p=np.full((2, 3), .5), c=np.zeros((2, 1), int), x=np.ones((2, 1)), cand=np.array([[0, 1], [1, 2]]), tower=np.zeros((2, 3)))
+@pytest.mark.parametrize("call, says", [
+    (lambda: recall_at(np.eye(3), np.array([[0]]*3), 4), "k=4"), (lambda: recall_at(np.eye(3), np.array([[0]]*3), 0), "k=0"), (lambda: recall_at(np.eye(3)*np.nan, np.array([[0]]*3), 1), "NaN"),
+    (lambda: recall_at(np.eye(3), np.array([[3]]*3), 1), "relevant"), (lambda: recall_at(np.eye(3), np.full((3, 2), -1), 1), "relevant"), (lambda: recall_at(np.eye(3), np.array([[0]]), 1), "relevant"),
+    (lambda: passing(tb, dict(tags="x")), "holds sets"), (lambda: passing(tb, dict(n=(3, 1))), "lower bound"), (lambda: passing(tb, dict(year=(1, 2))), "missing"),
+    (lambda: Serf(np.ones((3, 2), np.float32), tb, column="year"), "missing"), (lambda: RangeTree(np.ones((3, 2), np.float32), tb, column="year"), "missing"),
+    (lambda: DiagLinUCB(3, 2, prior=np.ones(3)), "prior"), (lambda: DiagLinUCB(3, 2, prior=np.ones((2, 3))), "prior"), (lambda: DiagLinUCB(3, 2, alpha=-1), "alpha=-1"),
+    *[(lambda t=t: sparse_context(np.eye(3), np.eye(3), 2, t), "temperature") for t in (0, -1, np.nan)], (lambda: sparse_context(np.eye(3), np.eye(3), 4), "K=4"),
+    *[(lambda e=e: simulate(many, None, "tower", 5, epsilon=e), "epsilon") for e in (5, -1, np.nan)], *[(lambda q=q: simulate(many | dict(p=np.full((2, 3), q)), None, "tower", 5), "probabilities") for q in (1.5, -.1, np.nan)],
+    (lambda: simulate(many, None, "tower", 2.5), "events=2.5"), (lambda: simulate(many, None, "tower", 5, delay=0), "delay=0")])
+def test_what_would_be_silently_wrong_is_refused(call, says):
+    with pytest.raises(ValueError, match=says): call()
+
+
+def test_an_index_gives_the_models_modes_back(sparcode):
+    m, q, x = sparcode; m.train(); m.E.eval(); found = [k.training for k in m.modules()]
+    CodeIndex(m, x).search(q)
+    assert [k.training for k in m.modules()] == found and len(set(found)) == 2
+    m.eval()
+
+
+def test_training_gives_the_same_bits_on_one_and_two_threads():
+    from recbook.training import batches, fit, set_seed
+    g = torch.Generator().manual_seed(0)
+    q, x, pos = torch.randint(5, (2000, 2), generator=g), torch.stack([torch.randint(6, (500,), generator=g), torch.arange(500)], 1), torch.randint(500, (2000,), generator=g)
+    def trained(threads):
+        torch.set_num_threads(threads); set_seed(0); m = SparCode([5, 5], [6, 500])
+        fit(m, lambda m, b: sampled_softmax(m, b, x), batches(q, pos, batch_size=256), steps=10, lr=.01, device="cpu", progress=False)
+        return m.state_dict()
+    had = torch.get_num_threads()
+    try: one, two = trained(1), trained(2)
+    finally: torch.set_num_threads(had)
+    assert all(torch.equal(one[k], two[k]) for k in one)

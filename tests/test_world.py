@@ -85,3 +85,15 @@ def test_bad_sizes(kw, says):
 
 def test_random_exposure_of_too_many():
     with pytest.raises(ValueError, match="n=600"): World(0, 10, 500).random_exposure(600)
+
+
+@pytest.mark.parametrize("kw", [dict(kappa=float("nan")), dict(zipf=float("inf")), dict(rho=float("nan")), dict(like_rate=float("nan")), dict(clicks_per_user=float("nan")), dict(kappa="1"), dict(zipf=None),
+    dict(n_users=2.5), dict(n_items=True), dict(dim=0), dict(seed=-1), dict(seed=2.5)])
+def test_a_world_that_cannot_be_is_refused_by_name(kw):
+    with pytest.raises(ValueError, match=f"{list(kw)[0]}="): World(**kw)
+
+
+def test_how_many_is_a_whole_number():
+    w = World(0, 20, 60, clicks_per_user=5)
+    for call in (lambda: w.random_exposure(2.5), lambda: w.random_exposure(0), lambda: w.reviews(0), lambda: w.reviews(2.5), lambda: w.corpus(0)):
+        with pytest.raises(ValueError, match="whole number"): call()

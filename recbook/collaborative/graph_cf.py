@@ -8,26 +8,26 @@ import warnings
 import numpy as np, pandas as pd, scipy.sparse as sp, torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..data import Interactions
+from ..data import Interactions, canonical, whole_number
 from ..metrics import Scorer, dot, evaluate, recommend
-from ..training import batches, fit, set_seed
+from ..training import batches, eval_mode, fit, set_seed
 from ..world import World
 
 # %% auto #0
 __all__ = ['UNKNOWN', 'popularity', 'MF', 'bpr_loss', 'uniform_negatives', 'clicked', 'train_bpr', 'adjacency', 'sym_norm',
-           'sparse_tensor', 'SymMM', 'NGCF', 'drop_nodes', 'Smooth', 'horner', 'LightGCN', 'path_weights', 'gte',
-           'two_steps', 'closeness', 'successive_pairs', 'random_neighbour', 'visit_counts', 'top_neighbours',
-           'uniform_neighbours', 'equal_weights', 'Convolve', 'relu_linear', 'PinSage', 'computation_graph',
-           'embed_all', 'max_margin', 'personalised_pagerank', 'hard_negatives', 'curriculum', 'PinBatches', 'pin_loss',
-           'pair_ranks', 'scaled_mrr', 'power_law_graph', 'neighbour_batches', 'reverse_pagerank', 'pack', 'unpack',
-           'next_reuse', 'SharedCache', 'VictimBuffer', 'serve']
+           'sparse_tensor', 'check_graph', 'SymMM', 'NGCF', 'drop_nodes', 'Smooth', 'horner', 'LightGCN',
+           'path_weights', 'gte', 'two_steps', 'closeness', 'successive_pairs', 'random_neighbour', 'visit_counts',
+           'top_neighbours', 'uniform_neighbours', 'equal_weights', 'Convolve', 'relu_linear', 'PinSage',
+           'computation_graph', 'embed_all', 'max_margin', 'personalised_pagerank', 'hard_negatives', 'curriculum',
+           'PinBatches', 'pin_loss', 'pair_ranks', 'scaled_mrr', 'power_law_graph', 'neighbour_batches',
+           'reverse_pagerank', 'pack', 'unpack', 'next_reuse', 'SharedCache', 'VictimBuffer', 'distinct_nodes', 'serve']
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #207d4cc0
 def popularity(
     train:Interactions,
     ) -> Scorer:
     "Score every item by its number of training interactions."
-    counts = torch.from_numpy(np.bincount(train.item, minlength=train.n_items).astype(np.float32))
+    counts = torch.from_numpy(np.bincount(train.item, minlength=train.n_items).astype(np.float64)) # exact, however many
     return lambda u: counts.expand(len(u), -1)
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #42b3c7e3
@@ -107,8 +107,10 @@ def sym_norm(
     left:float=.5, right:float=.5, # exponents: 1/2, 1/2 is symmetric; 1, 0 averages over neighbours
     ) -> sp.csr_matrix: # (N, N)
     "$D^{-\\text{left}}AD^{-\\text{right}}$; nodes without edges get zero rows."
+    A = canonical(A)
     d = np.asarray(A.sum(1), float).ravel()
-    power = lambda p: sp.diags_array(np.where(d > 0, np.maximum(d, 1)**-p, 0).astype(np.float32))
+    if A.shape[0] != A.shape[1] or (A.data < 0).any(): raise ValueError(f"an adjacency of {A.shape} from {A.data.min(initial=0):g}: must be square, without negative weights")
+    power = lambda p: sp.diags_array(np.where(d > 0, np.where(d > 0, d, 1)**-p, 0).astype(np.float32))
     return (power(left) @ A @ power(right)).tocsr()
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #75da0400
@@ -117,11 +119,23 @@ def sparse_tensor(
     device:str|torch.device="cpu",
     ) -> Tensor: # sparse CSR, float32
     "A scipy matrix as a torch CSR tensor."
-    A = A.tocsr()
+    A = canonical(A)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(beta state|invariant checks).*")
         return torch.sparse_csr_tensor(torch.from_numpy(A.indptr.astype(np.int64)), torch.from_numpy(A.indices.astype(np.int64)),
             torch.from_numpy(A.data.astype(np.float32)), A.shape, device=device)
+
+def check_graph(A, n_users, K, **shares):
+    "`A`, refused unless it is square and symmetric: the layers below use that on the way back."
+    whole_number("K", K, 0)
+    for name, p in shares.items():
+        if not 0 <= p < 1: raise ValueError(f"{name}={p}: the share to drop must lie in 0..1, below 1")
+    if A.ndim != 2 or A.shape[0] != A.shape[1] or not 0 < n_users <= len(A): raise ValueError(f"A of {tuple(A.shape)} for {n_users} users: must be (N, N) with N = n_users + n_items")
+    S = A.cpu().to_sparse_csr()
+    M = sp.csr_matrix((S.values().numpy(), S.col_indices().numpy(), S.crow_indices().numpy()), S.shape)
+    off = np.abs((M - M.T).data).max(initial=0)
+    if not off <= 1e-5*np.abs(M.data).max(initial=0): raise ValueError(f"A differs from its transpose by {off:.2g}, gradients would be wrong: use sym_norm(adjacency(train))")
+    return A
 
 class SymMM(torch.autograd.Function):
     "A @ X for a symmetric sparse A: the gradient is A @ G."
@@ -144,7 +158,7 @@ class NGCF(nn.Module):
         message_dropout:float=.1, node_dropout:float=0.): # shares dropped
         super().__init__()
         self.n_users,self.K,self.nonlinear,self.affinity,self.node_dropout = n_users,K,nonlinear,affinity,node_dropout
-        self.register_buffer("A", A, persistent=False)
+        self.register_buffer("A", check_graph(A, n_users, K, node_dropout=node_dropout, message_dropout=message_dropout), persistent=False)
         self.E0 = nn.Parameter(nn.init.xavier_uniform_(torch.empty(A.shape[0], dim)))
         W = lambda: nn.ModuleList(nn.Linear(dim, dim) if transform else nn.Identity() for _ in range(K))
         self.W1,self.W2,self.drop = W(),W(),nn.Dropout(message_dropout)
@@ -153,7 +167,7 @@ class NGCF(nn.Module):
 
     def layer(self, A, E, W1, W2):
         "One round of messages (eq. 7)."
-        AE = SymMM.apply(A, E)
+        AE = SymMM.apply(A, E) if A is self.A else A @ E # without some of its nodes a graph is not symmetric
         out = W1(AE + E)
         if self.affinity: out = out + W2(AE*E)
         return self.drop(F.leaky_relu(out, .2) if self.nonlinear else out)
@@ -168,10 +182,10 @@ class NGCF(nn.Module):
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #dcc5e014
 def drop_nodes(A, p):
-    "Drop each node with probability p: its row and column go, what stays is rescaled by 1/(1-p) and still symmetric."
+    "Silence each node with probability p: its outgoing messages, a column, go; the others are rescaled by 1/(1-p), so the mean stays (Wang et al. 2019, section 2.4.2)."
+    if not 0 <= p < 1: raise ValueError(f"p={p}: must lie in 0..1, below 1")
     keep = (torch.rand(A.shape[0], device=A.device) >= p).float()
-    rows = torch.repeat_interleave(keep, A.crow_indices().diff())
-    return torch.sparse_csr_tensor(A.crow_indices(), A.col_indices(), A.values()*rows*keep[A.col_indices()]/(1-p), A.shape)
+    return torch.sparse_csr_tensor(A.crow_indices(), A.col_indices(), A.values()*keep[A.col_indices()]/(1-p), A.shape)
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #6656f2c9
 class Smooth(torch.autograd.Function):
@@ -199,7 +213,7 @@ class LightGCN(nn.Module):
         single:bool=False): # use the last layer only (the paper's ablation "LightGCN-single")
         super().__init__()
         self.n_users,self.K,self.single = n_users,K,single
-        self.register_buffer("A", A, persistent=False)
+        self.register_buffer("A", check_graph(A, n_users, K), persistent=False)
         self.E0 = nn.Parameter(torch.randn(A.shape[0], dim)*.1)
 
     def forward(self) -> tuple[Tensor, Tensor]: # (n_users, d), (n_items, d)
@@ -214,7 +228,7 @@ def path_weights(
     k:int, # rounds of message passing
     ) -> np.ndarray: # (j,) int: c_j counts how a path of length 2j+1 enters the score
     "Coefficients of $H_U^{(k)}=\\sum_jc_jR(R^\\top R)^j$, from running GTE's recursion on polynomials (Cai et al. 2023)."
-    if k < 1: raise ValueError(f"k={k}: GTE needs at least one round")
+    whole_number("k", k)
     user, item = np.zeros(k+1, int), np.eye(1, k+1, dtype=int)[0]
     for _ in range(k): user, item = user + item, item + np.roll(user, 1)
     return np.trim_zeros(user, "b")
@@ -260,6 +274,7 @@ def closeness(
     for _ in range(hops//2): P = P @ R.T @ R
     P, S = P.toarray(), score(torch.as_tensor(users)).detach().cpu().numpy()
     taus = [kendalltau(s[c], p[c]).statistic for s, p, c in zip(S, P, (P > 0) & ~seen) if c.sum() > 1]
+    if not np.isfinite(taus).any(): raise ValueError(f"none of {len(users)} users has candidates that both rankings order: give more users or hops")
     return float(np.nanmean(taus))
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #9ebc7af2
@@ -278,7 +293,8 @@ def random_neighbour(
     nodes:np.ndarray, # (b,) rows; each must have an edge
     rng:np.random.Generator,
     ) -> np.ndarray: # (b,) columns
-    "One uniform neighbour of each node."
+    "One uniform neighbour of each node; an entry that is stored twice is drawn twice as often."
+    if not (np.diff(G.indptr)[nodes] > 0).all(): raise ValueError(f"node {nodes[np.diff(G.indptr)[nodes] == 0][0]} has no neighbour: leave it out")
     return G.indices[G.indptr[nodes] + (rng.random(len(nodes))*np.diff(G.indptr)[nodes]).astype(np.int64)]
 
 def visit_counts(
@@ -289,6 +305,7 @@ def visit_counts(
     seed:int=0,
     ) -> sp.csr_matrix: # (n_items, n_items), zero diagonal
     "How often walks from an item (row) visit other items (columns); items without clicks have empty rows."
+    graph = canonical(graph)
     rng, back, n = np.random.default_rng(seed), graph.T.tocsr(), graph.shape[0]
     start = np.repeat(np.diff(graph.indptr).nonzero()[0], n_walks)
     at, seen = start, []
@@ -308,7 +325,8 @@ def top_neighbours(
     T:int=10, # neighbours to keep
     ) -> tuple[np.ndarray, np.ndarray]: # N (n, T) item numbers; alpha (n, T), rows sum to 1
     "The T top-scored neighbours and their L1-normalised scores; short rows repeat the first at weight 0, empty rows name the node."
-    C, n = visits.tocoo(), visits.shape[0]
+    whole_number("T", T)
+    C, n = canonical(visits).tocoo(), visits.shape[0]
     order = np.lexsort((C.col, -C.data, C.row))
     row, col, score = C.row[order], C.col[order], C.data[order]
     rank = np.arange(len(row)) - np.searchsorted(row, row)
@@ -326,6 +344,7 @@ def uniform_neighbours(
     seed:int=0,
     ) -> tuple[np.ndarray, np.ndarray]: # as `top_neighbours`, all weights of a row equal
     "T random items that share a user with each item: the ablation of importance neighbourhoods."
+    graph = canonical(graph)
     C = (graph @ graph.T).tolil(); C.setdiag(0); C = C.tocsr(); C.eliminate_zeros()
     C.data = np.random.default_rng(seed).random(len(C.data)) + 1e-9
     N, alpha = top_neighbours(C, T)
@@ -409,8 +428,9 @@ def embed_all(
     "Embeddings of all items by layerwise inference: every node is convolved once per layer."
     dev = next(model.parameters()).device
     h, every, nb, a = (torch.as_tensor(t).to(dev) for t in (X, np.arange(len(X)), N, alpha))
-    for conv in model.convs: h = conv(h, every, nb, a)
-    return model.head(h).cpu()
+    with eval_mode(model):
+        for conv in model.convs: h = conv(h, every, nb, a)
+        return model.head(h).cpu()
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #aa0731f3
 def max_margin(
@@ -430,6 +450,7 @@ def personalised_pagerank(
     iters:int=25, # error below (1-r)^iters
     ) -> np.ndarray: # (b, n_items), rows sum to 1
     "Personalised PageRank of items by power iteration over item-user hops; an item without clicks keeps its walker."
+    graph = canonical(graph)
     rows = lambda G: sp.diags_array(1/np.maximum(np.asarray(G.sum(1), np.float32).ravel(), 1)) @ G
     A, B = (rows(G).T.tocsr() for G in (graph, graph.T.tocsr()))
     lonely = (np.diff(graph.indptr) == 0)[:, None]
@@ -567,6 +588,7 @@ def reverse_pagerank(
     iters:int=30,
     ) -> np.ndarray: # (n,), sums to 1
     "Long-run share of visits of a walker who follows aggregation edges and restarts anywhere: static hotness."
+    G = canonical(G)
     n, d = G.shape[0], np.asarray(G.sum(1)).ravel()
     back = (sp.diags_array(1/np.maximum(d, 1)) @ G).T.tocsr()
     x = np.full(n, 1/n)
@@ -670,6 +692,13 @@ class VictimBuffer:
         return [np.concatenate(x) for x in zip(*got)] if got else None
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #123e6ac8
+def distinct_nodes(nodes, n):
+    "`nodes` as an array; one outside 0..n-1 or there twice is refused."
+    nodes = np.asarray(nodes)
+    if nodes.size and (nodes.dtype.kind not in "iu" or nodes.min() < 0 or nodes.max() >= n or len(np.unique(nodes)) < len(nodes)):
+        raise ValueError(f"batch {nodes[:5]}...: must hold distinct node numbers in 0..{n-1}")
+    return nodes
+
 def serve(
     trace, # iterable of arrays of distinct nodes, pulled from as the window moves
     cache:SharedCache,
@@ -679,13 +708,15 @@ def serve(
     ): # yields (batch, features of its rows (b, d), counts)
     "Serve sampled batches through cache and victim buffer; counts: requested, local, peer, pvp, reads. A row counts once a batch."
     from collections import deque
+    whole_number("window", window, 0)
+    if pvp and not 0 < window <= pvp: raise ValueError(f"pvp={pvp} rows for a window of {window} batches: at least one row for each, or 0 for no victim buffer")
     it, ahead, t = iter(trace), deque(), -1
     X = np.zeros((cache.n, cache.rows.shape[1]), np.float32) if features is None else features
     ring = VictimBuffer(window, pvp//window) if pvp and window else None
     if cache.policy == "static": cache.rows = X[np.maximum(cache.tags.ravel(), 0)]
     for _ in range(window+1): ahead.extend([b for b in [next(it, None)] if b is not None])
     while ahead:
-        nodes = ahead.popleft(); t += 1
+        nodes = distinct_nodes(ahead.popleft(), cache.n); t += 1
         x, slot, back = np.empty((len(nodes), X.shape[1]), np.float32), cache.slot[nodes], np.zeros(len(nodes), bool)
         hit = slot >= 0; x[hit] = cache.rows[slot[hit]]
         if ring and (got := ring.take()): back[got[1]] = True; x[got[1]] = got[2]

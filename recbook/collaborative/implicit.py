@@ -13,18 +13,18 @@ from scipy.sparse import csr_matrix
 from scipy.special import expit
 from torch import Tensor, nn
 from .graph_cf import clicked
-from ..data import Interactions
+from ..data import Interactions, new_pairs
 from ..metrics import dot, evaluate
-from ..training import batches, fit, set_seed
+from ..training import batches, eval_mode, fit, set_seed
 from ..world import World, aspect
 
 # %% auto #0
-__all__ = ['nbpo_weights', 'nbpo_loss', 'free_items', 'click_keys', 'NBPO', 'point_losses', 'ips_loss', 'ips_bias_variance',
-           'BiasMF', 'wmf_loss', 'RandomPairs', 'train_pairs', 'exposure_posterior', 'weighted_least_squares', 'expomf',
-           'item_propensity', 'dcg', 'fixed_sampler', 'pair_scores', 'dns_sampler', 'aobpr_sampler', 'inbatch_sampler',
-           'mixed_sampler', 'sampled_bpr', 'row_norms', 'train_sampled', 'mixture_loss', 'search_gradient',
-           'auto_sample', 'mutual_information', 'field_relatedness', 'view_mask', 'ItemTower', 'TwoTower',
-           'batch_softmax', 'train_two_tower']
+__all__ = ['nbpo_weights', 'nbpo_loss', 'free_items', 'click_keys', 'NBPO', 'point_losses', 'check_shares', 'ips_loss',
+           'ips_bias_variance', 'BiasMF', 'wmf_loss', 'RandomPairs', 'train_pairs', 'exposure_posterior',
+           'weighted_least_squares', 'expomf', 'item_propensity', 'dcg', 'fixed_sampler', 'pair_scores', 'dns_sampler',
+           'aobpr_sampler', 'inbatch_sampler', 'mixed_sampler', 'sampled_bpr', 'row_norms', 'train_sampled',
+           'mixture_loss', 'search_gradient', 'auto_sample', 'mutual_information', 'field_relatedness', 'view_mask',
+           'ItemTower', 'TwoTower', 'batch_softmax', 'train_two_tower']
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #0000000c
 def nbpo_weights(
@@ -128,6 +128,12 @@ def point_losses(
     if kind == "squared": p = logits.sigmoid(); return (1-p)**2, p**2
     raise ValueError(f"kind={kind!r}: must be 'log' or 'squared'")
 
+def check_shares(**values):
+    "Refuse what does not lie in 0..1, NaN too."
+    for name, x in values.items():
+        x = torch.as_tensor(x)
+        if not ((x >= 0) & (x <= 1)).all(): raise ValueError(f"{name} from {float(x.min()):g} to {float(x.max()):g}: must lie in 0..1")
+
 def ips_loss(
     logits:Tensor, # of any scorer
     Y:Tensor, # clicks 0/1, or relevances for the ideal loss
@@ -136,6 +142,7 @@ def ips_loss(
     kind:str="log",
     ) -> Tensor: # scalar
     "Unbiased (M=0) or clipped estimate of the loss on true relevance (Saito et al. 2020)."
+    check_shares(Y=Y, theta=theta, M=M)
     theta = torch.as_tensor(theta).clamp(min=M)
     if not (theta > 0).all(): raise ValueError(f"the smallest propensity is {float(theta.min()):g}: an item that cannot be shown cannot be weighed; use M > 0")
     d1, d0 = point_losses(logits, kind)
@@ -394,6 +401,7 @@ def mixture_loss(
     instance:bool=True, # mix negatives (the approximation) or losses (exact)
     ) -> Tensor: # scalar
     "BPR against a mixture of samplers, by the loss-to-instance approximation or exactly (after Lyu et al. 2023; form inferred)."
+    if not ((alpha >= 0).all() and abs(alpha.detach().sum().item() - 1) < 1e-3): raise ValueError(f"alpha={alpha.tolist()}: shares must be positive and sum to 1")
     eu = F.embedding(u, U); pos = (eu*F.embedding(i, I)).sum(1)
     if instance: return F.softplus((eu*torch.einsum("bnd,n->bd", F.embedding(J, I), alpha)).sum(1) - pos).mean()
     return (F.softplus(torch.einsum("bd,bnd->bn", eu, F.embedding(J, I)) - pos[:, None]) @ alpha).mean()
@@ -409,19 +417,20 @@ def search_gradient(
     ) -> tuple[Tensor, float]: # (N,) gradient of the validation loss after one unit step, validation loss
     "How the validation loss would change with the mixture, one step ahead (first order in the step, finite differences)."
     (u, i, J), (v, j, K), params = batch, held, [p for p in model.parameters() if p.requires_grad]
-    U, I = model(); ev = F.embedding(v, U)
-    logits = torch.cat([(ev*F.embedding(j, I)).sum(1, keepdim=True), ev @ F.embedding(K, I).T], 1)
-    val = (logits.logsumexp(1) - logits[:, 0]).mean()
-    g = torch.autograd.grad(val, params)
-    scale = eps/sum(x.square().sum() for x in g).sqrt().clamp(min=1e-12)
-    def at(sign):
-        with torch.no_grad(): [p.add_(x, alpha=sign*float(scale)) for p, x in zip(params, g)]
-        b = a.detach().clone().requires_grad_()
-        with torch.no_grad(): U, I = model()
-        out, = torch.autograd.grad(mixture_loss(U, I, u, i, J, torch.softmax(b/tau, 0)), b)
-        with torch.no_grad(): [p.sub_(x, alpha=sign*float(scale)) for p, x in zip(params, g)]
-        return out
-    return -(at(1) - at(-1))/(2*float(scale)), val.item()
+    with eval_mode(model):
+        U, I = model(); ev = F.embedding(v, U)
+        logits = torch.cat([(ev*F.embedding(j, I)).sum(1, keepdim=True), ev @ F.embedding(K, I).T], 1)
+        val = (logits.logsumexp(1) - logits[:, 0]).mean()
+        g = torch.autograd.grad(val, params)
+        scale = eps/sum(x.square().sum() for x in g).sqrt().clamp(min=1e-12)
+        def at(sign):
+            with torch.no_grad(): [p.add_(x, alpha=sign*float(scale)) for p, x in zip(params, g)]
+            b = a.detach().clone().requires_grad_()
+            with torch.no_grad(): U, I = model()
+            out, = torch.autograd.grad(mixture_loss(U, I, u, i, J, torch.softmax(b/tau, 0)), b)
+            with torch.no_grad(): [p.sub_(x, alpha=sign*float(scale)) for p, x in zip(params, g)]
+            return out
+        return -(at(1) - at(-1))/(2*float(scale)), val.item()
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #39c95034
 def auto_sample(
@@ -437,6 +446,7 @@ def auto_sample(
     batch_size:int=1024, lr:float=.01, l2:float=1e-3, seed:int=0, warm:bool=True, device:str="cpu",
     ): # name of the chosen sampler, history of alpha (one row a mixture step)
     "Search a sampler while training, then go on with it (after Lyu et al. 2023; reconstruction)."
+    if both := len(valid) - len(new_pairs(valid, train)): raise ValueError(f"{both} of {len(valid)} validation clicks are training clicks: hold some out")
     g, n, names = torch.Generator().manual_seed(seed), max(int(steps*search), 1), list(samplers)
     a = torch.zeros(len(names), device=device, requires_grad=True); opt, history, t = torch.optim.Adam([a], lr_a), [], [0]
     start = {k: v.detach().clone() for k, v in model.state_dict().items()}

@@ -9,15 +9,16 @@ import faiss, numpy as np, pandas as pd, scipy.sparse as sp, torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
-from ..training import batches, fit, set_seed
+from ..data import canonical, whole_number
+from ..training import batches, eval_mode, fit, set_seed
 from ..world import World, aspect
 
 # %% auto #0
-__all__ = ['REQUEST', 'ITEM', 'Tower', 'TwoTower', 'sampled_softmax', 'recall_at', 'kmeans', 'ProductQuantizer', 'AllToAll',
-           'SparCode', 'CodeIndex', 'ivf_search', 'passing', 'nearest_among', 'robust_prune', 'vamana', 'by_distance',
-           'walk', 'FilterIndex', 'PreFilter', 'PostFilter', 'entries', 'Acorn', 'first_distinct', 'FilteredVamana',
-           'Serf', 'RangeTree', 'Ung', 'filtered_recall', 'effort_curve', 'DiagLinUCB', 'LinUCB', 'item_tower',
-           'sparse_context', 'simulate']
+__all__ = ['REQUEST', 'ITEM', 'Tower', 'TwoTower', 'sampled_softmax', 'recall_at', 'kmeans', 'ProductQuantizer', 'over_columns',
+           'AllToAll', 'SparCode', 'CodeIndex', 'ivf_search', 'passing', 'nearest_among', 'robust_prune', 'vamana',
+           'by_distance', 'walk', 'FilterIndex', 'PreFilter', 'PostFilter', 'entries', 'Acorn', 'first_distinct',
+           'FilteredVamana', 'order_of', 'Serf', 'RangeTree', 'Ung', 'filtered_recall', 'effort_curve', 'DiagLinUCB',
+           'LinUCB', 'item_tower', 'sparse_context', 'simulate']
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #2ac43375
 REQUEST = dict(taste=16, occasion=8, age=6, place=6) # fields of a request and how many values each has
@@ -83,9 +84,14 @@ def recall_at(
     scores:np.ndarray, # (n, n_items)
     relevant:np.ndarray, # (n, r) item numbers
     k:int=50) -> float:
-    "Mean share of the relevant items among the k with the highest scores."
+    "Mean share of the relevant items among the k with the highest scores; -1 in `relevant` is padding and does not count."
+    scores, relevant = np.asarray(scores), np.asarray(relevant)
+    if whole_number("k", k) > scores.shape[1]: raise ValueError(f"k={k}: there are only {scores.shape[1]} items")
+    if np.isnan(scores).any(): raise ValueError("scores contain NaN: check the model's loss")
+    if len(relevant) != len(scores) or relevant.max(initial=-1) >= scores.shape[1] or not (there := relevant >= 0).any():
+        raise ValueError(f"relevant items {relevant.shape} up to {relevant.max(initial=-1)} for scores {scores.shape}: one row a request, items below the width, some not -1")
     top = np.argpartition(-scores, k-1, 1)[:, :k]
-    return float((relevant[:, :, None] == top[:, None]).any(2).mean())
+    return float((relevant[:, :, None] == top[:, None]).any(2)[there].mean())
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #0b539758
 def kmeans(
@@ -150,6 +156,10 @@ def perplexity(self:ProductQuantizer,
     return torch.exp(torch.special.entr(p).sum(1)).detach().numpy()
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #cfba1f10
+def over_columns(b, x):
+    "The scalar b once for each row of x: its gradient is then a sum of column sums, whose order does not depend on the number of threads."
+    return b.reshape(1).expand(len(x))
+
 class AllToAll(nn.Module):
     "E(t, c): perceptron on [t, c, t*c] for every pair, one hidden layer."
     def __init__(self, d:int=16, hidden:int=32):
@@ -162,7 +172,7 @@ class AllToAll(nn.Module):
         ) -> Tensor: # (n, m)
         n, h = len(t), len(self.tx)
         pair = ((t[:, None]*self.tx).reshape(n*h, -1) @ x.T).reshape(n, h, -1)
-        return torch.einsum("nhm,h->nm", F.relu(pair + self.t(t)[:, :, None] + self.x(x).T), self.out.weight[0]) + self.out.bias
+        return torch.einsum("nhm,h->nm", F.relu(pair + self.t(t)[:, :, None] + self.x(x).T), self.out.weight[0]) + over_columns(self.out.bias, x)
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #17e437b2
 class SparCode(nn.Module):
@@ -181,7 +191,7 @@ class SparCode(nn.Module):
         return self.tokenizer(q).reshape(len(q)*self.K, -1)
     def pair_scores(self, t:Tensor, x:Tensor) -> Tensor: # (n, d), (m, d) -> (n, m)
         "ReLU(E + b) of tokens and item vectors."
-        return F.relu(self.E(t, x) + self.b)
+        return F.relu(self.E(t, x) + over_columns(self.b, x))
     def forward(self, q:Tensor, x:Tensor) -> Tensor: # (n, fields), (m, fields) -> (n, m)
         t = self.tokens(q)
         if self.quantise: t = self.vq(t)
@@ -195,16 +205,17 @@ class CodeIndex:
     def __init__(self,
         model:SparCode,
         x:Tensor): # (n_items, fields)
-        model.eval(); self.model,(M, N, _) = model,model.vq.C.shape
+        self.model,(M, N, _) = model,model.vq.C.shape
         self.place = N**np.arange(M)[::-1] # a code (z1..zM) is a number in base N
-        items, rows = model.item(x), []
-        for block in torch.cartesian_prod(*[torch.arange(N)]*M).reshape(-1, M).split(512):
-            rows.append(sp.csr_matrix(model.pair_scores(model.vq.words(block), items).numpy()))
+        with eval_mode(model):
+            items, rows = model.item(x), []
+            for block in torch.cartesian_prod(*[torch.arange(N)]*M).reshape(-1, M).split(512):
+                rows.append(sp.csr_matrix(model.pair_scores(model.vq.words(block), items).numpy()))
         self.scores = sp.vstack(rows, format="csr")
     @torch.no_grad()
     def rows(self, q:Tensor) -> np.ndarray: # (n, fields) -> (n, K)
         "The row numbers a request reads."
-        return (self.model.vq.codes(self.model.tokens(q)).numpy() @ self.place).reshape(len(q), -1)
+        with eval_mode(self.model): return (self.model.vq.codes(self.model.tokens(q)).numpy() @ self.place).reshape(len(q), -1)
     def search(self, q:Tensor) -> tuple[sp.csr_matrix, np.ndarray]: # (n, n_items) scores; (n,) postings read
         "Sum of the posting lists of each request's codes."
         z = self.rows(q); n, K = z.shape
@@ -257,9 +268,12 @@ def passing(
     mask = np.ones(len(table), bool)
     for col, want in where.items():
         v = table[col].to_numpy()
+        if isinstance(want, str) and len(v) and isinstance(v[0], (set, frozenset)): raise ValueError(f"{col} holds sets: ask for {{{want!r}}}, not {want!r}")
         if isinstance(want, (set, frozenset)): mask &= np.array([want <= s for s in v])
         elif isinstance(want, tuple):
             lo, hi = want
+            if pd.isna(v).any(): raise ValueError(f"{pd.isna(v).sum()} values of {col} are missing: a range is not defined for them")
+            if lo is not None and hi is not None and not lo <= hi: raise ValueError(f"{col} from {lo} to {hi}: the lower bound comes first")
             mask &= (v >= (v.min() if lo is None else lo)) & (v <= (v.max() if hi is None else hi))
         else: mask &= v == want
     return mask
@@ -449,10 +463,15 @@ class FilteredVamana(FilterIndex):
         return walk(self.X, Q, starts, ef, lambda q, p: np.where(np.take_along_axis(ok[q], self.G[p], 1), self.G[p], -1))
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #d867b6df
+def order_of(column):
+    "Rows in order of a column without gaps."
+    if column.isna().any(): raise ValueError(f"{column.isna().sum()} values of {column.name} are missing: they have no place in its order")
+    return np.argsort(column.to_numpy(), kind="stable")
+
 class Serf(FilterIndex):
     "One graph for all ranges `(None, high)` of a column: links with the interval of their life (the half-bounded case of SeRF, Zuo et al. 2024)."
     def build(self, column, R=16, L=48):
-        self.column,self.order = column,np.argsort(self.table[column].to_numpy(), kind="stable")
+        self.column,self.order = column,order_of(self.table[column])
         Y, n = self.X[self.order], len(self.X) # nodes are numbered by rank from here on
         self.sorted,alive,dead = self.table[column].to_numpy()[self.order],[{} for _ in range(n)],[[] for _ in range(n)]
         def link(a, c, t):
@@ -482,7 +501,7 @@ class Serf(FilterIndex):
 class RangeTree(FilterIndex):
     "A graph for each part of a binary tree over the order of a column; answers every range (a stand-in for two-sided SeRF)."
     def build(self, column, R=16, L=48, leaf=64, seed=0):
-        self.column,self.order,n = column,np.argsort(self.table[column].to_numpy(), kind="stable"),len(self.X)
+        self.column,self.order,n = column,order_of(self.table[column]),len(self.X)
         self.Y,self.sorted = self.X[self.order],self.table[column].to_numpy()[self.order]
         self.levels,size = [],n
         while size > leaf: # parts of `size` ranks, the last one shorter
@@ -583,6 +602,8 @@ class DiagLinUCB:
         n_items:int, C:int, # items; clusters
         alpha:float=1., # width of the confidence bound; 0 is greedy
         prior:np.ndarray|None=None): # (n_items, C) start of b, worth one observation; 0 if None
+        if prior is not None and np.shape(prior) != (n_items, C): raise ValueError(f"prior {np.shape(prior)}: must be (n_items, C) = {(n_items, C)}")
+        if not alpha >= 0: raise ValueError(f"alpha={alpha}: must not be negative")
         self.alpha,self.d,self.touched = alpha,np.ones((n_items, C)),0
         self.b = np.zeros((n_items, C)) if prior is None else prior.astype(float).copy()
     def moments(self,
@@ -615,6 +636,7 @@ def item_tower(
     "Truncated SVD of the log; item vectors regressed on item features over the items that have clicks, predicted for all."
     from sklearn.decomposition import TruncatedSVD
     from sklearn.linear_model import Ridge
+    clicks = canonical(clicks)
     svd = TruncatedSVD(dim, random_state=seed); U = svd.fit_transform(clicks)
     old = clicks.getnnz(0) > 0
     return U, Ridge(ridge).fit(features[old], svd.components_.T[old]).predict(features)
@@ -624,6 +646,8 @@ def sparse_context(
     K:int=4, temperature:float=.1,
     ) -> tuple[np.ndarray, np.ndarray]: # clusters (n_users, K), weights (n_users, K) that sum to 1
     "Softmax weights on the K nearest centres (by cosine)."
+    if not temperature > 0: raise ValueError(f"temperature={temperature}: must be positive")
+    if whole_number("K", K) > len(centres): raise ValueError(f"K={K}: there are only {len(centres)} centres")
     unit = lambda A: A/np.maximum(np.linalg.norm(A, axis=1, keepdims=True), 1e-12)
     s = unit(U) @ unit(centres).T
     c = np.argsort(-s, 1)[:, :K]; e = np.exp((np.take_along_axis(s, c, 1) - s.max(1, keepdims=True))/temperature)
@@ -638,6 +662,9 @@ def simulate(
     ) -> pd.DataFrame: # one row an event: user, item, click, regret against the best candidate
     "Show one item to each arriving user; update the model `delay` events later."
     if rule not in ("ucb", "greedy", "thompson", "epsilon", "tower", "random"): raise ValueError(f"rule={rule!r}: must be ucb, greedy, thompson, epsilon, tower or random")
+    whole_number("events", events); whole_number("delay", delay)
+    if not 0 <= epsilon <= 1: raise ValueError(f"epsilon={epsilon}: must lie in 0..1")
+    if not (day["p"].min() >= 0 and day["p"].max() <= 1): raise ValueError(f"click probabilities from {day['p'].min():g} to {day['p'].max():g}: must lie in 0..1")
     rng, arrive = np.random.default_rng([seed, 1]), np.random.default_rng([seed, 2])
     users, coins, waiting, rows = arrive.integers(len(day["p"]), size=events), arrive.random(events), [], []
     for t, u in enumerate(users):

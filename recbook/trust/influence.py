@@ -4,25 +4,30 @@
 
 # %% ../../nbs/trust/01_influence.ipynb #00000004
 from __future__ import annotations
-import re
+import re, warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import NamedTuple
 import numpy as np, pandas as pd, scipy.sparse as sp, torch
 from scipy.special import expit, log_softmax, softmax
 from torch import Tensor, nn
 from torch.func import grad, jvp, vjp, vmap
-from ..gradients import Bound, dense, flatten, ggn_vp, hvp, params_of, per_sample_grads, solve, unflatten
+from ..data import whole_number
+from ..gradients import Bound, as_function, chosen, dense, flatten, ggn_vp, hvp, params_of, per_sample_grads, solve, unflatten
 
 # %% auto #0
-__all__ = ['LAYERWISE', 'WHOLE', 'TREES', 'Task', 'row_losses', 'ggn_rows', 'ggn_matrix', 'blocks', 'pbrf', 'lbfgs', 'minimise',
-           'pseudo_losses', 'linear_layers', 'layer_grads', 'weight_grads', 'chunks', 'Factors', 'ekfac_factors',
-           'precondition', 'spectrum', 'query_grads', 'low_rank', 'pair_scores', 'products', 'ggn_products', 'lissa',
-           'solve_curvature', 'influence', 'check_rows', 'whole_influence', 'agreement', 'removal_curve', 'detection',
-           'lm_task', 'lm_batch', 'Boosted', 'open_booster', 'open_sklearn', 'open_lightgbm', 'look_up', 'Rounds',
-           'rounds', 'targets', 'derivatives', 'raw_losses', 'Leaves', 'leaf_values', 'leaf_moves', 'boostin',
-           'in_leaves', 'leaf_influence', 'trex', 'representers', 'tree_sim', 'losses_of', 'retrainer', 'leave_one_out',
-           'tree_influence', 'with_one', 'fit_head', 'head_influence', 'folds_of', 'cross_influence', 'vote',
-           'macro_f1', 'repair', 'inf_relabel', 'knn_relabel', 'loss_relabel', 'reannotate', 'silver_order']
+__all__ = ['LAYERWISE', 'WHOLE', 'TREES', 'Task', 'row_losses', 'ggn_rows', 'check_damping', 'ggn_matrix', 'blocks', 'pbrf',
+           'lbfgs', 'minimise', 'pseudo_losses', 'linear_layers', 'is_linear', 'layer_grads', 'weight_grads', 'chunks',
+           'Factors', 'ekfac_factors', 'precondition', 'spectrum', 'query_grads', 'low_rank', 'pair_scores', 'products',
+           'ggn_products', 'lissa', 'tenth_of_mean', 'solve_curvature', 'solved', 'influence', 'check_rows', 'n_rows',
+           'refuse', 'whole_influence', 'agreement', 'removal_curve', 'detection', 'lm_task', 'real_tokens', 'lm_batch',
+           'token_ids', 'with_end', 'common_prefix', 'Boosted', 'open_booster', 'open_sklearn', 'open_lightgbm',
+           'check_columns', 'look_up', 'Rounds', 'rounds', 'targets', 'derivatives', 'raw_losses', 'Leaves',
+           'leaf_values', 'leaf_moves', 'boostin', 'in_leaves', 'leaf_influence', 'trex', 'representers', 'tree_sim',
+           'losses_of', 'retrainer', 'leave_one_out', 'tree_influence', 'with_one', 'check_head', 'fit_head',
+           'head_influence', 'folds_of', 'cross_influence', 'vote', 'macro_f1', 'repair', 'inf_relabel', 'knn_relabel',
+           'loss_relabel', 'reannotate', 'silver_order']
 
 # %% ../../nbs/trust/01_influence.ipynb #0000000e
 class Task(NamedTuple):
@@ -49,7 +54,7 @@ def ggn_rows(
     model:nn.Module, task:Task, batch, params:dict[str, nn.Parameter],
     ) -> Tensor: # (k*n, p) with k classes or outputs
     "Rows R whose R^T R / n is the exact Gauss-Newton matrix, without drawing labels."
-    with torch.no_grad(): y = task.outputs(model, batch)
+    with as_function(model), torch.no_grad(): y = task.outputs(model, batch)
     if task.kind == "classes" and y.ndim != 2: raise ValueError("exact rows need outputs without tokens: use method='ekfac' for sequences")
     width = y.shape[-1] if y.ndim > 1 else 1
     def one(j):
@@ -59,6 +64,12 @@ def ggn_rows(
         g = per_sample_grads(model, loss, batch, params, chunk_size=256)
         return (g if task.kind == "squares" else g*y.softmax(-1)[:, j:j+1].sqrt()).detach()
     return torch.cat([one(j) for j in range(width)])
+
+def check_damping(damping):
+    "`damping`, refused if it is neither None nor a number of at least 0."
+    if isinstance(damping, Tensor) and damping.ndim == 0: damping = damping.item()
+    if damping is None or isinstance(damping, Real) and not isinstance(damping, bool) and 0 <= damping < np.inf: return damping
+    raise ValueError(f"damping={damping!r}: must be a finite number, 0 or more, or None")
 
 def ggn_matrix(model, task, train, params):
     "The exact Gauss-Newton matrix (p, p)."
@@ -83,26 +94,28 @@ def pbrf(
     warp:Callable|None=None, # for L-BFGS: linear, invertible (p,) -> (p,); better coordinates, the same minimum
     ) -> np.ndarray: # (m, q), fall of each query's loss
     "Proximal Bregman response to one more copy of a training example (Bae et al. 2022; Grosse et al. 2023), really solved."
-    params = params or params_of(model)
-    theta0, n, t = flatten(params).detach(), len(train[0]), task.targets(train)
-    with torch.no_grad(): y0 = task.outputs(model, train)
-    def pull(y):
-        if task.kind == "squares": return .5*(y - y0).square().sum()/n
-        kl = (y0.softmax(-1)*(y0.log_softmax(-1) - y.log_softmax(-1))).sum(-1)
-        return (kl*(t >= 0)).sum()/n
-    bound = lambda th: Bound(model, unflatten(th, params))
-    def objective(th, row):
-        push = task.mean(bound(th), tuple(x[None] for x in row))*copies/n
-        return pull(task.outputs(bound(th), train)) + push + .5*damping*(th - theta0).square().sum()
-    which = torch.as_tensor(np.asarray(which)); rows = tuple(x[which] for x in train)
-    if len(theta0) > dense_below:
-        move = (lambda u: theta0 + warp(u)) if warp else (lambda u: theta0 + u)
-        Th = [move(lbfgs(lambda u, r=r: objective(move(u), r), 0*theta0, steps, tol)) for r in zip(*rows)]
-    else:
-        L = torch.linalg.cholesky(ggn_matrix(model, task, train, params) + damping*torch.eye(len(theta0)).to(theta0))
-        Th = minimise(vmap(objective), vmap(grad(objective)), theta0.expand(len(which), -1).clone(), rows, L, steps, tol)
-    loss = lambda th: task.losses(bound(th), query)
-    with torch.no_grad(): return ((loss(theta0) - torch.stack([loss(th) for th in Th]))/copies).cpu().numpy()
+    check_damping(damping)
+    params = chosen(model, params)
+    with as_function(model):
+        theta0, n, t = flatten(params).detach(), len(train[0]), task.targets(train)
+        with torch.no_grad(): y0 = task.outputs(model, train)
+        def pull(y):
+            if task.kind == "squares": return .5*(y - y0).square().sum()/n
+            kl = (y0.softmax(-1)*(y0.log_softmax(-1) - y.log_softmax(-1))).sum(-1)
+            return (kl*(t >= 0)).sum()/n
+        bound = lambda th: Bound(model, unflatten(th, params))
+        def objective(th, row):
+            push = task.mean(bound(th), tuple(x[None] for x in row))*copies/n
+            return pull(task.outputs(bound(th), train)) + push + .5*damping*(th - theta0).square().sum()
+        which = torch.as_tensor(np.asarray(which)); rows = tuple(x[which] for x in train)
+        if len(theta0) > dense_below:
+            move = (lambda u: theta0 + warp(u)) if warp else (lambda u: theta0 + u)
+            Th = [move(lbfgs(lambda u, r=r: objective(move(u), r), 0*theta0, steps, tol)) for r in zip(*rows)]
+        else:
+            L = torch.linalg.cholesky(ggn_matrix(model, task, train, params) + damping*torch.eye(len(theta0)).to(theta0))
+            Th = minimise(vmap(objective), vmap(grad(objective)), theta0.expand(len(which), -1).clone(), rows, L, steps, tol)
+        loss = lambda th: task.losses(bound(th), query)
+        with torch.no_grad(): return ((loss(theta0) - torch.stack([loss(th) for th in Th]))/copies).cpu().numpy()
 
 def lbfgs(f, start, steps, tol):
     "The minimum of f near `start`, for many parameters."
@@ -151,15 +164,20 @@ def pseudo_losses(
 # %% ../../nbs/trust/01_influence.ipynb #53a27838
 def linear_layers(
     model:nn.Module,
-    modules:Sequence[str]|Callable|None=None, # names, a rule name -> bool, or None: every nn.Linear
-    ) -> dict[str, nn.Linear]:
-    "The linear layers that a question is about."
-    have = {k: m for k, m in model.named_modules() if isinstance(m, nn.Linear)}
-    if modules is None: modules = list(have)
+    modules:Sequence[str]|Callable|None=None, # names, a rule name -> bool, or None: every nn.Linear and GPT-2's Conv1D
+    ) -> dict[str, nn.Module]:
+    "The linear layers that a question is about; unnamed, those whose weight is theirs alone (a language model's tied head is also its embedding)."
+    have = {k: m for k, m in model.named_modules() if is_linear(m)}
+    shared = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    if modules is None: modules = [k for k, m in have.items() if shared[id(m.weight)] == 1]
     elif callable(modules): modules = [k for k in have if modules(k)]
     if missing := sorted(set(modules) - set(have)): raise ValueError(f"no linear layers {missing}: the model has {list(have)[:8]}, ...")
     if not modules: raise ValueError("no linear layer chosen: EK-FAC needs nn.Linear modules; method='ggn' or 'hessian' takes any parameters")
     return {k: have[k] for k in have if k in set(modules)}
+
+def is_linear(module):
+    "Is it a linear layer: nn.Linear, or the Conv1D of transformers, the same with its weight stored transposed?"
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 # %% ../../nbs/trust/01_influence.ipynb #5e9300d7
 def layer_grads(
@@ -179,7 +197,7 @@ def layer_grads(
         return hook
     hooks = [m.register_forward_hook(keep(k)) for k, m in layers.items()]
     try:
-        with torch.enable_grad(): y = task.outputs(model, batch)
+        with as_function(model), torch.enable_grad(): y = task.outputs(model, batch)
     finally:
         for h in hooks: h.remove()
     if missing := [k for k in layers if k not in seen]: raise ValueError(f"layers {missing} did not run: choose others")
@@ -247,6 +265,7 @@ def precondition(
     damping:float|None=None, # lambda; None: a tenth of the mean eigenvalue of this layer
     ) -> Tensor: # (..., d_out, d_in)
     "(G + lambda I)^{-1} W in one layer (Grosse et al. 2023)."
+    check_damping(damping)
     L = spectrum(f, method)
     lam = .1*L.mean() if damping is None else damping
     if method == "diagonal": return W/(L + lam)
@@ -272,7 +291,7 @@ def low_rank(
     r:int, # rank
     ) -> tuple[Tensor, Tensor]: # P (q, d_out, r), R (q, d_in, r) with V close to P R^T
     "Each preconditioned query as two thin matrices: many queries fit in memory and share one pass over the data."
-    if not 1 <= r <= min(V.shape[1:]): raise ValueError(f"rank={r}: must lie in 1..{min(V.shape[1:])}")
+    if whole_number("rank", r) > min(V.shape[1:]): raise ValueError(f"rank={r}: must lie in 1..{min(V.shape[1:])}")
     U, s, Vh = torch.linalg.svd(V, full_matrices=False)
     return U[..., :r]*s[:, None, :r], Vh[:, :r].transpose(1, 2)
 
@@ -284,6 +303,7 @@ def pair_scores(
     batch_size:int=64,
     ) -> Tensor: # (n, q); (n_layers, n, q) by layer; (n, T, q) by token
     "Inner products of training gradients with V in one pass over the data."
+    if by not in (None, "layer", "token"): raise ValueError(f"by={by!r}: must be 'layer', 'token' or None")
     layers, out = linear_layers(model, list(V)), []
     for b in chunks(train, batch_size):
         io = next(layer_grads(model, task, b, layers))
@@ -308,8 +328,9 @@ def ggn_products(
     "Gauss-Newton matrix of one batch times many vectors: J, then the softmax's own curvature, then J^T."
     theta = {k: p.detach() for k, p in params.items()}
     f = lambda th: task.outputs(Bound(model, th), batch)
-    y, pull = vjp(f, theta)
-    u = vmap(lambda v: jvp(f, (theta,), (unflatten(v, params),))[1])(V)
+    with as_function(model):
+        y, pull = vjp(f, theta)
+        u = vmap(lambda v: jvp(f, (theta,), (unflatten(v, params),))[1])(V)
     if task.kind == "classes":
         p = y.softmax(-1)
         u = (p*u - p*(p*u).sum(-1, keepdim=True))*(task.targets(batch) >= 0)[..., None]
@@ -323,7 +344,8 @@ def lissa(
     scale:float|None=None, # step size; None: from the largest eigenvalue, by power iteration
     ) -> Tensor: # (q, p)
     "(G + lambda I)^{-1} B by the stochastic Neumann series x <- x + (B - (G_batch + lambda) x)/scale (Agarwal et al. 2017)."
-    if damping <= 0: raise ValueError(f"damping={damping}: the series needs a positive damping")
+    if not (check_damping(damping) or 0.) > 0: raise ValueError(f"damping={damping}: the series needs a positive damping")
+    whole_number("steps", steps); whole_number("batch_size", batch_size)
     g = torch.Generator().manual_seed(seed)
     if scale is None:
         v = torch.randn(1, B.shape[1], generator=g).to(B)
@@ -337,21 +359,41 @@ def lissa(
     return X
 
 # %% ../../nbs/trust/01_influence.ipynb #f67144a7
+def tenth_of_mean(product, p, like, probes=16):
+    "A tenth of the mean eigenvalue of a (p, p) matrix given by its products: E v'Av = trace A for random signs v (Hutchinson 1989)."
+    g = torch.Generator().manual_seed(0)
+    V = (2*torch.randint(2, (probes, p), generator=g) - 1).to(like)
+    return .1*float(torch.stack([v @ product(v) for v in V]).mean())/p
+
 def solve_curvature(model, task, train, params, B, method, damping=None, dense_below=3000, **kw):
     "(curvature + lambda I)^{-1} B, (q, p), for the methods that look at all parameters at once."
-    p, kw = B.shape[1], kw
-    if method == "lissa": return lissa(model, task, train, params, B, damping, **kw)
+    p = B.shape[1]
+    check_damping(damping)
+    if method == "lissa":
+        lam = tenth_of_mean(lambda v: ggn_products(model, task, train, params, v[None])[0], p, B) if damping is None else damping
+        return lissa(model, task, train, params, B, lam, **kw)
     if method == "hessian":
         mv = lambda v: hvp(model, task.mean, train, v, params)
         if p > dense_below//2: return torch.stack([solve(mv, b, damping or 0.) for b in B])
         C = dense(mv, B[0])
     elif p > dense_below and method == "ggn":
         head = lambda y, b: row_losses(y, task.targets(b), task.kind).mean()
-        return torch.stack([solve(lambda v: ggn_vp(model, task.outputs, head, train, v, params), b, damping or 0.) for b in B])
+        mv = lambda v: ggn_vp(model, task.outputs, head, train, v, params)
+        lam = tenth_of_mean(mv, p, B) if damping is None else damping
+        return torch.stack([solve(mv, b, lam) for b in B])
     else: C = ggn_matrix(model, task, train, params)
     if method == "block": C = C*blocks(params)
     lam = damping if damping is not None else 0. if method == "hessian" else .1*C.diagonal().mean()
-    return torch.linalg.solve((C + C.T)/2 + lam*torch.eye(p).to(C), B.T).T
+    return solved((C + C.T)/2 + lam*torch.eye(p).to(C), B)
+
+def solved(C, B):
+    "Rows X with C X^T = B^T for a symmetric C; one without an inverse at its precision is refused."
+    from scipy.linalg import LinAlgError, LinAlgWarning, solve
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", LinAlgWarning)
+            return torch.from_numpy(solve(C.cpu().numpy(), B.T.cpu().numpy(), assume_a="sym").T.copy()).to(B)
+    except (LinAlgError, LinAlgWarning) as e: raise ValueError(f"the curvature cannot be inverted at this precision ({e}): raise damping or use float64") from e
 
 # %% ../../nbs/trust/01_influence.ipynb #ef31d152
 LAYERWISE, WHOLE = ("ekfac", "kfac", "diagonal", "dot"), ("hessian", "ggn", "block", "lissa")
@@ -369,37 +411,55 @@ def influence(
     factors:dict[str, Factors]|None=None, # from `ekfac_factors`, if already fitted
     rank:int|None=None, # keep queries at this rank
     by:str|None=None, # "layer" or "token": split the scores
-    labels:str="model", batch_size:int=64, seed:int=0, **kw) -> np.ndarray: # (n, q)
+    labels:str="model", # "ekfac", "kfac", "diagonal": see `pseudo_losses`
+    batch_size:int|None=None, # rows at once; default 64, for "lissa" 32
+    seed:int=0, **kw) -> np.ndarray: # (n, q); with `by` see `pair_scores`
     "How much the loss of each query falls, to first order, when one more copy of each training example joins the training. Positive helps."
-    if not isinstance(model, nn.Module): return tree_influence(model, train, query, method or "boostin", seed=seed, **kw)
+    check_rows(train, query)
+    only_torch = dict(task=task, modules=modules, params=params, damping=damping, factors=factors, rank=rank, by=by)
+    if not isinstance(model, nn.Module):
+        refuse(only_torch, f"a {type(model).__name__}")
+        return tree_influence(model, train, query, method or "boostin", seed=seed, **kw)
     method, task = method or "ekfac", task or Task()
     if method not in LAYERWISE + WHOLE: raise ValueError(f"method={method!r}: for a torch model choose from {', '.join(LAYERWISE + WHOLE)}")
-    check_rows(train, query)
-    if any(isinstance(m, nn.Dropout) and m.p for m in model.modules()) and model.training: raise ValueError("dropout is on: call model.eval() first")
-    if method in WHOLE: return whole_influence(model, train, query, task, method, modules, params, damping, seed=seed, **kw)
-    V = query_grads(model, task, query, modules, batch_size)
+    check_damping(damping)
+    if rank is not None: whole_number("rank", rank)
+    if batch_size is not None: whole_number("batch_size", batch_size)
+    if method in WHOLE:
+        refuse(dict(factors=factors, rank=rank, by=by) | (dict(modules=modules) if params is not None else {}), f"method={method!r}")
+        if method == "lissa": kw |= dict(seed=seed) | ({} if batch_size is None else dict(batch_size=batch_size))
+        return whole_influence(model, train, query, task, method, modules, params, damping, **kw)
+    refuse(kw | dict(params=params), f"method={method!r}")
+    V = query_grads(model, task, query, modules, batch_size or 64)
     if method != "dot":
-        F = factors or ekfac_factors(model, task, train, modules, labels, batch_size, seed)
+        F = factors or ekfac_factors(model, task, train, modules, labels, batch_size or 64, seed)
         if missing := sorted(set(V) - set(F)): raise ValueError(f"no factors for layers {missing}: fit them with the same modules")
         V = {k: precondition(F[k], v, method, damping) for k, v in V.items()}
-    if rank: V = {k: low_rank(v, min(rank, *v.shape[1:])) for k, v in V.items()}
-    return (pair_scores(model, task, train, V, by, batch_size)/len(train[0])).cpu().numpy()
+    if rank is not None: V = {k: low_rank(v, min(rank, *v.shape[1:])) for k, v in V.items()}
+    return (pair_scores(model, task, train, V, by, batch_size or 64)/len(train[0])).cpu().numpy()
 
 # %% ../../nbs/trust/01_influence.ipynb #85656b7d
 def check_rows(train, query):
     "Both must be sequences of equally long arrays."
     for name, data in (("train", train), ("query", query)):
         if not isinstance(data, (tuple, list)) or not len(data): raise ValueError(f"{name} must be a tuple of tensors with one row an example")
-        if len(lens := {len(x) for x in data}) != 1: raise ValueError(f"{name} has tensors of {sorted(lens)} rows: rows must correspond")
+        if len(lens := {n_rows(x) for x in data}) != 1: raise ValueError(f"{name} has tensors of {sorted(lens)} rows: rows must correspond")
         if not lens.pop(): raise ValueError(f"{name} is empty: nothing to attribute")
+
+def n_rows(x): return x.shape[0] if hasattr(x, "shape") else len(x)
+
+def refuse(options, where):
+    "Options that would do nothing there."
+    if given := [k for k, v in options.items() if v is not None]: raise ValueError(f"{', '.join(given)}: no option of {where}; leave it out or check its spelling")
 
 def whole_influence(model, train, query, task, method, modules, params, damping, **kw):
     "Influence through the curvature of all chosen parameters together."
     names = params if params is not None else [f"{k}.{p}".lstrip(".") for k, m in linear_layers(model, modules).items() for p, _ in m.named_parameters(recurse=False)]
     theta = params_of(model, names)
     vectorize = kw.pop("vectorize", True) # False for models that torch.func cannot trace
+    has = dict(lissa=("seed", "steps", "batch_size", "scale"), block=()).get(method, ("dense_below",))
+    refuse({k: v for k, v in kw.items() if k not in has}, f"method={method!r}, it has {', '.join((*has, 'vectorize'))}")
     g = lambda data: per_sample_grads(model, task.mean, data, theta, 256, vectorize).detach()
-    kw = {k: v for k, v in kw.items() if method == "lissa" or k == "dense_below"}
     return (g(train) @ solve_curvature(model, task, train, theta, g(query), method, damping, **kw).T/len(train[0])).cpu().numpy()
 
 # %% ../../nbs/trust/01_influence.ipynb #985ec8b2
@@ -423,6 +483,8 @@ def removal_curve(
     ) -> pd.DataFrame: # query, k, rise of the query's loss
     "Remove the k most helpful rows of each query, retrain, and see how much its loss rises."
     scores = np.asarray(scores); n, q = scores.shape
+    if not np.isfinite(scores).all(): raise ValueError(f"{(~np.isfinite(scores)).sum()} scores are not finite: they have no place in a ranking")
+    if min(map(int, ks), default=0) < 1: raise ValueError(f"ks={list(ks)}: how many rows to remove, each 1 or more")
     if max(ks) >= n: raise ValueError(f"k={max(ks)}: there are only {n} rows")
     before, order, out = np.asarray(retrain(np.ones(n, bool))), np.argsort(-scores, axis=0, kind="stable"), []
     for j in range(q):
@@ -438,6 +500,7 @@ def detection(
     "How well a ranking finds planted label flips: AUC, average precision, and the share found in the first 10, 20, 40 %."
     from sklearn.metrics import average_precision_score, roc_auc_score
     s, f = np.asarray(suspicion, float), np.asarray(flipped, bool)
+    if not np.isfinite(s).all(): raise ValueError(f"{(~np.isfinite(s)).sum()} suspicions are not finite: they have no place in a ranking")
     if not 0 < f.sum() < len(f): raise ValueError(f"{f.sum()} of {len(f)} labels are flipped: need some of both")
     found = f[np.argsort(-s, kind="stable")].cumsum()/f.sum()
     return dict(auc=float(roc_auc_score(f, s)), ap=float(average_precision_score(f, s))) | {f"found@{p}%": float(found[max(1, int(p/100*len(f)))-1]) for p in (10, 20, 40)}
@@ -446,22 +509,42 @@ def detection(
 def lm_task(tok) -> Task:
     "Next-token prediction on batches (ids, labels); labels as from `lm_batch`."
     def shifted(b): return torch.cat([b[1][:, 1:], torch.full_like(b[1][:, :1], -100)], 1)
-    pad = tok.pad_token_id
-    return Task(lambda m, b: m(input_ids=b[0], attention_mask=(b[0] != pad).long()).logits, shifted, mask=lambda b: b[0] != pad)
+    there = lambda b: real_tokens(tok, b[0])
+    return Task(lambda m, b: m(input_ids=b[0], attention_mask=there(b).long()).logits, shifted, mask=there)
+
+def real_tokens(tok, ids):
+    "Which tokens are no padding, (n, T) bool; where the end mark pads, too, the first of the run at the end is one."
+    run = (ids == tok.pad_token_id).flip(1).cumprod(1).flip(1).bool()
+    if tok.pad_token_id == tok.eos_token_id: run[:, 1:] &= run[:, :-1].clone(); run[:, 0] = False
+    return ~run
 
 def lm_batch(
     tok, texts:Sequence[str],
     prompts:Sequence[str]|None=None, # beginnings of the texts whose tokens do not count in the loss
     ) -> tuple[Tensor, Tensor]: # ids, labels, (n, T) each; -100 does not count
     "Texts as rows of token ids, each with its end mark."
-    ids = [torch.tensor(tok(t + tok.eos_token).input_ids) for t in texts]
-    x = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=tok.pad_token_id)
-    y = x.masked_fill(x == tok.pad_token_id, -100)
-    for row, t, p in zip(y, texts, prompts or []):
+    if tok.pad_token_id is None or tok.eos_token_id is None: raise ValueError("the tokenizer lacks an end mark or a pad token: set tok.eos_token, and tok.pad_token = tok.eos_token")
+    if prompts is not None and len(prompts) != len(texts): raise ValueError(f"{len(prompts)} prompts for {len(texts)} texts: one for each")
+    rows = [with_end(tok, token_ids(tok, t)) for t in texts]
+    x = nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=tok.pad_token_id)
+    y = nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=-100)
+    for row, ids, t, p in zip(y, rows, texts, prompts or []):
         if not t.startswith(p): raise ValueError(f"{t[:40]!r} does not begin with its prompt {p[:40]!r}")
-        row[:len(tok(p).input_ids)] = -100
-        row[(row == tok.eos_token_id).nonzero()] = -100 # the completion, not its end
+        row[:common_prefix(ids, token_ids(tok, p))] = -100
+        row[len(ids)-1] = -100 # the completion, not its end
     return x, y
+
+def token_ids(tok, text):
+    "Token ids of a text; one that begins with the start mark gets no second one."
+    return tok(text, add_special_tokens=not (tok.bos_token and text.startswith(tok.bos_token))).input_ids
+
+def with_end(tok, ids):
+    "The ids with one end mark at the end."
+    return ids if ids and ids[-1] == tok.eos_token_id else [*ids, tok.eos_token_id]
+
+def common_prefix(a, b):
+    "How many tokens at the beginning a and b share: a prompt's last token may merge with what follows."
+    return next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 # %% ../../nbs/trust/01_influence.ipynb #d02aa56d
 class Boosted(NamedTuple):
@@ -492,9 +575,11 @@ def open_sklearn(model):
     T, K = trees.shape
     value = np.zeros((T, K, max(t.tree_.node_count for t in trees.ravel())))
     for (t, k), e in np.ndenumerate(trees): value[t, k, :e.tree_.node_count] = eta*e.tree_.value[:, 0, 0]
-    leaves = lambda X: np.stack([e.apply(np.asarray(X, np.float32)) for e in trees.ravel()], 1).astype(int).reshape(len(X), T, K)
+    names = getattr(model, "feature_names_in_", None)
+    dense32 = lambda X: X.astype(np.float32).tocsr() if sp.issparse(X) else np.asarray(X, np.float32)
+    leaves = lambda X: np.stack([e.apply(dense32(check_columns(X, names))) for e in trees.ravel()], 1).astype(int).reshape(n_rows(X), T, K)
     raw = model.predict if model.loss == "squared_error" else model.decision_function
-    base = lambda X: raw(np.asarray(X)).reshape(len(X), K) - look_up(value, leaves(X)).sum(1)
+    base = lambda X: raw(X if sp.issparse(X) or hasattr(X, "columns") and names is not None else np.asarray(X)).reshape(n_rows(X), K) - look_up(value, leaves(X)).sum(1)
     kind = "squares" if model.loss == "squared_error" else "binary" if K == 1 else "classes"
     return Boosted(kind, eta, 0., base, leaves, value, getattr(model, "classes_", None))
 
@@ -517,8 +602,17 @@ def open_lightgbm(model, y):
         share = np.array([np.mean(np.searchsorted(classes, y) == k if classes is not None else y == k) for k in range(max(K, 2))]) if kind != "squares" else None
         start = np.array([y.mean()]) if kind == "squares" else np.log(share[1:]/share[:1]) if kind == "binary" else np.log(share)
         value[0] -= start[:, None]
-    leaves = lambda X: np.asarray(b.predict(np.asarray(X), pred_leaf=True, num_iteration=-1)).astype(int).reshape(len(X), T, K)
-    return Boosted(kind, eta, lam, lambda X: np.tile(start, (len(X), 1)), leaves, value, classes)
+    names = [k for k in b.feature_name() if not re.fullmatch(r"Column_\d+", k)] # of a table: such columns keep their types and order
+    rows = lambda X: check_columns(X, names) if sp.issparse(X) or names and hasattr(X, "columns") else np.asarray(X)
+    leaves = lambda X: np.asarray(b.predict(rows(X), pred_leaf=True, num_iteration=-1)).astype(int).reshape(n_rows(X), T, K)
+    return Boosted(kind, eta, lam, lambda X: np.tile(start, (n_rows(X), 1)), leaves, value, classes)
+
+def check_columns(X, names):
+    "`X`, refused if it is a table whose columns are not the booster's."
+    plain = lambda k: re.sub(r"\W", "_", str(k))
+    if names is not None and len(names) and hasattr(X, "columns") and [plain(k) for k in X.columns] != [plain(k) for k in names]:
+        raise ValueError(f"columns {list(X.columns)[:6]} are not the booster's {list(names)[:6]}: same names, same order")
+    return X
 
 def look_up(value, L):
     "What the leaves L (n, T, K) add, (n, T, K)."
@@ -545,7 +639,9 @@ def rounds(b:Boosted, X, y) -> Rounds:
 def targets(b, y):
     "Labels as the booster's loss sees them: (n, K)."
     y = np.asarray(y)
-    if b.kind == "squares": return y.astype(float)[:, None]
+    if b.kind == "squares":
+        if not np.isfinite(y := y.astype(float)).all(): raise ValueError(f"{(~np.isfinite(y)).sum()} targets are not finite: leave these rows out")
+        return y[:, None]
     c = b.classes if b.classes is not None else np.arange(max(2, b.value.shape[1]))
     if bad := set(np.unique(y)) - set(c): raise ValueError(f"labels {sorted(bad)} are unknown to the booster, it has {list(c)}")
     i = np.searchsorted(c, y)
@@ -574,7 +670,7 @@ class Leaves(NamedTuple):
 def leaf_values(
     b:Boosted, r:Rounds, # of the training data
     weight:np.ndarray|None=None, # (n,) example weights
-    tol:float|None=1e-5, # refuse a booster whose leaves differ by more; None: never
+    tol:float|None=1e-4, # refuse a booster whose leaves differ by more, as a share of eta*sum|g|/D; None: never
     ) -> Leaves:
     "Leaf values recomputed from g and h; they must be the library's, or every derivative below is that of another model."
     w = np.ones(len(r.L)) if weight is None else weight
@@ -582,11 +678,12 @@ def leaf_values(
     G, D = add(r.g), add(r.h) + b.lam
     D = np.where(D > 0, D, 1.)
     used = np.bincount(r.L.ravel(), minlength=b.value.size) > 0
-    error = float(np.abs(-b.eta*G/D - b.value.ravel())[used].max())
-    if tol is not None and error > tol:
-        raise ValueError(f"leaf values differ from Newton steps by {error:.1e}: pass the data the booster was trained on, without sample weights, "
+    error = np.abs(-b.eta*G/D - b.value.ravel())
+    rounding = 8*np.finfo(np.float32).eps*(np.abs(r.Y).max() if b.kind == "squares" else 1.) # libraries keep targets and gradients in 32 bits
+    if tol is not None and (bad := used & ~(error <= tol*b.eta*add(np.abs(r.g))/D + rounding)).any():
+        raise ValueError(f"{bad.sum()} leaf values differ from Newton steps, by {error[bad].max():.1e} at most: pass the data the booster was trained on, without sample weights, "
             "bagging, L1 penalty, class weights, linear leaves or categorical smoothing")
-    return Leaves(D, -G/D, error)
+    return Leaves(D, -G/D, float(error[used].max()))
 
 # %% ../../nbs/trust/01_influence.ipynb #a736332b
 def leaf_moves(b, r, leaves, newton=True):
@@ -633,6 +730,7 @@ def trex(
     l2:float=.003, # lambda
     ) -> np.ndarray: # (n, q)
     "TREX (Brophy et al. 2023): loss of the query without row i's term in the surrogate, minus the loss with it."
+    if not 0 < l2 < np.inf: raise ValueError(f"l2={l2}: the penalty must be positive")
     alpha, f, Kq = representers(b, train, query, l2)
     without = f[None] - alpha[:, None]*Kq.T[..., None]
     return raw_losses(b.kind, without, query.Y) - raw_losses(b.kind, f, query.Y)
@@ -662,14 +760,15 @@ def tree_sim(b:Boosted, train:Rounds, query:Rounds) -> np.ndarray:
 def losses_of(model, b, X, y):
     "Loss of each row under a fitted booster."
     raw = model.predict(X, raw_score=True) if hasattr(model, "booster_") else model.predict(X) if b.kind == "squares" else model.decision_function(X)
-    return raw_losses(b.kind, np.asarray(raw).reshape(len(X), -1), targets(b, y))
+    return raw_losses(b.kind, np.asarray(raw).reshape(n_rows(X), -1), targets(b, y))
 
 def retrainer(model, train, query) -> Callable: # (n,) bool -> (q,) losses
     "Refit a copy of the booster on the rows to keep, and return the losses of the queries."
     from sklearn.base import clone
     if not hasattr(model, "get_params"): raise ValueError("retraining needs an estimator (LGBMClassifier, not lightgbm.Booster)")
-    (X, y), b = map(np.asarray, train), open_booster(model, train[1])
-    return lambda keep: losses_of(clone(model).fit(X[keep], y[keep]), b, *query)
+    (X, y), b = train, open_booster(model, train[1])
+    kept = lambda A, keep: A.iloc[keep] if hasattr(A, "iloc") else A.tocsr()[keep] if sp.issparse(A) else np.asarray(A)[keep]
+    return lambda keep: losses_of(clone(model).fit(kept(X, keep), kept(y, keep)), b, *query)
 
 def leave_one_out(
     retrain:Callable, # (n,) bool -> (q,) losses
@@ -687,8 +786,10 @@ def tree_influence(
     "Influence of training rows on queries in a fitted booster; positive: the row lowers the query's loss."
     if method not in TREES: raise ValueError(f"method={method!r}: for a booster choose from {', '.join(TREES)}")
     check_rows(train, query)
-    if method == "random": return np.random.default_rng(seed).normal(size=(len(train[0]), len(query[0])))
-    if method == "loo": return leave_one_out(retrainer(model, train, query), len(train[0]))
+    has = dict(boostin=("newton", "same_leaf"), trex=("l2",)).get(method, ())
+    refuse({k: v for k, v in kw.items() if k not in has}, f"method={method!r}, it has {', '.join(has) or 'none'}")
+    if method == "random": return np.random.default_rng(seed).normal(size=(n_rows(train[0]), n_rows(query[0])))
+    if method == "loo": return leave_one_out(retrainer(model, train, query), n_rows(train[0]))
     b = open_booster(model, train[1])
     f = dict(boostin=boostin, leafinfluence=leaf_influence, trex=trex, treesim=tree_sim)[method]
     return f(b, rounds(b, *train), rounds(b, *query), **kw)
@@ -698,6 +799,13 @@ def with_one(X):
     "X with a column of ones."
     return np.column_stack([X, np.ones(len(X))])
 
+def check_head(X, y, l2):
+    "A logistic head knows labels 0 and 1 and needs a penalty to have an inverse Hessian."
+    y = np.asarray(y)
+    if y.shape != (n_rows(X),): raise ValueError(f"labels {y.shape} for {n_rows(X)} rows: one label a row")
+    if odd := sorted(set(np.unique(y).tolist()) - {0, 1}, key=str): raise ValueError(f"labels {odd[:4]}: a head for two classes needs 0 and 1")
+    if not 0 < l2 < np.inf: raise ValueError(f"l2={l2}: must be positive")
+
 def fit_head(
     X, # (n, d) features, a column of ones among them
     y, # (n,) 0/1
@@ -706,6 +814,7 @@ def fit_head(
     ) -> np.ndarray: # (d,)
     "A logistic head, trained to convergence: its Hessian is exact and small."
     from sklearn.linear_model import LogisticRegression
+    check_head(X, y, l2)
     return LogisticRegression(C=1/(l2*len(y)), fit_intercept=False, tol=1e-8, max_iter=2000).fit(X, y, weight).coef_[0]
 
 def head_influence(
@@ -713,6 +822,7 @@ def head_influence(
     Xq, yq, # queries
     ) -> np.ndarray: # (n, q)
     "Influence of a logistic head with its exact Hessian, all pairs in one product (Koh & Liang 2017)."
+    check_head(X, y, l2); check_head(Xq, yq, l2)
     p, pq = expit(X @ w), expit(Xq @ w)
     H = (X*(p*(1-p))[:, None]).T @ X/len(X) + l2*np.eye(X.shape[1])
     return (X*(p-y)[:, None]) @ np.linalg.solve(H, (Xq*(pq-yq)[:, None]).T)/len(X)
@@ -754,7 +864,8 @@ def vote(
 def macro_f1(y, p):
     "Mean F1 of the two classes, at a threshold of .5."
     from sklearn.metrics import f1_score
-    return float(f1_score(y, np.asarray(p) > .5, average="macro"))
+    if np.isnan(p := np.asarray(p, float)).any(): raise ValueError(f"{np.isnan(p).sum()} probabilities are NaN: check the head")
+    return float(f1_score(y, p > .5, average="macro"))
 
 def repair(
     X, y, Xdev, ydev, # noisy training set and clean development set
