@@ -28,14 +28,14 @@ from .world import CUES, World
 __all__ = ['RECIPE', 'LEAST', 'nano_tokenizer', 'doc_batches', 'next_token_loss', 'facts_first', 'pretrain', 'cached', 'digests',
            'whole', 'rebuild', 'sweep', 'cannot_write', 'corpus_of', 'nano_lm', 'reading_plan', 'read_causal',
            'mark_ids', 'read', 'mask_tokens', 'nano_mlm', 'read_masked', 'load_lm', 'safely', 'has_code', 'read_json',
-           'only_safetensors', 'unreachable', 'marks', 'token_ids', 'padded', 'encode', 'context_limit', 'label_ids',
-           'answer_logits', 'tokens_only', 'logits_of', 'last_logits', 'sequence_logprob', 'shared_prefix',
-           'token_columns', 'end_mark', 'start_mark', 'completion_ids', 'prompt_ids', 'knows', 'ItemTrie', 'tree_mask',
-           'subtrees', 'path', 'prompts_for', 'whole_model', 'read_prompts', 'reads_on', 'keeps_only', 'reads_trees',
-           'node_logprobs', 'tree_logprobs', 'path_logprobs', 'rank_items', 'constrained_beam', 'beam_batch',
-           'kept_prompts', 'plain_prompts', 'extend', 'valid_rate', 'generated', 'own_settings_aside', 'lora',
-           'adapter_params', 'merge', 'CostMeter', 'text_vectors', 'tfidf_vectors', 'pooled', 'load_encoder',
-           'pooling_of']
+           'only_safetensors', 'unreachable', 'marks', 'token_ids', 'padded', 'encode', 'context_limit',
+           'late_positions', 'label_ids', 'answer_logits', 'tokens_only', 'logits_of', 'whole_model', 'takes',
+           'virtual_tokens', 'last_logits', 'sequence_logprob', 'shared_prefix', 'token_columns', 'end_mark',
+           'start_mark', 'completion_ids', 'prompt_ids', 'knows', 'ItemTrie', 'tree_mask', 'subtrees', 'path',
+           'prompts_for', 'read_prompts', 'reads_on', 'keeps_only', 'reads_trees', 'node_logprobs', 'tree_logprobs',
+           'path_logprobs', 'rank_items', 'constrained_beam', 'beam_batch', 'kept_prompts', 'plain_prompts', 'extend',
+           'valid_rate', 'generated', 'own_settings_aside', 'lora', 'adapter_params', 'merge', 'CostMeter',
+           'text_vectors', 'tfidf_vectors', 'pooled', 'load_encoder', 'pooling_of']
 
 # %% ../nbs/foundations/06_lm.ipynb #f4a2e5a7
 def nano_tokenizer(
@@ -398,9 +398,11 @@ def context_limit(model):
     "Longest input in tokens; None where the model has no limit. Positions that start behind the padding's (RoBERTa) leave fewer than the table holds."
     config, names = model.config.get_text_config(), ("max_position_embeddings", "n_positions", "max_seq_len")
     limits = [n for n in (getattr(config, k, None) for k in names) if n][:1]
-    tables = [m for k, m in model.named_modules() if k.endswith("position_embeddings") and isinstance(m, nn.Embedding)]
-    limits += [m.num_embeddings - m.padding_idx - 1 for m in tables if m.padding_idx is not None]
-    return min(limits, default=None)
+    return min(limits + [m.num_embeddings - m.padding_idx - 1 for m in late_positions(model)], default=None)
+
+def late_positions(model):
+    "Tables of positions that count from behind the padding's (RoBERTa and its kin)."
+    return [m for k, m in model.named_modules() if k.endswith("position_embeddings") and isinstance(m, nn.Embedding) and m.padding_idx is not None]
 
 def label_ids(tok, prompts, labels):
     "Ids of the labels as they are tokenized behind the prompts' last characters; each must be one token."
@@ -439,9 +441,24 @@ def tokens_only(x):
     "What every model takes of a tokenizer's output."
     return {k: x[k] for k in ("input_ids", "attention_mask")}
 
-def logits_of(model, x):
-    "The model's own logits for each token of the batch (n, length, vocab): soft caps and scales included, virtual prompt tokens of an adapter left out."
-    return model(**tokens_only(x)).logits[:, -x["input_ids"].shape[1]:]
+def logits_of(model, x, columns=None):
+    "The model's own logits for each token of the batch (n, length, vocab), or for some columns: soft caps and scales included, virtual tokens of an adapter left out."
+    if columns is not None and not virtual_tokens(model) and "logits_to_keep" in takes(model):
+        return model(**tokens_only(x), logits_to_keep=columns.to(model.device)).logits
+    z = model(**tokens_only(x)).logits[:, -x["input_ids"].shape[1]:]
+    return z if columns is None else z[:, columns]
+
+def whole_model(model):
+    "The transformers model inside a peft wrapper, adapters included."
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+def takes(model):
+    "Names of what the model's `forward` takes."
+    return set(inspect.signature(type(whole_model(model)).forward).parameters)
+
+def virtual_tokens(model):
+    "Does an adapter put tokens of its own in front of the text?"
+    return getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
 
 def last_logits(model, x):
     "Logits behind the last token of each row (n, vocab), wherever the padding is."
@@ -617,10 +634,6 @@ def prompts_for(model, tok, prompts, trie):
             "let no prompt end in a blank, and give the trie the blank as its prefix")
     return ids
 
-def whole_model(model):
-    "The transformers model inside a peft wrapper, adapters included."
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
 def read_prompts(model, tok, ids):
     "Keys and values of left-padded prompts (None if the model keeps nothing of that kind), their mask (n, P), and log-probabilities of the next token (n, vocab)."
     x = padded(tok, ids, "left").to(model.device)
@@ -630,10 +643,10 @@ def read_prompts(model, tok, ids):
 
 def reads_on(model):
     "May tokens be added behind a left-padded prompt with keys and values kept, their positions given?"
-    own, knows = whole_model(model), inspect.signature(whole_model(model).forward).parameters
-    virtual = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+    own = whole_model(model)
     alibi = getattr(own.config, "alibi", False) or getattr(own.config, "position_embedding_type", "") == "alibi"
-    return not virtual and not alibi and {"position_ids", "past_key_values"} <= set(knows) and keeps_only(own, DynamicLayer, DynamicSlidingWindowLayer)
+    if virtual_tokens(model) or alibi or late_positions(own) or not {"position_ids", "past_key_values"} <= takes(model): return False
+    return keeps_only(own, DynamicLayer, DynamicSlidingWindowLayer)
 
 def keeps_only(own, *kinds):
     "Does the model keep keys and values in layers of these kinds alone?"
