@@ -26,15 +26,15 @@ from .world import CUES, World
 
 # %% auto #0
 __all__ = ['RECIPE', 'LEAST', 'nano_tokenizer', 'doc_batches', 'next_token_loss', 'facts_first', 'pretrain', 'cached', 'digests',
-           'whole', 'rebuild', 'sweep', 'cannot_write', 'corpus_of', 'nano_lm', 'reading_plan', 'read_causal',
-           'mark_ids', 'read', 'mask_tokens', 'nano_mlm', 'read_masked', 'load_lm', 'safely', 'has_code', 'read_json',
-           'only_safetensors', 'unreachable', 'marks', 'token_ids', 'padded', 'encode', 'context_limit',
-           'late_positions', 'label_ids', 'answer_logits', 'tokens_only', 'logits_of', 'whole_model', 'takes',
-           'virtual_tokens', 'last_logits', 'sequence_logprob', 'shared_prefix', 'token_columns', 'end_mark',
+           'whole', 'rebuild', 'sweep', 'cannot_write', 'corpus_of', 'safely', 'has_code', 'read_json',
+           'only_safetensors', 'unreachable', 'nano_lm', 'reading_plan', 'read_causal', 'mark_ids', 'read',
+           'mask_tokens', 'nano_mlm', 'read_masked', 'load_lm', 'marks_of', 'token_ids', 'padded', 'encode',
+           'context_limit', 'late_positions', 'label_ids', 'answer_logits', 'tokens_only', 'logits_of', 'whole_model',
+           'takes', 'virtual_tokens', 'last_logits', 'sequence_logprob', 'shared_prefix', 'token_columns', 'end_mark',
            'start_mark', 'completion_ids', 'prompt_ids', 'knows', 'ItemTrie', 'tree_mask', 'subtrees', 'path',
            'prompts_for', 'read_prompts', 'reads_on', 'keeps_only', 'reads_trees', 'node_logprobs', 'tree_logprobs',
            'path_logprobs', 'rank_items', 'constrained_beam', 'beam_batch', 'kept_prompts', 'plain_prompts', 'extend',
-           'valid_rate', 'generated', 'own_settings_aside', 'lora', 'adapter_params', 'merge', 'CostMeter',
+           'valid_rate', 'generated', 'own_settings_aside', 'lora', 'active_adapter', 'merge', 'CostMeter',
            'text_vectors', 'tfidf_vectors', 'pooled', 'load_encoder', 'pooling_of']
 
 # %% ../nbs/foundations/06_lm.ipynb #f4a2e5a7
@@ -181,6 +181,54 @@ def corpus_of(world, corpus):
     if not docs: raise ValueError("the corpus is empty: nothing to read")
     return docs
 
+# %% ../nbs/foundations/06_lm.ipynb #20ac6e2b
+def safely(
+    auto, # AutoTokenizer, AutoModel, a model class, ...
+    name, # hub name or folder
+    **kw): # for `from_pretrained`
+    "`auto.from_pretrained` that runs no code of the folder, asks no question and reads no pickle."
+    if kw.pop("trust_remote_code", False): raise ValueError("trust_remote_code=True: recbook never runs code from a model folder; load it yourself and pass the model")
+    if kw.pop("use_safetensors", True) is not True: raise ValueError("use_safetensors: recbook reads no pickled weights; convert them to safetensors first")
+    weights = {} if hasattr(auto, "register") and "Tokenizer" in auto.__name__ else dict(use_safetensors=True)
+    if weights: only_safetensors(name)
+    try: return auto.from_pretrained(name, trust_remote_code=False, **weights, **kw)
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as e:
+        if has_code(name) and "trust_remote_code" in str(e): raise OSError(f"cannot load {str(name)!r}: its config.json names Python code of its own (auto_map), "
+            "which recbook never runs. Take a model that transformers knows, or load it yourself and pass the model") from None
+        raise OSError(unreachable(name, e)) from e
+
+def has_code(name):
+    "Does a folder name Python code of its own? Of a hub name nobody knows: assume so."
+    if not Path(name).is_dir(): return True
+    return any("auto_map" in read_json(f) for f in Path(name).glob("*config.json"))
+
+def read_json(file):
+    "The dictionary in a file; empty if there is none."
+    try: x = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError): return {}
+    return x if isinstance(x, dict) else {}
+
+def only_safetensors(name):
+    "Refuse a folder whose weights, or those of the model that its adapter belongs to, are not safetensors."
+    home = Path(name)
+    if not home.is_dir(): return # on the hub: use_safetensors=True sees to it
+    adapter = (home/"adapter_config.json").is_file()
+    have = list(home.glob("adapter_model*.safetensors" if adapter else "*.safetensors"))
+    pickled = sorted(f.name for p in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack") for f in home.glob(p))
+    if pickled and not have: raise OSError(f"cannot load {str(name)!r}: its weights are not safetensors but {pickled[0]}, and to unpickle a file is to run it. "
+        "Save them as safetensors where you trust them (model.save_pretrained) and load that folder")
+    base = read_json(home/"adapter_config.json").get("base_model_name_or_path")
+    if base and Path(base) != home: only_safetensors(base)
+
+def unreachable(name, why=None):
+    "What to do when a model does not load."
+    home = Path(name)
+    if home.is_dir() and ((home/"config.json").is_file() or (home/"adapter_config.json").is_file()):
+        return f"cannot load {str(name)!r}: the folder is damaged, incomplete or of a kind that transformers does not know ({why}). Save or download it again"
+    if home.is_dir(): return f"cannot load {str(name)!r}: the folder has no config.json, so it holds no model. Pass the folder that save_pretrained wrote"
+    return (f"cannot load {str(name)!r}: it is no folder with a model, and the hub did not give it. "
+            "Check the spelling and the network, or download it where there is one and pass the folder, or use 'nano'")
+
 # %% ../nbs/foundations/06_lm.ipynb #2e7d141d
 def nano_lm(
     world:World|None=None, # whose corpus it reads; World(0) if neither is given
@@ -300,56 +348,8 @@ def load_lm(
     tok.padding_side = "left"
     return (model.to(device) if device else model).eval(), tok
 
-# %% ../nbs/foundations/06_lm.ipynb #20ac6e2b
-def safely(
-    auto, # AutoTokenizer, AutoModel, a model class, ...
-    name, # hub name or folder
-    **kw): # for `from_pretrained`
-    "`auto.from_pretrained` that runs no code of the folder, asks no question and reads no pickle."
-    if kw.pop("trust_remote_code", False): raise ValueError("trust_remote_code=True: recbook never runs code from a model folder; load it yourself and pass the model")
-    if kw.pop("use_safetensors", True) is not True: raise ValueError("use_safetensors: recbook reads no pickled weights; convert them to safetensors first")
-    weights = {} if hasattr(auto, "register") and "Tokenizer" in auto.__name__ else dict(use_safetensors=True)
-    if weights: only_safetensors(name)
-    try: return auto.from_pretrained(name, trust_remote_code=False, **weights, **kw)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as e:
-        if has_code(name) and "trust_remote_code" in str(e): raise OSError(f"cannot load {str(name)!r}: its config.json names Python code of its own (auto_map), "
-            "which recbook never runs. Take a model that transformers knows, or load it yourself and pass the model") from None
-        raise OSError(unreachable(name, e)) from e
-
-def has_code(name):
-    "Does a folder name Python code of its own? Of a hub name nobody knows: assume so."
-    if not Path(name).is_dir(): return True
-    return any("auto_map" in read_json(f) for f in Path(name).glob("*config.json"))
-
-def read_json(file):
-    "The dictionary in a file; empty if there is none."
-    try: x = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError): return {}
-    return x if isinstance(x, dict) else {}
-
-def only_safetensors(name):
-    "Refuse a folder whose weights, or those of the model that its adapter belongs to, are not safetensors."
-    home = Path(name)
-    if not home.is_dir(): return # on the hub: use_safetensors=True sees to it
-    adapter = (home/"adapter_config.json").is_file()
-    have = list(home.glob("adapter_model*.safetensors" if adapter else "*.safetensors"))
-    pickled = sorted(f.name for p in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack") for f in home.glob(p))
-    if pickled and not have: raise OSError(f"cannot load {str(name)!r}: its weights are not safetensors but {pickled[0]}, and to unpickle a file is to run it. "
-        "Save them as safetensors where you trust them (model.save_pretrained) and load that folder")
-    base = read_json(home/"adapter_config.json").get("base_model_name_or_path")
-    if base and Path(base) != home: only_safetensors(base)
-
-def unreachable(name, why=None):
-    "What to do when a model does not load."
-    home = Path(name)
-    if home.is_dir() and ((home/"config.json").is_file() or (home/"adapter_config.json").is_file()):
-        return f"cannot load {str(name)!r}: the folder is damaged, incomplete or of a kind that transformers does not know ({why}). Save or download it again"
-    if home.is_dir(): return f"cannot load {str(name)!r}: the folder has no config.json, so it holds no model. Pass the folder that save_pretrained wrote"
-    return (f"cannot load {str(name)!r}: it is no folder with a model, and the hub did not give it. "
-            "Check the spelling and the network, or download it where there is one and pass the folder, or use 'nano'")
-
 # %% ../nbs/foundations/06_lm.ipynb #c9ce3db4
-def marks(tok):
+def marks_of(tok):
     "Token ids that the tokenizer puts in front of a text and behind it."
     bare, full = tok("a", add_special_tokens=False).input_ids, tok("a").input_ids
     n = next((k for k in range(len(full) - len(bare) + 1) if full[k:k+len(bare)] == bare), 0)
@@ -357,7 +357,7 @@ def marks(tok):
 
 def token_ids(tok, texts, end=False):
     "Token ids of texts with the marks in front, and behind if `end`; marks that a text itself begins or ends with are not doubled."
-    (front, back), texts = marks(tok), list(texts)
+    (front, back), texts = marks_of(tok), list(texts)
     ids = tok(texts, add_special_tokens=False).input_ids if texts else []
     ids = [x if x[:len(front)] == front else front + x for x in ids]
     return [x if not end or back and x[-len(back):] == back else x + back for x in ids]
@@ -382,7 +382,7 @@ def encode(
     ) -> BatchEncoding: # input_ids, attention_mask (n, longest)
     "Token ids of `texts`, padded to the longest; where a text is cut, its marks stay."
     if truncate not in (None, "left", "right"): raise ValueError(f"truncate={truncate!r}: must be 'left', 'right' or None")
-    ids, (front, back) = token_ids(tok, texts, end), marks(tok)
+    ids, (front, back) = token_ids(tok, texts, end), marks_of(tok)
     for k, x in enumerate(ids):
         if not x: raise ValueError(f"text {k} ({texts[k][:60]!r}) has no tokens: nothing to score")
         if limit and len(x) > limit:
@@ -840,7 +840,7 @@ def lora(
     return get_peft_model(model, config)
 
 # %% ../nbs/foundations/06_lm.ipynb #1ef6db9e
-def adapter_params(model) -> dict[str, nn.Parameter]: # in the order of named_parameters
+def active_adapter(model) -> dict[str, nn.Parameter]: # in the order of named_parameters
     "Parameters of the adapters in use (LoRA and other peft layers, modules_to_save, virtual tokens), whatever their names; empty for a plain model."
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper

@@ -18,22 +18,21 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 from ..data import fetch
-from ..lm import (cached, generated, last_logits, load_lm, logits_of, lora, mark_ids, marks, merge, nano_tokenizer,
+from ..lm import (cached, generated, last_logits, load_lm, logits_of, lora, mark_ids, marks_of, merge, nano_tokenizer,
     next_token_loss, padded, prompt_ids, read, start_mark, token_columns, whole_model)
 from ..training import eval_mode
 from ..world import CUES, World
 
 # %% auto #0
 __all__ = ['RELATIONS', 'ONE_HOP', 'TWO_HOP', 'METHODS', 'FRAME', 'KINDS', 'LEVELS', 'Facts', 'fact_lm', 'studied', 'fresh_llama',
-           'answer_scores', 'accuracy', 'Edit', 'evaluate_edits', 'continuations', 'next_logprobs', 'drift',
-           'ngram_entropy', 'consistency', 'module_at', 'first', 'hooked', 'in_rows', 'sites', 'span_ids', 'place_in',
-           'causal_trace', 'place_of', 'passes', 'read_sites', 'all_keys', 'exact', 'replay', 'compute_z',
+           'answer_scores', 'accuracy', 'Edit', 'check_requests', 'evaluate_edits', 'continuations', 'next_logprobs',
+           'drift', 'ngram_entropy', 'consistency', 'module_at', 'first', 'hooked', 'in_rows', 'sites', 'span_ids',
+           'place_in', 'causal_trace', 'place_of', 'passes', 'read_sites', 'all_keys', 'single', 'replay', 'compute_z',
            'sample_prefixes', 'rome_update', 'memit_update', 'null_space', 'alphaedit_update', 'rect', 'prune',
-           'finetune', 'Memory', 'remember', 'check_requests', 'check_layers', 'check_memory', 'weight_of', 'edit',
-           'check_numbers', 'write', 'mean_keys', 'zsre_edits', 'Tuner', 'answer_loss', 'answer_batches', 'align',
-           'weights_mark', 'known_rows', 'name_rows', 'reader_lm', 'lte_prompt', 'descriptor', 'EditMemory',
-           'alignment_rows', 'say', 'some_object', 'lookalikes', 'invented_items', 'inside_of', 'outside_of',
-           'reading_lm']
+           'finetune', 'Memory', 'remember', 'check_layers', 'check_memory', 'weight_of', 'edit', 'check_numbers',
+           'write', 'mean_keys', 'zsre_edits', 'Tuner', 'answer_loss', 'answer_batches', 'align', 'weights_mark',
+           'known_rows', 'name_rows', 'reader_lm', 'lte_prompt', 'descriptor', 'EditMemory', 'alignment_rows', 'say',
+           'some_object', 'lookalikes', 'invented_items', 'inside_of', 'outside_of', 'reading_lm']
 
 # %% ../../nbs/trust/03_editing.ipynb #571108b8
 RELATIONS = { # relation: a synonym, its 16 objects, what an object belongs to, and the 8 values of that
@@ -142,6 +141,20 @@ class Edit:
     paraphrases:list[str] = field(default_factory=list) # other wordings of the prompt
     neighbours:list[tuple[str, str]] = field(default_factory=list) # (prompt, answer) that must stay
     two_hop:list[tuple[str, str]] = field(default_factory=list) # (prompt, answer) that follow from the edit
+
+# %% ../../nbs/trust/03_editing.ipynb #f5a2cf3d
+def check_requests(requests):
+    "Requests as `Edit`s; empty lists, empty answers and prompts without their subject are refused."
+    if not len(requests): raise ValueError("no requests: nothing to edit")
+    out = [r if isinstance(r, Edit) else Edit(**r) for r in requests]
+    for k, r in enumerate(out):
+        if not r.subject or r.subject not in r.prompt: raise ValueError(f"request {k}: subject {r.subject!r} does not occur in the prompt {r.prompt!r}; write it exactly as it stands there")
+        if not r.new.strip(): raise ValueError(f"request {k} ({r.prompt!r}) has no new answer")
+        if r.new != r.new.strip() or r.prompt != r.prompt.rstrip(): raise ValueError(f"request {k}: prompt {r.prompt!r}, answer {r.new!r}: write both without a blank between them, it is added")
+    said = {}
+    for r in out:
+        if said.setdefault(r.prompt, r.new) != r.new: raise ValueError(f"the batch asks for two answers to {r.prompt!r}, {said[r.prompt]!r} and {r.new!r}: keep one, or pass them one after the other")
+    return out
 
 # %% ../../nbs/trust/03_editing.ipynb #e076a5ad
 @patch
@@ -271,7 +284,7 @@ def sites(tok, texts, subjects, site, skip=None):
 
 def span_ids(tok, text):
     "Token ids with the marks in front, and the first and last character of each."
-    (front, _), x = marks(tok), tok(text, add_special_tokens=False, return_offsets_mapping=True)
+    (front, _), x = marks_of(tok), tok(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, ends = x.input_ids, x.offset_mapping
     return (ids, ends) if ids[:len(front)] == front else (front + ids, [(0, 0)]*len(front) + ends)
 
@@ -356,7 +369,7 @@ def all_keys(model, tok, texts, module, batch_size=256):
         yield passes(model, module, x)[0][x["attention_mask"].bool()].double()
 
 # %% ../../nbs/trust/03_editing.ipynb #49bfee77
-def exact(x):
+def single(x):
     "In at least single precision: steps of 1e-3 get lost in bfloat16."
     return x.float() if x.dtype.itemsize < 4 else x
 
@@ -398,10 +411,10 @@ def compute_z(
     x, block = padded(tok, full).to(model.device), module_at(model, module, layer)
     true, h = {}, block.register_forward_hook(lambda b, i, out: true.update(out=out))
     try:
-        with torch.no_grad(): ref = exact(model(**x, use_cache=False).logits[torch.arange(m, len(rows)), at[m:]]).log_softmax(-1)
+        with torch.no_grad(): ref = single(model(**x, use_cache=False).logits[torch.arange(m, len(rows)), at[m:]]).log_softmax(-1)
     finally: h.remove()
     H = first(true["out"])
-    h0 = exact(H[torch.arange(0, m, len(pre)), at[:m:len(pre)]])
+    h0 = single(H[torch.arange(0, m, len(pre)), at[:m:len(pre)]])
     delta, size = torch.zeros_like(h0, requires_grad=True), h0.norm(dim=1)
     opt, open_ = torch.optim.Adam([delta], lr=lr), torch.ones(n, dtype=torch.bool)
     need = [p.requires_grad for p in model.parameters()]
@@ -411,7 +424,7 @@ def compute_z(
             keep = open_[req].nonzero()[:, 0]
             new = torch.full((len(rows),), -1); new[keep] = torch.arange(len(keep))
             h = H[keep].index_put((torch.arange(len(keep)), at[keep]), (H[keep, at[keep]] + delta[req[keep]]).to(H.dtype))
-            with replay(model, module, layer, true["out"], h): logits = exact(model(input_ids=x["input_ids"][keep], attention_mask=x["attention_mask"][keep], use_cache=False).logits)
+            with replay(model, module, layer, true["out"], h): logits = single(model(input_ids=x["input_ids"][keep], attention_mask=x["attention_mask"][keep], use_cache=False).logits)
             w = want[open_[want[:, 3]]]
             nll = -logits[new[w[:, 0]], w[:, 1]].log_softmax(-1).gather(1, w[:, 2:3].to(logits.device))[:, 0]
             loss = torch.zeros(n, dtype=nll.dtype, device=nll.device).index_add(0, w[:, 3], nll)/(length*len(pre))
@@ -548,19 +561,6 @@ def remember(
     return Memory(C, P, {l: torch.zeros_like(c) for l, c in C.items()})
 
 # %% ../../nbs/trust/03_editing.ipynb #816996f8
-def check_requests(requests):
-    "Requests as `Edit`s; empty lists, empty answers and prompts without their subject are refused."
-    if not len(requests): raise ValueError("no requests: nothing to edit")
-    out = [r if isinstance(r, Edit) else Edit(**r) for r in requests]
-    for k, r in enumerate(out):
-        if not r.subject or r.subject not in r.prompt: raise ValueError(f"request {k}: subject {r.subject!r} does not occur in the prompt {r.prompt!r}; write it exactly as it stands there")
-        if not r.new.strip(): raise ValueError(f"request {k} ({r.prompt!r}) has no new answer")
-        if r.new != r.new.strip() or r.prompt != r.prompt.rstrip(): raise ValueError(f"request {k}: prompt {r.prompt!r}, answer {r.new!r}: write both without a blank between them, it is added")
-    said = {}
-    for r in out:
-        if said.setdefault(r.prompt, r.new) != r.new: raise ValueError(f"the batch asks for two answers to {r.prompt!r}, {said[r.prompt]!r} and {r.new!r}: keep one, or pass them one after the other")
-    return out
-
 def check_layers(layers):
     "Layers in the order in which the model computes them."
     layers = list(layers)
