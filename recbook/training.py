@@ -6,6 +6,8 @@
 from __future__ import annotations
 import os, random, warnings
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from numbers import Integral, Real
 from time import perf_counter
 from unittest.mock import patch
 import numpy as np, pandas as pd, torch
@@ -15,8 +17,8 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 from tqdm.auto import tqdm
 
 # %% auto #0
-__all__ = ['set_seed', 'pick_device', 'Rows', 'batches', 'as_is', 'Objective', 'fit', 'one_step', 'mean_loss', 'keep_best',
-           'fan_out']
+__all__ = ['set_seed', 'pick_device', 'Rows', 'batches', 'as_is', 'whole_number', 'eval_mode', 'Objective', 'fit', 'one_step',
+           'mean_loss', 'keep_best', 'restore', 'fan_out']
 
 # %% ../nbs/foundations/04_training.ipynb #58fbd141
 def set_seed(seed:int):
@@ -52,10 +54,33 @@ def batches(
     "A loader that deals the rows out in a new random order each epoch, whole batches at a time."
     rows = Rows(arrays, sample)
     if not len(rows): raise ValueError("no rows to train on")
+    whole_number("batch_size", batch_size)
+    if drop_last and len(rows) < batch_size:
+        raise ValueError(f"{len(rows)} rows, batch_size={batch_size}, drop_last: not one full batch; use a smaller batch")
     order = RandomSampler(rows, generator=torch.Generator().manual_seed(seed))
     return DataLoader(rows, batch_sampler=BatchSampler(order, batch_size, drop_last), collate_fn=as_is)
 
 def as_is(batch): return batch
+
+def whole_number(name, value, least=1):
+    "Refuse what is not a whole number of at least `least`."
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name}={value!r}: give a whole number, {least} or more")
+
+# %% ../nbs/foundations/04_training.ipynb #1d00dfab
+@contextmanager
+def eval_mode(
+    *models:nn.Module, # one or more
+    ):
+    "Inside, all modules are in evaluation mode; afterwards, also after an error, each is in the mode it was in."
+    if odd := [type(m).__name__ for m in models if not isinstance(m, nn.Module)] or not models:
+        raise ValueError(f"eval_mode of {odd if models else 'nothing'}: give one or more torch modules")
+    held = [(part, part.training) for m in models for part in m.modules()]
+    try:
+        for m in models: m.eval()
+        yield
+    finally:
+        for part, training in held: part.training = training
 
 # %% ../nbs/foundations/04_training.ipynb #6d8a15f8
 class Objective(nn.Module):
@@ -81,16 +106,19 @@ def fit(
     max_seconds:float|None=None, # stop after this much training time, evaluation not counted
     progress:bool=True, # a bar; the environment variable TQDM_DISABLE=1 silences it everywhere
     ) -> pd.DataFrame: # one row an epoch: epoch, step, seconds (training only), loss and the metrics
-    "Train `model` in place and return the history."
+    "Train `model` in place, leave it in evaluation mode and return the history."
     from accelerate import Accelerator, DistributedDataParallelKwargs
     if (epochs is None) == (steps is None): raise ValueError(f"epochs={epochs}, steps={steps}: give exactly one of them")
+    for name, value in dict(epochs=epochs, steps=steps, every=every, patience=patience).items():
+        if value is not None: whole_number(name, value)
     if monitor and not evaluate: raise ValueError(f"monitor={monitor!r} needs an `evaluate` function that measures it")
+    if not len(loader): raise ValueError("the loader has no batches: give it rows, or smaller batches if it drops the last one")
     set_seed(seed)
     same_everywhere = DistributedDataParallelKwargs(broadcast_buffers=False) # buffers are constants such as a graph, sparse ones cannot be sent
     acc = Accelerator(cpu=pick_device(device).type == "cpu", kwargs_handlers=[same_everywhere])
     objective, loader = acc.prepare(Objective(model, loss), loader)
     optim = acc.prepare(opt([p for p in objective.parameters() if p.requires_grad], lr=lr))
-    n = len(loader); total = steps or epochs*n
+    total = steps or epochs*len(loader)
     history, best, spent, step = [], None, 0., 0
     hidden = not (progress and acc.is_main_process) or bool(os.environ.get("TQDM_DISABLE"))
     bar = tqdm(total=total, disable=hidden, leave=False, mininterval=.5)
@@ -112,7 +140,8 @@ def fit(
                 if best["waited"] >= patience: break
         if out_of_time: break
     bar.close()
-    if best: model.load_state_dict(best["state"])
+    if best: restore(best, model, monitor)
+    model.eval()
     return pd.DataFrame(history)
 
 # %% ../nbs/foundations/04_training.ipynb #b7f41ab2
@@ -133,8 +162,15 @@ def mean_loss(acc, losses, step):
 def keep_best(best, model, row, monitor):
     "The best weights so far, and how many evaluations ago they were seen."
     if monitor not in row: raise ValueError(f"monitor={monitor!r} is not among the metrics {[k for k in row if k not in ('epoch', 'step', 'loss', 'seconds')]}")
-    if best and row[monitor] <= best["value"]: return best | dict(waited=best["waited"]+1)
-    return dict(value=row[monitor], waited=0, state={k: v.detach().clone() for k, v in model.state_dict().items()})
+    if not isinstance(value := row[monitor], Real): raise ValueError(f"{monitor} is {value!r}: a metric must be a number")
+    best = best or dict(value=-np.inf, waited=0, state=None)
+    if not np.isfinite(value) or value <= best["value"]: return best | dict(waited=best["waited"]+1)
+    return dict(value=value, waited=0, state={k: v.detach().clone() for k, v in model.state_dict().items()})
+
+def restore(best, model, monitor):
+    "Give `model` the best weights seen; an error if no evaluation gave a finite number."
+    if best["state"] is None: raise FloatingPointError(f"{monitor} was never finite: check `evaluate` and the model's scores")
+    model.load_state_dict(best["state"])
 
 # %% ../nbs/foundations/04_training.ipynb #519c36eb
 def fan_out(

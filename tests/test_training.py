@@ -2,7 +2,7 @@
 import json, subprocess, sys
 import numpy as np, pytest, torch
 from torch import nn
-from recbook.training import batches, fan_out, fit, set_seed
+from recbook.training import batches, eval_mode, fan_out, fit, set_seed
 
 SCRIPT = '''
 import json, sys, torch
@@ -118,3 +118,58 @@ def test_fan_out_says_what_went_wrong():
     def fail(s):
         if s == 1: raise FloatingPointError(f"seed {s}")
     with pytest.raises(FloatingPointError, match="seed 1"): fan_out(fail, range(3), 2)
+
+
+def test_eval_mode_gives_every_part_its_mode_back_also_after_an_error():
+    a, b = nn.Sequential(nn.Dropout(.5), nn.BatchNorm1d(3).eval()), nn.Dropout(.5).eval()
+    b.train(False); found = [m.training for k in (a, b) for m in k.modules()]
+    with eval_mode(a, b): assert not any(m.training for k in (a, b) for m in k.modules())
+    assert [m.training for k in (a, b) for m in k.modules()] == found == [True, True, False, False]
+    with pytest.raises(KeyError):
+        with eval_mode(a): raise KeyError
+    assert [m.training for m in a.modules()] == [True, True, False]
+
+
+@pytest.mark.parametrize("args", [(), (None,), (nn.Linear(1, 1), len)])
+def test_eval_mode_wants_modules(args):
+    with pytest.raises(ValueError, match="torch modules"):
+        with eval_mode(*args): pass
+
+
+def test_a_trained_model_is_left_ready_for_scoring():
+    m = nn.Sequential(nn.Dropout(.5), nn.Linear(4, 1))
+    run(m, epochs=1)
+    assert not any(part.training for part in m.modules()) and torch.equal(m(data()[0]), m(data()[0]))
+
+
+NAN, INF = float("nan"), float("inf")
+@pytest.mark.parametrize("values, best", [([.5, NAN, .4, .3], 0), ([.2, .5, NAN], 1), ([NAN, NAN, .1, NAN], 2), ([-INF, .1, INF, .2], 3),
+    ([np.float32(.1), np.float64(NAN), 2, 1], 2)])
+def test_the_best_finite_evaluation_wins(values, best):
+    given, seen, m = iter(values), [], model()
+    def evaluate(m): seen.append(m.weight.detach().clone()); return dict(v=next(given))
+    h = run(m, epochs=len(values), evaluate=evaluate, monitor="v", patience=10)
+    assert len(h) == len(values) and torch.equal(m.weight, seen[best])
+
+
+def test_nan_counts_as_no_improvement():
+    given = iter([.1, NAN, NAN, .9])
+    assert len(run(model(), epochs=4, evaluate=lambda m: dict(v=next(given)), monitor="v", patience=2)) == 3
+
+
+def test_a_metric_that_is_never_finite_or_no_number_is_refused():
+    with pytest.raises(FloatingPointError, match="v was never finite"): run(model(), epochs=2, evaluate=lambda m: dict(v=NAN), monitor="v")
+    with pytest.raises(ValueError, match="v is None"): run(model(), epochs=2, evaluate=lambda m: dict(v=None), monitor="v")
+
+
+@pytest.mark.parametrize("kw, says", [(dict(epochs=0), "epochs=0"), (dict(steps=-1), "steps=-1"), (dict(epochs=2.5), "epochs=2.5"), (dict(epochs=NAN), "epochs=nan"),
+    (dict(epochs=True), "epochs=True"), (dict(epochs=1, every=0), "every=0"), (dict(epochs=1, patience=0), "patience=0")])
+def test_training_that_would_do_nothing_is_refused(kw, says):
+    with pytest.raises(ValueError, match=says): run(model(), **kw)
+
+
+def test_a_loader_without_batches_is_refused():
+    with pytest.raises(ValueError, match="not one full batch"): batches(np.arange(4), batch_size=8, drop_last=True)
+    assert len(batches(np.arange(8), batch_size=8, drop_last=True)) == 1
+    with pytest.raises(ValueError, match="no batches"): fit(model(), mse, [], steps=3, device="cpu", progress=False)
+    with pytest.raises(ValueError, match="batch_size=0"): batches(np.arange(4), batch_size=0)
