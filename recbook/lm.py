@@ -4,27 +4,37 @@
 
 # %% ../nbs/foundations/06_lm.ipynb #cca66188
 from __future__ import annotations
-import hashlib, json, os, tempfile
+import hashlib, inspect, json, os, shutil, tempfile
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from time import perf_counter, process_time
 import numpy as np, torch, torch.nn.functional as F
-from filelock import FileLock
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import (AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, ModernBertConfig,
-    ModernBertForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast)
+from transformers import (AutoModel, AutoModelForCausalLM, AutoTokenizer, BatchEncoding, DynamicCache, GenerationConfig,
+    LlamaConfig, LlamaForCausalLM, ModernBertConfig, ModernBertForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast)
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from .data import cache_dir
+from .training import eval_mode
 from .world import CUES, World
 
 # %% auto #0
-__all__ = ['RECIPE', 'nano_tokenizer', 'doc_batches', 'next_token_loss', 'facts_first', 'pretrain', 'cached', 'corpus_of',
-           'nano_lm', 'read_causal', 'mark_ids', 'read', 'mask_tokens', 'nano_mlm', 'read_masked', 'load_lm',
-           'unreachable', 'encode', 'context_limit', 'label_ids', 'answer_logits', 'tokens_only', 'sequence_logprob',
-           'completion_ids', 'prompt_ids', 'knows', 'ItemTrie', 'tree_mask', 'subtrees', 'path', 'read_prompts',
-           'node_logprobs', 'rank_items', 'constrained_beam', 'beam_batch', 'extend', 'valid_rate', 'lora', 'CostMeter',
+__all__ = ['RECIPE', 'LEAST', 'nano_tokenizer', 'doc_batches', 'next_token_loss', 'facts_first', 'pretrain', 'cached', 'digests',
+           'whole', 'rebuild', 'sweep', 'cannot_write', 'corpus_of', 'safely', 'has_code', 'read_json',
+           'only_safetensors', 'unreachable', 'nano_lm', 'reading_plan', 'read_causal', 'mark_ids', 'read',
+           'mask_tokens', 'nano_mlm', 'read_masked', 'load_lm', 'marks_of', 'token_ids', 'padded', 'encode',
+           'context_limit', 'late_positions', 'label_ids', 'answer_logits', 'tokens_only', 'logits_of', 'whole_model',
+           'takes', 'virtual_tokens', 'last_logits', 'sequence_logprob', 'shared_prefix', 'token_columns', 'end_mark',
+           'start_mark', 'completion_ids', 'prompt_ids', 'knows', 'ItemTrie', 'tree_mask', 'subtrees', 'path',
+           'prompts_for', 'read_prompts', 'reads_on', 'keeps_only', 'reads_trees', 'node_logprobs', 'tree_logprobs',
+           'path_logprobs', 'rank_items', 'constrained_beam', 'beam_batch', 'kept_prompts', 'plain_prompts', 'extend',
+           'valid_rate', 'generated', 'own_settings_aside', 'lora', 'active_adapter', 'merge', 'CostMeter',
            'text_vectors', 'tfidf_vectors', 'pooled', 'load_encoder', 'pooling_of']
 
 # %% ../nbs/foundations/06_lm.ipynb #f4a2e5a7
@@ -115,15 +125,53 @@ def cached(
     ) -> Path: # the folder
     "The folder of the model that `docs` and `settings` determine; built if it is not there yet."
     key = hashlib.sha256(json.dumps([RECIPE, kind, settings, list(docs)], sort_keys=True).encode()).hexdigest()[:16]
-    home = cache_dir()/"lm"; home.mkdir(parents=True, exist_ok=True)
-    final = home/key
-    if final.exists(): return final
-    with FileLock(home/f"{key}.lock"):
-        if not final.exists():
-            with tempfile.TemporaryDirectory(dir=home, prefix=f"{key}.", ignore_cleanup_errors=True) as tmp:
-                build(new := Path(tmp)/"model")
-                os.replace(new, final)
-    return final
+    home = cache_dir()/"lm"
+    if whole(home/key): return home/key
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with FileLock(home/f"{key}.lock"):
+            if not whole(home/key): rebuild(home, key, build)
+    except Exception as e:
+        if cannot_write(e): raise OSError(f"cannot write a model to {home} ({e}). Fix: set RECBOOK_CACHE to a folder with room that you may write to") from e
+        raise
+    return home/key
+
+# %% ../nbs/foundations/06_lm.ipynb #204a7559
+def digests(folder):
+    "SHA-256 of each file in the folder, but for the list of them."
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(Path(folder).iterdir()) if f.is_file() and f.name != "sha256.json"}
+
+def whole(folder):
+    "Are all files there as they were written?"
+    try:
+        want = json.loads((folder/"sha256.json").read_text(encoding="utf-8"))
+        have = digests(folder)
+    except (OSError, ValueError): return False
+    return isinstance(want, dict) and bool(want) and all(have.get(f) == h for f, h in want.items())
+
+def rebuild(home, key, build):
+    "Build the model in a temporary folder, then give it its name; the caller holds the lock."
+    sweep(home, key)
+    with tempfile.TemporaryDirectory(dir=home, prefix=f"{key}.", ignore_cleanup_errors=True) as tmp:
+        build(new := Path(tmp)/"model")
+        (new/"sha256.json").write_text(json.dumps(digests(new)), encoding="utf-8")
+        if (home/key).exists(): os.replace(home/key, Path(tmp)/"broken")
+        os.replace(new, home/key)
+
+def sweep(home, mine):
+    "Remove temporary folders of processes that died: nobody holds their lock any more. The caller holds that of `mine`."
+    for d in [d for d in home.iterdir() if "." in d.name and d.is_dir()]:
+        key = d.name.split(".")[0]
+        if key == mine: shutil.rmtree(d, ignore_errors=True); continue
+        try:
+            with FileLock(home/f"{key}.lock", timeout=0): shutil.rmtree(d, ignore_errors=True)
+        except Timeout: pass # somebody is at work there
+
+def cannot_write(e):
+    "Does this error say that the disk is full or not ours to write on? Libraries in Rust tell it in words alone."
+    text = str(e).lower()
+    said = any(w in text for w in ("no space left", "read-only file system", "permission denied", "file too large", "quota exceeded"))
+    return said or isinstance(e, (PermissionError, NotADirectoryError, FileExistsError))
 
 # %% ../nbs/foundations/06_lm.ipynb #eaa25b0c
 def corpus_of(world, corpus):
@@ -132,6 +180,54 @@ def corpus_of(world, corpus):
     docs = list(corpus) if corpus is not None else (world or World(0)).corpus(8)
     if not docs: raise ValueError("the corpus is empty: nothing to read")
     return docs
+
+# %% ../nbs/foundations/06_lm.ipynb #20ac6e2b
+def safely(
+    auto, # AutoTokenizer, AutoModel, a model class, ...
+    name, # hub name or folder
+    **kw): # for `from_pretrained`
+    "`auto.from_pretrained` that runs no code of the folder, asks no question and reads no pickle."
+    if kw.pop("trust_remote_code", False): raise ValueError("trust_remote_code=True: recbook never runs code from a model folder; load it yourself and pass the model")
+    if kw.pop("use_safetensors", True) is not True: raise ValueError("use_safetensors: recbook reads no pickled weights; convert them to safetensors first")
+    weights = {} if hasattr(auto, "register") and "Tokenizer" in auto.__name__ else dict(use_safetensors=True)
+    if weights: only_safetensors(name)
+    try: return auto.from_pretrained(name, trust_remote_code=False, **weights, **kw)
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as e:
+        if has_code(name) and "trust_remote_code" in str(e): raise OSError(f"cannot load {str(name)!r}: its config.json names Python code of its own (auto_map), "
+            "which recbook never runs. Take a model that transformers knows, or load it yourself and pass the model") from None
+        raise OSError(unreachable(name, e)) from e
+
+def has_code(name):
+    "Does a folder name Python code of its own? Of a hub name nobody knows: assume so."
+    if not Path(name).is_dir(): return True
+    return any("auto_map" in read_json(f) for f in Path(name).glob("*config.json"))
+
+def read_json(file):
+    "The dictionary in a file; empty if there is none."
+    try: x = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError): return {}
+    return x if isinstance(x, dict) else {}
+
+def only_safetensors(name):
+    "Refuse a folder whose weights, or those of the model that its adapter belongs to, are not safetensors."
+    home = Path(name)
+    if not home.is_dir(): return # on the hub: use_safetensors=True sees to it
+    adapter = (home/"adapter_config.json").is_file()
+    have = list(home.glob("adapter_model*.safetensors" if adapter else "*.safetensors"))
+    pickled = sorted(f.name for p in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack") for f in home.glob(p))
+    if pickled and not have: raise OSError(f"cannot load {str(name)!r}: its weights are not safetensors but {pickled[0]}, and to unpickle a file is to run it. "
+        "Save them as safetensors where you trust them (model.save_pretrained) and load that folder")
+    base = read_json(home/"adapter_config.json").get("base_model_name_or_path")
+    if base and Path(base) != home: only_safetensors(base)
+
+def unreachable(name, why=None):
+    "What to do when a model does not load."
+    home = Path(name)
+    if home.is_dir() and ((home/"config.json").is_file() or (home/"adapter_config.json").is_file()):
+        return f"cannot load {str(name)!r}: the folder is damaged, incomplete or of a kind that transformers does not know ({why}). Save or download it again"
+    if home.is_dir(): return f"cannot load {str(name)!r}: the folder has no config.json, so it holds no model. Pass the folder that save_pretrained wrote"
+    return (f"cannot load {str(name)!r}: it is no folder with a model, and the hub did not give it. "
+            "Check the spelling and the network, or download it where there is one and pass the folder, or use 'nano'")
 
 # %% ../nbs/foundations/06_lm.ipynb #2e7d141d
 def nano_lm(
@@ -144,10 +240,26 @@ def nano_lm(
     lr:float=0.001, batch_size:int=32) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     "A small Llama-style language model that has read the corpus, and its tokenizer, loaded from the cache; trained the first time."
     docs = corpus_of(world, corpus)
-    s = dict(hidden_size=hidden_size, n_layers=n_layers, intermediate_size=intermediate_size or hidden_size*8//3, steps=steps, seed=seed,
+    s = reading_plan(8/3, hidden_size=hidden_size, n_layers=n_layers, intermediate_size=intermediate_size, steps=steps, seed=seed,
         vocab_size=vocab_size, max_length=max_length, lr=lr, batch_size=batch_size)
     folder = cached("causal", docs, s, lambda to: read_causal(docs, to, **s))
-    return LlamaForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    return safely(LlamaForCausalLM, folder), safely(AutoTokenizer, folder)
+
+# %% ../nbs/foundations/06_lm.ipynb #ee4ed60d
+LEAST = dict(hidden_size=2, n_layers=1, intermediate_size=1, steps=2, seed=0, vocab_size=1, max_length=2, batch_size=1)
+
+def reading_plan(wide, **s):
+    "The settings of a nano model, checked; MLPs are `wide` times hidden_size if not said otherwise."
+    if s["intermediate_size"] is None: s["intermediate_size"] = int(s["hidden_size"]*wide) if isinstance(s["hidden_size"], int) else 1
+    for name, least in LEAST.items():
+        if isinstance(s[name], bool) or not isinstance(s[name], (int, np.integer)) or s[name] < least:
+            raise ValueError(f"{name}={s[name]!r}: must be a whole number, at least {least}")
+        s[name] = int(s[name])
+    if s["hidden_size"] % (2*max(1, s["hidden_size"]//32)):
+        raise ValueError(f"hidden_size={s['hidden_size']}: must be a multiple of 32, or an even number below 64")
+    if isinstance(s["lr"], bool) or not isinstance(s["lr"], (int, float)) or not 0 < s["lr"] < np.inf:
+        raise ValueError(f"lr={s['lr']!r}: must be a positive number")
+    return s
 
 # %% ../nbs/foundations/06_lm.ipynb #20f76475
 def read_causal(docs, to, hidden_size, n_layers, intermediate_size, steps, seed, vocab_size, max_length, lr, batch_size):
@@ -199,10 +311,10 @@ def nano_mlm(
     lr:float=0.0015, batch_size:int=32) -> tuple[ModernBertForMaskedLM, PreTrainedTokenizerFast]:
     "A small bidirectional masked language model that has read the corpus, and its tokenizer; cached as in `nano_lm`."
     docs = corpus_of(world, corpus)
-    s = dict(hidden_size=hidden_size, n_layers=n_layers, intermediate_size=intermediate_size or 2*hidden_size, steps=steps, seed=seed,
+    s = reading_plan(2, hidden_size=hidden_size, n_layers=n_layers, intermediate_size=intermediate_size, steps=steps, seed=seed,
         vocab_size=vocab_size, max_length=max_length, lr=lr, batch_size=batch_size)
     folder = cached("masked", docs, s, lambda to: read_masked(docs, to, **s))
-    return ModernBertForMaskedLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    return safely(ModernBertForMaskedLM, folder), safely(AutoTokenizer, folder)
 
 # %% ../nbs/foundations/06_lm.ipynb #5e54cfc7
 def read_masked(docs, to, hidden_size, n_layers, intermediate_size, steps, seed, vocab_size, max_length, lr, batch_size):
@@ -230,42 +342,67 @@ def load_lm(
         model, tok = nano_lm(**kw)
         if dtype: model = model.to(dtype)
     else:
-        try:
-            tok = AutoTokenizer.from_pretrained(name_or_path)
-            model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype or "auto", **kw)
-        except (OSError, ValueError) as e: raise OSError(unreachable(name_or_path)) from e
-    if tok.pad_token is None: tok.pad_token = tok.eos_token
+        tok = safely(AutoTokenizer, name_or_path)
+        model = safely(AutoModelForCausalLM, name_or_path, dtype=dtype or "auto", **kw)
+    if tok.pad_token is None: tok.pad_token = tok.eos_token or tok.bos_token or tok.unk_token
     tok.padding_side = "left"
     return (model.to(device) if device else model).eval(), tok
 
-# %% ../nbs/foundations/06_lm.ipynb #20ac6e2b
-def unreachable(name):
-    "What to do when a model does not load."
-    return (f"cannot load {str(name)!r}: it is no folder with a model, and the hub did not give it. "
-            "Check the spelling and the network, or download it where there is one and pass the folder, or use 'nano'")
-
 # %% ../nbs/foundations/06_lm.ipynb #c9ce3db4
+def marks_of(tok):
+    "Token ids that the tokenizer puts in front of a text and behind it."
+    bare, full = tok("a", add_special_tokens=False).input_ids, tok("a").input_ids
+    n = next((k for k in range(len(full) - len(bare) + 1) if full[k:k+len(bare)] == bare), 0)
+    return full[:n], full[n+len(bare):]
+
+def token_ids(tok, texts, end=False):
+    "Token ids of texts with the marks in front, and behind if `end`; marks that a text itself begins or ends with are not doubled."
+    (front, back), texts = marks_of(tok), list(texts)
+    ids = tok(texts, add_special_tokens=False).input_ids if texts else []
+    ids = [x if x[:len(front)] == front else front + x for x in ids]
+    return [x if not end or back and x[-len(back):] == back else x + back for x in ids]
+
+def padded(
+    tok, ids:Sequence[Sequence[int]],
+    side:str="right", # causal attention never looks at padding on the right
+    ) -> BatchEncoding: # input_ids, attention_mask (n, longest)
+    "Token ids as a batch. The mask goes by length; the number that fills up does not matter."
+    fill = next((t for t in (tok.pad_token_id, tok.eos_token_id) if t is not None), 0)
+    longest = max(map(len, ids))
+    rows = [[fill]*(longest-len(x)) + list(x) if side == "left" else list(x) + [fill]*(longest-len(x)) for x in ids]
+    mask = [[0]*(longest-len(x)) + [1]*len(x) if side == "left" else [1]*len(x) + [0]*(longest-len(x)) for x in ids]
+    return BatchEncoding(dict(input_ids=torch.tensor(rows), attention_mask=torch.tensor(mask)))
+
 def encode(
     tok:PreTrainedTokenizerBase, texts:Sequence[str],
     limit:int|None=None, # longest allowed, in tokens
     truncate:str|None=None, # "left" or "right" cuts long texts; None refuses them
     side:str="right", # of the padding
-    ) -> dict[str, Tensor]: # input_ids, attention_mask (n, longest)
-    "Token ids of `texts`, padded to the longest."
+    end:bool=True, # with the closing marks, if the tokenizer writes any
+    ) -> BatchEncoding: # input_ids, attention_mask (n, longest)
+    "Token ids of `texts`, padded to the longest; where a text is cut, its marks stay."
     if truncate not in (None, "left", "right"): raise ValueError(f"truncate={truncate!r}: must be 'left', 'right' or None")
-    ids = tok(list(texts)).input_ids
+    ids, (front, back) = token_ids(tok, texts, end), marks_of(tok)
     for k, x in enumerate(ids):
         if not x: raise ValueError(f"text {k} ({texts[k][:60]!r}) has no tokens: nothing to score")
         if limit and len(x) > limit:
             if not truncate:
                 raise ValueError(f"prompt {k} ({texts[k][:60]!r}...) has {len(x)} tokens, the model reads {limit}: pass truncate='left'")
-            head = [x[0]] if x[0] == tok.bos_token_id else []
-            ids[k] = head + x[len(x)-limit+len(head):] if truncate == "left" else x[:limit]
-    return tok.pad({"input_ids": ids}, padding=True, padding_side=side, return_tensors="pt")
+            tail = back if end else []
+            body, room = x[len(front):len(x)-len(tail)], limit - len(front) - len(tail)
+            if room < 1: raise ValueError(f"limit={limit}: leaves no room beside the {len(front) + len(tail)} marks of the tokenizer")
+            ids[k] = front + (body[-room:] if truncate == "left" else body[:room]) + tail
+    return padded(tok, ids, side)
 
 def context_limit(model):
-    "Longest input in tokens; None where the model has no limit."
-    return getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
+    "Longest input in tokens; None where the model has no limit. Positions that start behind the padding's (RoBERTa) leave fewer than the table holds."
+    config, names = model.config.get_text_config(), ("max_position_embeddings", "n_positions", "max_seq_len")
+    limits = [n for n in (getattr(config, k, None) for k in names) if n][:1]
+    return min(limits + [m.num_embeddings - m.padding_idx - 1 for m in late_positions(model)], default=None)
+
+def late_positions(model):
+    "Tables of positions that count from behind the padding's (RoBERTa and its kin)."
+    return [m for k, m in model.named_modules() if k.endswith("position_embeddings") and isinstance(m, nn.Embedding) and m.padding_idx is not None]
 
 def label_ids(tok, prompts, labels):
     "Ids of the labels as they are tokenized behind the prompts' last characters; each must be one token."
@@ -273,10 +410,9 @@ def label_ids(tok, prompts, labels):
     for l in labels:
         found = set()
         for p in ends.values():
-            a, b = tok(p).input_ids, tok(p + l).input_ids
-            if a and tok.eos_token_id == a[-1] == b[-1]: a, b = a[:-1], b[:-1]
+            a, b = token_ids(tok, [p, p + l])
             if b[:-1] != a:
-                raise ValueError(f"label {l!r} is not a single token after {p[-30:]!r}: pick another (' '+label?) or use sequence_logprob")
+                raise ValueError(f"label {l!r} is not a single token after {p[-30:]!r}: pick another (' '+label?), let no prompt end in a blank, or use sequence_logprob")
             found.add(b[-1])
         if len(found) > 1: raise ValueError(f"label {l!r} is a different token after different prompts: end all prompts alike")
         ids.append(found.pop())
@@ -293,19 +429,42 @@ def answer_logits(
     ) -> Tensor: # (n_prompts, n_labels)
     "Logits of each label as the next token after each prompt."
     if not len(prompts) or not len(labels): raise ValueError(f"{len(prompts)} prompts and {len(labels)} labels: need at least one of each")
-    ids, out, training = label_ids(tok, prompts, labels), [], model.training
-    model.eval()
-    for k in range(0, len(prompts), batch_size):
-        x = encode(tok, prompts[k:k+batch_size], context_limit(model), truncate).to(model.device)
-        h = model(**tokens_only(x)).logits
-        out.append(h[torch.arange(len(h)), x["attention_mask"].sum(1)-1][:, ids].float().cpu())
-    model.train(training)
+    ids, limit, out = label_ids(tok, prompts, labels), context_limit(model), []
+    with eval_mode(model):
+        for k in range(0, len(prompts), batch_size):
+            x = encode(tok, prompts[k:k+batch_size], limit, truncate, end=False).to(model.device)
+            out.append(last_logits(model, x)[:, ids].float().cpu())
     return torch.cat(out)
 
 # %% ../nbs/foundations/06_lm.ipynb #de272473
 def tokens_only(x):
     "What every model takes of a tokenizer's output."
     return {k: x[k] for k in ("input_ids", "attention_mask")}
+
+def logits_of(model, x, columns=None):
+    "The model's own logits for each token of the batch (n, length, vocab), or for some columns: soft caps and scales included, virtual tokens of an adapter left out."
+    if columns is not None and not virtual_tokens(model) and "logits_to_keep" in takes(model):
+        return model(**tokens_only(x), logits_to_keep=columns.to(model.device)).logits
+    z = model(**tokens_only(x)).logits[:, -x["input_ids"].shape[1]:]
+    return z if columns is None else z[:, columns]
+
+def whole_model(model):
+    "The transformers model inside a peft wrapper, adapters included."
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+def takes(model):
+    "Names of what the model's `forward` takes."
+    return set(inspect.signature(type(whole_model(model)).forward).parameters)
+
+def virtual_tokens(model):
+    "Does an adapter put tokens of its own in front of the text?"
+    return getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+
+def last_logits(model, x):
+    "Logits behind the last token of each row (n, vocab), wherever the padding is."
+    z, mask = logits_of(model, x), x["attention_mask"]
+    at = mask.shape[1] - 1 - mask.flip(1).argmax(1)
+    return z[torch.arange(len(z), device=z.device), at]
 
 # %% ../nbs/foundations/06_lm.ipynb #bfd1619f
 @torch.no_grad()
@@ -318,32 +477,57 @@ def sequence_logprob(
     "Log-probability of each completion given its prompt."
     if len(prompts) != len(completions): raise ValueError(f"{len(prompts)} prompts, {len(completions)} completions: these are pairs")
     if not len(prompts): return torch.zeros(0)
-    out, training, limit = [], model.training, context_limit(model)
-    model.eval()
-    for k in range(0, len(prompts), batch_size):
-        a, b = prompt_ids(tok, prompts[k:k+batch_size]), [completion_ids(tok, c, eos) for c in completions[k:k+batch_size]]
-        for p, x, y in zip(prompts[k:], a, b):
-            if limit and len(x) + len(y) > limit:
-                raise ValueError(f"prompt {p[:60]!r}... and its completion have {len(x)}+{len(y)} tokens, the model reads {limit}")
-        x = tok.pad({"input_ids": [p + c for p, c in zip(a, b)]}, padding=True, padding_side="right", return_tensors="pt").to(model.device)
-        lp = model(**tokens_only(x)).logits[:, :-1].float().log_softmax(-1).gather(2, x["input_ids"][:, 1:, None])[..., 0].cpu()
-        for row, p, c in zip(lp, a, b):
-            s = row[len(p)-1:len(p)-1+len(c)].sum()
-            out.append(s/len(c) if length_norm else s)
-    model.train(training)
+    (P, A), limit, out = token_columns(tok, prompts, completions, eos=eos), context_limit(model), []
+    for p, c, x, y in zip(prompts, completions, P, A):
+        if not y: raise ValueError(f"completion {c!r} has no tokens")
+        if limit and len(x) + len(y) > limit: raise ValueError(f"prompt {p[:60]!r}... and its completion have {len(x)}+{len(y)} tokens, the model reads {limit}")
+    with eval_mode(model):
+        for k in range(0, len(P), batch_size):
+            a, b = P[k:k+batch_size], A[k:k+batch_size]
+            x = padded(tok, [p + c for p, c in zip(a, b)]).to(model.device)
+            lp = logits_of(model, x)[:, :-1].float().log_softmax(-1).gather(2, x["input_ids"][:, 1:, None])[..., 0].cpu()
+            out += [row[len(p)-1:len(p)-1+len(c)].sum()/(len(c) if length_norm else 1) for row, p, c in zip(lp, a, b)]
     return torch.stack(out)
 
 # %% ../nbs/foundations/06_lm.ipynb #458b6ae8
+def shared_prefix(
+    *rows:Sequence[int], # token ids
+    ) -> int:
+    "How many first tokens the rows have in common: the prompt's border, if the rows are a prompt and the same text with an answer."
+    return next((k for k, t in enumerate(zip(*rows)) if len(set(t)) > 1), min(map(len, rows)))
+
+def token_columns(
+    tok, prompts, *answers, # texts; one list or more of answers to the prompts
+    eos:bool=True, # the end mark closes each answer
+    ) -> list: # ids of the prompts, then of each list of answers
+    "Each answer tokenized behind its prompt, as trl does it, all rows at once; prompts have at least one token."
+    if eos: end_mark(tok)
+    P, *A = (token_ids(tok, t) for t in (prompts, *([p + a for p, a in zip(prompts, x)] for x in answers)))
+    if eos: A = [[x if x[-1:] == [tok.eos_token_id] else x + [tok.eos_token_id] for x in xs] for xs in A]
+    n = [min(shared_prefix(p, x) for x in xs) for p, *xs in zip(P, *A)]
+    return [[p[:k] or start_mark(tok) for p, k in zip(P, n)], *([x[k:] for x, k in zip(xs, n)] for xs in A)]
+
+def end_mark(tok):
+    "The id of the end mark; a tokenizer without one is refused."
+    if tok.eos_token_id is None: raise ValueError("the tokenizer has no end mark (eos_token), so no answer can be closed: set tok.eos_token to one of its special tokens")
+    return tok.eos_token_id
+
+def start_mark(tok):
+    "What a text begins with where there is nothing else: the start mark, or the end mark of the text before."
+    ids = [t for t in (tok.bos_token_id, tok.eos_token_id) if t is not None]
+    if not ids: raise ValueError("an empty prompt, and a tokenizer with neither start nor end mark: write at least a character, or set tok.bos_token")
+    return ids[:1]
+
 def completion_ids(tok, text, eos=False):
-    "Token ids of a completion, without a start mark, with the end mark if asked for."
-    ids = tok(text, add_special_tokens=False).input_ids + [tok.eos_token_id]*eos
-    if not ids: raise ValueError(f"completion {text!r} has no tokens")
-    return ids
+    "Token ids of a completion as it stands behind a colon, with the end mark if asked for. Where the prompt is known, `token_columns` is exact."
+    a, b = tok([":", ":" + text], add_special_tokens=False).input_ids
+    ids = b[len(a):] if a and b[:len(a)] == a else tok(text, add_special_tokens=False).input_ids
+    if not ids and not eos: raise ValueError(f"completion {text!r} has no tokens")
+    return ids + [end_mark(tok)] if eos else ids
 
 def prompt_ids(tok, prompts):
-    "Token ids of prompts that a completion will follow: whatever the tokenizer puts in front, no end mark, at least one token."
-    ids = [x[:-1] if len(x) > 1 and x[-1] == tok.eos_token_id else x for x in tok(list(prompts)).input_ids]
-    return [x or [tok.bos_token_id if tok.bos_token_id is not None else tok.eos_token_id] for x in ids]
+    "Token ids of prompts that a completion will follow: whatever the tokenizer puts in front, no end mark of its own, at least one token."
+    return [x or start_mark(tok) for x in token_ids(tok, prompts)]
 
 # %% ../nbs/foundations/06_lm.ipynb #eed221bd
 def knows(
@@ -367,7 +551,8 @@ class ItemTrie:
         prefix:str=" ", # put before each title, as it follows a prompt
         allow_duplicates:bool=False): # let items share one token sequence (and one score)
         if not len(titles): raise ValueError("no titles: a trie needs at least one")
-        self.titles, self.eos = list(titles), tok.eos_token_id
+        if eos and tok.eos_token_id is None: raise ValueError("eos=True, and the tokenizer has no end mark: set tok.eos_token or pass eos=False")
+        self.titles, self.eos, self.prefix = list(titles), tok.eos_token_id, prefix
         seqs = [tuple(completion_ids(tok, prefix + t, eos)) for t in titles]
         self.n_items, self.depth = len(seqs), max(map(len, seqs))
         self.collisions = self._collisions(seqs)
@@ -407,6 +592,7 @@ class ItemTrie:
     def prefix_fn(self,
         prompt_len:int): # length of the padded prompts
         "A `prefix_allowed_tokens_fn` for `generate` of transformers; after a complete title it allows only the end mark."
+        if self.eos is None: raise ValueError("the tokenizer has no end mark to write behind a title: set tok.eos_token and make the trie again")
         return lambda batch, ids: self.allowed(ids[prompt_len:].tolist()) or [self.eos]
 
 # %% ../nbs/foundations/06_lm.ipynb #ead509b9
@@ -435,22 +621,56 @@ def path(trie, n):
     while n > 0: out.append(n); n = int(trie.parent[n])
     return out[::-1]
 
-def read_prompts(model, tok, prompts, trie):
-    "Keys and values of left-padded prompts, their mask (n, P), and log-probabilities of the next token (n, vocab)."
+def prompts_for(model, tok, prompts, trie):
+    "Token ids of prompts that titles will follow, after a look at length and border."
     ids, limit = prompt_ids(tok, prompts), context_limit(model)
     for p, x in zip(prompts, ids):
         if limit and len(x) + trie.depth > limit:
             raise ValueError(f"prompt {p[:60]!r}... has {len(x)} tokens and titles up to {trie.depth}, the model reads {limit}: shorten it")
-    x = tok.pad({"input_ids": ids}, padding=True, padding_side="left", return_tensors="pt").to(model.device)
+    for p in {p[-1:]: p for p in prompts if p}.values():
+        t = trie.prefix + trie.titles[0]
+        (a,), (b,) = token_columns(tok, [p], [t], eos=False)
+        if (a, b) != (prompt_ids(tok, [p])[0], completion_ids(tok, t)): raise ValueError(f"behind {p[-30:]!r} the title {t!r} is written with other tokens than in the trie: "
+            "let no prompt end in a blank, and give the trie the blank as its prefix")
+    return ids
+
+def read_prompts(model, tok, ids):
+    "Keys and values of left-padded prompts (None if the model keeps nothing of that kind), their mask (n, P), and log-probabilities of the next token (n, vocab)."
+    x = padded(tok, ids, "left").to(model.device)
     mask = x["attention_mask"]
-    out = model(input_ids=x["input_ids"], attention_mask=mask, position_ids=(mask.cumsum(1)-1).clamp(min=0), use_cache=True)
+    out = model(**tokens_only(x), position_ids=(mask.cumsum(1)-1).clamp(min=0), use_cache=True)
     return out.past_key_values, mask, out.logits[:, -1].float().log_softmax(-1)
 
+def reads_on(model):
+    "May tokens be added behind a left-padded prompt with keys and values kept, their positions given?"
+    own = whole_model(model)
+    alibi = getattr(own.config, "alibi", False) or getattr(own.config, "position_embedding_type", "") == "alibi"
+    if virtual_tokens(model) or alibi or late_positions(own) or not {"position_ids", "past_key_values"} <= takes(model): return False
+    return keeps_only(own, DynamicLayer, DynamicSlidingWindowLayer)
+
+def keeps_only(own, *kinds):
+    "Does the model keep keys and values in layers of these kinds alone?"
+    text = own.config.get_text_config(decoder=True)
+    return not own._is_stateful and all(type(l) in kinds for l in DynamicCache(config=text).layers)
+
+def reads_trees(model):
+    "May a whole trie be read at once behind a prompt, and taken back? Not behind windows, and not where attention knows no free mask."
+    own = whole_model(model)
+    config = own.config.get_text_config(decoder=True)
+    kinds = {*(getattr(config, "layer_types", None) or []), *(k for ks, _ in getattr(config, "attention_types", None) or [] for k in ks)}
+    free = getattr(config, "_attn_implementation", "eager") in ("eager", "sdpa") and kinds <= {"full_attention", "global"}
+    return free and reads_on(model) and keeps_only(own, DynamicLayer)
+
 # %% ../nbs/foundations/06_lm.ipynb #babe49a1
-@torch.no_grad()
 def node_logprobs(model, tok, prompts, trie, most=1024):
     "Log-probability of each node's token given its parent, (n_prompts, n_nodes); 0 at the root."
-    cache, mask, lp = read_prompts(model, tok, prompts, trie)
+    ids = prompts_for(model, tok, prompts, trie)
+    return (tree_logprobs if reads_trees(model) else path_logprobs)(model, tok, ids, trie, most)
+
+@torch.no_grad()
+def tree_logprobs(model, tok, ids, trie, most):
+    "`node_logprobs` with many nodes in one pass behind the kept prompt."
+    cache, mask, lp = read_prompts(model, tok, ids)
     (B, P), top, dev = mask.shape, trie.level == 1, model.device
     out = torch.zeros(B, len(trie)); out[:, top] = lp[:, trie.token[top].to(dev)].cpu()
     for part in subtrees(trie, most):
@@ -459,12 +679,29 @@ def node_logprobs(model, tok, prompts, trie, most=1024):
         see = torch.cat([mask.bool()[:, None, :].expand(B, len(part), P), tree_mask(up).to(dev).expand(B, -1, -1)], 2)[:, None]
         bias = torch.zeros(see.shape, dtype=model.dtype, device=dev).masked_fill(~see, torch.finfo(model.dtype).min)
         pos = mask.sum(1, keepdim=True) + trie.level[part].to(dev) - 1
-        ids = trie.token[part].to(dev).expand(B, -1)
-        lg = model(input_ids=ids, attention_mask=bias, position_ids=pos, past_key_values=cache, use_cache=True).logits
+        nodes = trie.token[part].to(dev).expand(B, -1)
+        lg = model(input_ids=nodes, attention_mask=bias, position_ids=pos, past_key_values=cache, use_cache=True).logits
         cache.crop(-len(part))
         kids = torch.isin(trie.parent, part).nonzero()[:, 0]
         rows = where[trie.parent[kids]].to(dev)
         out[:, kids] = (lg[:, rows, trie.token[kids].to(dev)].float() - lg.float().logsumexp(-1)[:, rows]).cpu()
+    return out
+
+@torch.no_grad()
+def path_logprobs(model, tok, ids, trie, most):
+    "`node_logprobs` with a plain pass over prompt and title for each innermost node."
+    inner = (trie.count > 0).nonzero()[:, 0]
+    ends = inner[~torch.isin(inner, trie.parent[inner])].tolist()
+    jobs = [(k, [0, *path(trie, n)]) for k in range(len(ids)) for n in ends]
+    out, rows = torch.zeros(len(ids), len(trie)), max(1, most//(max(map(len, ids)) + trie.depth))
+    for j in range(0, len(jobs), rows):
+        part = jobs[j:j+rows]
+        x = padded(tok, [ids[k] + trie.token[p[1:]].tolist() for k, p in part]).to(model.device)
+        for lg, (k, p) in zip(logits_of(model, x), part):
+            lp = lg[len(ids[k])-1:len(ids[k])-1+len(p)].float().log_softmax(-1).cpu()
+            for row, n in zip(lp, p):
+                kids = slice(trie.first[n], trie.first[n] + trie.count[n])
+                out[k, kids] = row[trie.token[kids]]
     return out
 
 # %% ../nbs/foundations/06_lm.ipynb #ea5b071d
@@ -475,9 +712,11 @@ def rank_items(
     nodes:int=1024, # trie nodes at once; smaller needs less memory, larger shares more
     ) -> Tensor: # (n_prompts, n_items)
     "Exact log-probability of every title of the catalogue after each prompt."
-    training = model.training; model.eval()
-    lp = torch.cat([node_logprobs(model, tok, prompts[k:k+batch_size], trie, nodes) for k in range(0, len(prompts), batch_size)])
-    model.train(training)
+    for name, n in dict(batch_size=batch_size, nodes=nodes).items():
+        if n < 1: raise ValueError(f"{name}={n}: must be at least 1")
+    if not len(prompts): raise ValueError("no prompts: nothing to rank")
+    with eval_mode(model):
+        lp = torch.cat([node_logprobs(model, tok, prompts[k:k+batch_size], trie, nodes) for k in range(0, len(prompts), batch_size)])
     for d in range(2, trie.depth+1): # add up along the paths, level by level
         n = (trie.level == d).nonzero()[:, 0]
         lp[:, n] += lp[:, trie.parent[n]]
@@ -492,26 +731,42 @@ def constrained_beam(
     batch_size:int=8) -> tuple[Tensor, Tensor]: # items (n, k) and log-probabilities (n, k); item -1 and -inf beyond the catalogue's size
     "The `k` best items that beam search finds inside the trie, best first."
     if k < 1: raise ValueError(f"k={k}: must be at least 1")
-    training = model.training; model.eval()
-    parts = [beam_batch(model, tok, prompts[j:j+batch_size], trie, k) for j in range(0, len(prompts), batch_size)]
-    model.train(training)
+    if not len(prompts): raise ValueError("no prompts: nothing to rank")
+    with eval_mode(model): parts = [beam_batch(model, tok, prompts[j:j+batch_size], trie, k) for j in range(0, len(prompts), batch_size)]
     return tuple(torch.cat(x) for x in zip(*parts))
 
 # %% ../nbs/foundations/06_lm.ipynb #f4996fdf
 def beam_batch(model, tok, prompts, trie, k):
     "Beam search for one batch of prompts, see `constrained_beam`."
-    cache, mask, lp = read_prompts(model, tok, prompts, trie)
-    B, dev = len(prompts), model.device
+    ids, B = prompts_for(model, tok, prompts, trie), len(prompts)
+    lp, step = (kept_prompts if reads_on(model) else plain_prompts)(model, tok, ids)
     node, score = torch.zeros(B, 1, dtype=torch.long), torch.zeros(B, 1)
     for _ in range(trie.depth):
         node, score, src = extend(trie, node, score, lp.view(B, node.shape[1], -1).cpu(), k)
         if (trie.count[node] == 0).all(): break
-        rows = (src + torch.arange(B)[:, None]*(lp.shape[0]//B)).view(-1).to(dev)
+        lp = step((src + torch.arange(B)[:, None]*(len(lp)//B)).flatten(), trie.token[node].flatten().clamp(min=0))
+    return torch.where(score > -torch.inf, trie.item[node], -1), score
+
+def kept_prompts(model, tok, ids):
+    "Log-probabilities of the next token, and a function (rows, their next tokens) -> those of the one after; keys and values are kept."
+    cache, mask, lp = read_prompts(model, tok, ids)
+    def step(rows, tokens):
+        nonlocal mask
+        rows = rows.to(model.device)
         cache.batch_select_indices(rows)
         mask = torch.cat([mask[rows], mask.new_ones(len(rows), 1)], 1)
-        lp = model(input_ids=trie.token[node].view(-1, 1).clamp(min=0).to(dev), attention_mask=mask,
-            position_ids=mask.sum(1, keepdim=True)-1, past_key_values=cache, use_cache=True).logits[:, -1].float().log_softmax(-1)
-    return torch.where(score > -torch.inf, trie.item[node], -1), score
+        out = model(input_ids=tokens[:, None].to(model.device), attention_mask=mask, position_ids=mask.sum(1, keepdim=True)-1, past_key_values=cache, use_cache=True)
+        return out.logits[:, -1].float().log_softmax(-1)
+    return lp, step
+
+def plain_prompts(model, tok, ids):
+    "The same, for models that keep nothing of use: all is read again."
+    def read(): return last_logits(model, padded(tok, ids).to(model.device)).float().log_softmax(-1)
+    def step(rows, tokens):
+        nonlocal ids
+        ids = [ids[r] + [t] for r, t in zip(rows.tolist(), tokens.tolist())]
+        return read()
+    return read(), step
 
 def extend(trie, node, score, lp, k):
     "Best k children of the beams `node, score` (B, b), given next-token log-probabilities (B, b, vocab); a finished beam is its own child."
@@ -538,6 +793,37 @@ def valid_rate(
     if not n: raise ValueError("no answers: nothing to rate")
     return dict(valid=valid/n, repeated=repeated/max(1, valid))
 
+# %% ../nbs/foundations/06_lm.ipynb #9215b5c4
+def generated(
+    model:PreTrainedModel, tok:PreTrainedTokenizerBase,
+    ids:Sequence[Sequence[int]], # token ids of prompts, see `prompt_ids`
+    n:int, # new tokens at most
+    greedy:bool=False, temperature:float=1.,
+    stop=None, # end marks, one or more; the model's own if None
+    **kw) -> Tensor: # (rows, <= n) new tokens; kw: e.g. min_new_tokens, num_return_sequences, prefix_allowed_tokens_fn
+    "Plain samples from the model, or its likeliest tokens: its generation settings are set aside, dropout is off."
+    own = whole_model(model).generation_config
+    ends = next((e for e in (stop, getattr(own, "eos_token_id", None), tok.eos_token_id) if e is not None), None)
+    x = padded(tok, ids, "left").to(model.device)
+    fill = next((t for t in (tok.pad_token_id, tok.eos_token_id) if t is not None), 0)
+    how = dict(do_sample=False) if greedy else dict(do_sample=True, temperature=float(temperature), top_k=0, top_p=1.)
+    plain = GenerationConfig(**how, max_new_tokens=n, eos_token_id=ends, pad_token_id=fill, bos_token_id=tok.bos_token_id)
+    with torch.no_grad(), eval_mode(model), own_settings_aside(model, plain): y = model.generate(**tokens_only(x), **kw)
+    return y[:, x["input_ids"].shape[1]:]
+
+@contextmanager
+def own_settings_aside(model, plain=None):
+    "Inside the block the model generates by `plain` settings (transformers' defaults but for its end marks if None) instead of those it was shipped with."
+    parts = [m for m in dict.fromkeys((model, whole_model(model))) if hasattr(m, "generation_config")]
+    before = [m.generation_config for m in parts]
+    old = before[-1] if before else None
+    plain = plain or GenerationConfig(**{k: getattr(old, k, None) for k in ("bos_token_id", "eos_token_id", "pad_token_id")})
+    try:
+        for m in parts: m.generation_config = plain
+        yield
+    finally:
+        for m, g in zip(parts, before): m.generation_config = g
+
 # %% ../nbs/foundations/06_lm.ipynb #aab5cf68
 def lora(
     model:PreTrainedModel, # is changed in place: its linear layers get adapters
@@ -549,8 +835,28 @@ def lora(
     "The model with LoRA adapters (peft); only they are trainable."
     from peft import LoraConfig, get_peft_model
     if r < 1: raise ValueError(f"r={r}: the rank must be at least 1")
+    if hasattr(model, "peft_config"): raise ValueError(f"the model has adapters already ({sorted(model.peft_config)}): merge them (merge_and_unload) or use its add_adapter")
     config = LoraConfig(r=r, lora_alpha=alpha, target_modules=target_modules, lora_dropout=dropout, task_type=task_type)
     return get_peft_model(model, config)
+
+# %% ../nbs/foundations/06_lm.ipynb #1ef6db9e
+def active_adapter(model) -> dict[str, nn.Parameter]: # in the order of named_parameters
+    "Parameters of the adapters in use (LoRA and other peft layers, modules_to_save, virtual tokens), whatever their names; empty for a plain model."
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+    found = set()
+    def add(box, names):
+        for n in names:
+            if n in box: found.update(map(id, box[n].parameters() if isinstance(box[n], nn.Module) else [box[n]]))
+    for m in model.modules():
+        if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            for attr in {*getattr(m, "adapter_layer_names", ()), "modules_to_save"}: add(getattr(m, attr, None) or {}, m.active_adapters)
+    if hasattr(model, "prompt_encoder"): add(model.prompt_encoder, [model.active_adapter])
+    return {k: p for k, p in model.named_parameters() if id(p) in found}
+
+def merge(model):
+    "The model with its adapters added into the weights; a plain model as it is."
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
 # %% ../nbs/foundations/06_lm.ipynb #aeac784c
 class CostMeter:
@@ -602,19 +908,19 @@ def tfidf_vectors(texts, dim, seed):
 @torch.no_grad()
 def pooled(model, tok, texts, batch_size=64, how="mean"):
     "Last hidden states, averaged over the tokens of each text, or those of the first token (`cls`)."
-    out, body, training = [], getattr(model, "base_model", model), model.training
-    model.eval()
-    for k in range(0, len(texts), batch_size):
-        x = encode(tok, texts[k:k+batch_size], min(context_limit(model) or 512, 512), "right").to(model.device)
-        h, w = body(**tokens_only(x)).last_hidden_state.float(), x["attention_mask"][..., None]
-        out.append(h[:, 0] if how == "cls" else (h*w).sum(1)/w.sum(1))
-    model.train(training)
+    own, out = whole_model(model), []
+    body = own.get_encoder() if own.config.is_encoder_decoder else own.base_model
+    limit = min(context_limit(model) or 512, 512)
+    with eval_mode(model):
+        for k in range(0, len(texts), batch_size):
+            x = encode(tok, texts[k:k+batch_size], limit, "right").to(model.device)
+            h, w = body(**tokens_only(x)).last_hidden_state.float(), x["attention_mask"][..., None]
+            out.append(h[:, 0] if how == "cls" else (h*w).sum(1)/w.sum(1))
     return torch.cat(out).cpu().numpy()
 
 def load_encoder(name):
     "Encoder and tokenizer through transformers alone."
-    try: return AutoModel.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as e: raise OSError(unreachable(name)) from e
+    return safely(AutoModel, name).eval(), safely(AutoTokenizer, name)
 
 def pooling_of(name):
     "How a sentence-transformers folder pools (`1_Pooling/config.json`); `mean` if it does not say."

@@ -22,22 +22,24 @@ from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassificati
     PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments)
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
-from ..lm import (ItemTrie, answer_logits, cached, completion_ids, context_limit, load_lm, mark_ids, prompt_ids, rank_items, read, text_vectors,
-    tokens_only)
+from ..lm import (ItemTrie, answer_logits, cached, completion_ids, context_limit, end_mark, generated, load_lm, mark_ids, own_settings_aside,
+    padded, prompt_ids, rank_items, read, safely, text_vectors, token_columns, tokens_only, whole_model)
 from ..metrics import exposures
+from ..training import eval_mode
 from ..world import CUES, World, aspect
 
 # %% auto #0
 __all__ = ['TASTES', 'OCCASIONS', 'world_sequences', 'history_prompt', 'next_item_rows', 'catalogue_policy', 'draw_items',
-           'item_of', 'div_ratio', 'or_ratio', 'genre_gaps', 'mgu', 'dgu', 'PairCollator', 'token_columns',
-           'PairTrainer', 'trl_args', 'fresh_copy', 'train_with', 'check_pairs', 'align', 'Every', 'pairs_of', 'sft',
-           'dpo_population', 'dpo_optimum', 'uniform_losers', 'own_losers', 'own_greedy_losers', 'self_play',
-           'SDPOTrainer', 'SimPOTrainer', 'RosePOTrainer', 'flip_probability', 'fit_tau', 'semantic_losers',
-           'popular_losers', 'AlphaDPOTrainer', 'spoken', 'writer_prompt', 'profile_users_of', 'mentions',
-           'judge_prompt', 'answers_loss', 'task_lm', 'check_lengths', 'explore_profiles', 'distinct', 'truth_of',
-           'profile_success', 'profile_pairs', 'BayesianUpdater', 'ot_loss', 'sinkhorn', 'soft_ce', 'majority_ce',
-           'mean_mse', 'ot', 'CrowdTrainer', 'head_of', 'ended', 'fit_crowd', 'fit_pairs', 'outputs', 'expected_reward',
-           'prefers', 'group_weights', 'Crowd', 'reward_function', 'tune_policy']
+           'item_of', 'div_ratio', 'check_items', 'or_ratio', 'genre_gaps', 'mgu', 'dgu', 'PairCollator', 'PairTrainer',
+           'trl_args', 'fresh_copy', 'train_with', 'check_pairs', 'align', 'check_knobs', 'without_dropout', 'Every',
+           'pairs_of', 'sft', 'check_shares', 'dpo_population', 'dpo_optimum', 'uniform_losers', 'own_losers',
+           'own_greedy_losers', 'self_play', 'SDPOTrainer', 'SimPOTrainer', 'RosePOTrainer', 'flip_probability',
+           'scores_of', 'fit_tau', 'semantic_losers', 'popular_losers', 'AlphaDPOTrainer', 'spoken', 'writer_prompt',
+           'profile_users_of', 'mentions', 'judge_prompt', 'answers_loss', 'task_lm', 'check_lengths',
+           'explore_profiles', 'distinct', 'truth_of', 'profile_success', 'profile_pairs', 'BayesianUpdater', 'ot_loss',
+           'sinkhorn', 'soft_ce', 'majority_ce', 'mean_mse', 'ot', 'CrowdTrainer', 'head_of', 'apart', 'ended',
+           'fit_crowd', 'fit_pairs', 'outputs', 'expected_reward', 'prefers', 'group_weights', 'Crowd',
+           'reward_function', 'tune_policy']
 
 # %% ../../nbs/llm/01_alignment.ipynb #00000007
 def world_sequences(
@@ -64,8 +66,10 @@ def next_item_rows(
     ) -> pd.DataFrame: # user, item, seen (item numbers), prompt, completion, split
     "One row for each next item; a user's last item is for testing, the one before for validation, the others are for training."
     rows = []
+    if history < 1: raise ValueError(f"history={history}: a prompt shows at least one item")
     for u, s in enumerate(sequences):
         s = [int(i) for i in s]
+        if odd := [i for i in s if not 0 <= i < len(titles)]: raise ValueError(f"user {u} has item {odd[0]}: items are numbers from 0 to {len(titles)-1}, as in titles")
         for t in range(1, len(s)):
             part = "test" if t == len(s)-1 else "valid" if t == len(s)-2 else "train"
             rows.append((u, s[t], s[:t], history_prompt([titles[i] for i in s[max(0, t-history):t]]), " " + titles[s[t]], part))
@@ -92,10 +96,9 @@ def draw_items(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for k in range(0, len(prompts), batch_size):
-            x = tok.pad({"input_ids": prompt_ids(tok, prompts[k:k+batch_size])}, padding=True, padding_side="left", return_tensors="pt").to(model.device)
-            P, how = x["input_ids"].shape[1], dict(do_sample=False) if greedy else dict(do_sample=True, top_k=0, top_p=1., temperature=1.)
-            y = model.generate(**x, **how, max_new_tokens=trie.depth, prefix_allowed_tokens_fn=trie.prefix_fn(P), pad_token_id=tok.pad_token_id)
-            out += [item_of(trie, t) for t in y[:, P:].tolist()]
+            ids = prompt_ids(tok, prompts[k:k+batch_size])
+            y = generated(model, tok, ids, trie.depth, greedy, stop=trie.eos, prefix_allowed_tokens_fn=trie.prefix_fn(max(map(len, ids))))
+            out += [item_of(trie, t) for t in y.tolist()]
     return np.array(out)
 
 def item_of(trie, ids):
@@ -111,10 +114,18 @@ def item_of(trie, ids):
 # %% ../../nbs/llm/01_alignment.ipynb #00000013
 def div_ratio(top) -> float: # top: (n, k) recommended items
     "DivRatio: distinct items per recommendation made (SPRec)."
+    check_items(top)
     return len(np.unique(top))/np.size(top)
+
+def check_items(top):
+    "Refuse lists that hold no items, or -1 for none."
+    if not np.size(top): raise ValueError("no recommendations: nothing to count")
+    if np.min(top) < 0: raise ValueError(f"item {np.min(top)} among the recommendations: items are numbers from 0; leave empty places out")
 
 def or_ratio(top, most:int=3) -> float:
     "ORRatio: share of all recommendations that the `most` most recommended items take (SPRec)."
+    check_items(top)
+    if most < 1: raise ValueError(f"most={most}: must be at least 1")
     return float(np.sort(exposures(top, int(np.max(top))+1))[-most:].sum()/np.size(top))
 
 def genre_gaps(
@@ -150,26 +161,19 @@ class PairCollator(DataCollatorForPreference):
         return out | {k: torch.tensor([e[k] for e in examples], dtype=torch.float32) for k in self.extra}
 
 # %% ../../nbs/llm/01_alignment.ipynb #481ddfed
-def token_columns(
-    tok, prompts, *answers, # texts; one list or more of answers to the prompts
-    ) -> list: # ids of the prompts, then of each list of answers with the end mark
-    "What trl makes of plain text (each answer tokenized behind its prompt), for all rows at once instead of row by row."
-    eos = tok.eos_token
-    P, *A = (tok(list(t)).input_ids for t in (prompts, *([p + a.removesuffix(eos) + eos for p, a in zip(prompts, x)] for x in answers)))
-    n = [min(next((k for k, (i, j) in enumerate(zip(p, x)) if i != j), min(len(p), len(x))) for x in xs) for p, *xs in zip(P, *A)] # where prompt and answer part
-    return [[p[:k] for p, k in zip(P, n)], *([x[k:] for x, k in zip(xs, n)] for xs in A)]
-
-# %% ../../nbs/llm/01_alignment.ipynb #507dc064
 class PairTrainer(DPOTrainer):
     "trl's DPO trainer with a loss in one short method; as it stands it is DPO (Rafailov et al. 2023, eq. 7)."
-    extra = () # float columns of the data that the loss needs
+    extra = () # float columns of the data that the loss needs...
+    ranges = {} # ...and the least and largest value of some
     knobs = {} # further hyperparameters and their defaults
     reference = True # does the loss look at a reference model?
-    losers = 1 # of each row; more when `rejected` is a list
+    losers = 1 # of each row; more when `rejected` is a list...
+    several = False # ...which this trainer has to allow
 
     def __init__(self, *args, **kw):
         for k, v in self.knobs.items(): setattr(self, k, kw.pop(k, v))
         pad, cut = kw["processing_class"].pad_token_id, kw["args"].max_length
+        if kw.get("ref_model") is not None: kw["ref_model"] = whole_model(kw["ref_model"]) # trl looks for hidden states behind the wrapper of peft
         super().__init__(*args, **{"data_collator": PairCollator(pad, max_length=cut, extra=self.extra)} | kw)
 
     def _set_signature_columns_if_needed(self):
@@ -181,7 +185,8 @@ class PairTrainer(DPOTrainer):
             raise ValueError(f"{type(self).__name__} needs the column(s) {missing}; the data has {dataset.column_names}")
         first = dataset[0]
         many = isinstance(first["rejected"], list) and isinstance(first["rejected"][0], str)
-        if not many and (not isinstance(first.get("prompt"), str) or args.max_length): return super()._prepare_dataset(dataset, tok, args, name) # chats, or to be cut: trl's own way
+        if not many and not isinstance(first.get("prompt"), str): return super()._prepare_dataset(dataset, tok, args, name) # chats: trl's own way
+        if many and not self.several: raise ValueError(f"{type(self).__name__} takes one loser a row, and `rejected` holds lists: SDPOTrainer takes several")
         if many:
             if args.precompute_ref_log_probs: raise ValueError("precompute_ref_log_probs=True works with one loser a row only: leave it off")
             self.losers = len(first["rejected"])
@@ -260,6 +265,7 @@ def check_pairs(
     data = Dataset.from_pandas(pairs, preserve_index=False) if isinstance(pairs, pd.DataFrame) else pairs
     if missing := {"prompt", "chosen", "rejected"} - set(data.column_names): raise ValueError(f"no column(s) {sorted(missing)}; the pairs have {data.column_names}")
     if not len(data): raise ValueError("no pairs: nothing to learn from")
+    end_mark(tok)
     limit, titles = context_limit(model), set(trie.titles) if trie else None
     losers, prompts = [r if isinstance(r, list) else [r] for r in data["rejected"]], list(data["prompt"])
     if len(odd := {len(r) for r in losers}) > 1 or 0 in odd: raise ValueError(f"rejected lists of lengths {sorted(odd)}: every row needs the same number, at least one; drop or fill the others")
@@ -268,6 +274,7 @@ def check_pairs(
             if not isinstance(a, str): raise ValueError(f"row {k} holds a {type(a).__name__} where a text belongs: turn messages into text first, e.g. by trl.apply_chat_template")
         for a in (c, *r):
             if not a.strip(): raise ValueError(f"row {k} has an empty answer: drop the row")
+            if a is not c and a.strip() == c.strip(): raise ValueError(f"row {k}: {a.strip()!r} is both chosen and rejected, so it says nothing: drop the row")
             if titles is not None and a.strip() not in titles: raise ValueError(f"row {k}: {a.strip()!r} is not in the trie: add the title to the catalogue or drop the row")
     for k, n in enumerate(map(len, prompt_ids(tok, prompts))):
         longest = max(len(completion_ids(tok, a, True)) for a in (data[k]["chosen"], *losers[k])) if limit and n + 64 > limit else 0
@@ -285,12 +292,36 @@ def align(
     each:Callable|None=None, every:int=8, # each(step, model) is called after every so many steps
     **kw) -> PreTrainedModel: # kw goes to DPOConfig
     "A copy of the model after preference alignment."
+    for name, v in dict(steps=steps, beta=beta, lr=lr).items():
+        if not 0 < v < np.inf: raise ValueError(f"{name}={v}: must be positive")
     data, new = check_pairs(model, tok, pairs, trie), fresh_copy(model)
+    check_knobs(Trainer, knobs or {}, data)
     args = trl_args(DPOConfig, steps, lr, batch_size, seed, beta=beta, **kw)
-    ref = fresh_copy(model) if Trainer.reference else None
+    adapted = hasattr(model, "peft_config") # trl would make its own reference out of an adapter called "default"
+    ref = fresh_copy(model) if Trainer.reference or adapted else None
     if not Trainer.reference: args.precompute_ref_log_probs = True # trl then keeps no second model, and there is nothing to compute
-    train_with(Trainer, new, data, tok, args, ref_model=ref, callbacks=[Every(each, every)] if each else None, **(knobs or {}))
+    with without_dropout(*([new, ref] if ref is not None else [new]), off=args.disable_dropout):
+        train_with(Trainer, new, data, tok, args, ref_model=ref, callbacks=[Every(each, every)] if each else None, **(knobs or {}))
     return new
+
+def check_knobs(Trainer, knobs, data):
+    "Refuse hyperparameters that the trainer does not have, and extra columns that are no numbers in their range."
+    if odd := sorted(set(knobs) - set(Trainer.knobs)): raise ValueError(f"{Trainer.__name__} has no knob {odd[0]!r}; it has {sorted(Trainer.knobs) or 'none'}")
+    if odd := [k for k, v in knobs.items() if not isinstance(v, bool) and not np.isfinite(v)]: raise ValueError(f"{odd[0]}={knobs[odd[0]]}: must be a number")
+    for c in set(Trainer.extra) & set(data.column_names):
+        v, (lo, hi) = np.asarray(data[c], float), Trainer.ranges.get(c, (-np.inf, np.inf))
+        if (bad := ~(np.isfinite(v) & (v >= lo) & (v <= hi))).any(): raise ValueError(f"column {c!r} is {v[bad][0]} in row {int(bad.argmax())}: must be a number between {lo} and {hi}")
+
+@contextmanager
+def without_dropout(*models, off=True):
+    "Inside the block no module drops anything, not even one that keeps its rate as a number (OPT); afterwards all rates are as they were."
+    rates = [(m, k, v) for model in models for m in model.modules() for k, v in vars(m).items()
+        if isinstance(v, float) and ("drop" in k or k == "p" and isinstance(m, torch.nn.modules.dropout._DropoutNd))] if off else []
+    try:
+        for m, k, _ in rates: setattr(m, k, 0.)
+        yield
+    finally:
+        for m, k, v in rates: setattr(m, k, v)
 
 class Every(TrainerCallback):
     "Calls `f(step, model)` after every `n` steps."
@@ -318,7 +349,10 @@ def sft(
     rows:pd.DataFrame, # prompt, completion
     steps:int=32, lr:float=5e-4, batch_size:int=32, seed:int=0, **kw) -> PreTrainedModel:
     "A copy of the model after supervised fine-tuning on the completions."
+    rows = rows.to_pandas() if isinstance(rows, Dataset) else rows
+    if missing := {"prompt", "completion"} - set(rows): raise ValueError(f"no column(s) {sorted(missing)}; the rows have {list(rows)}")
     if not len(rows): raise ValueError("no rows: nothing to learn from")
+    if steps < 1: raise ValueError(f"steps={steps}: must be at least 1")
     new, (P, A) = fresh_copy(model), token_columns(tok, rows.prompt, rows.completion)
     if (limit := context_limit(model)) and (longest := max(map(len, map(list.__add__, P, A)))) > limit: raise ValueError(f"a row has {longest} tokens, the model reads {limit}: shorten the history")
     data = Dataset.from_dict(dict(input_ids=[p + a for p, a in zip(P, A)], labels=[[-100]*len(p) + a for p, a in zip(P, A)]))
@@ -326,16 +360,30 @@ def sft(
     return new
 
 # %% ../../nbs/llm/01_alignment.ipynb #db6b5eca
+def check_shares(tol=2e-3, **shares):
+    "Refuse what is no distribution along its last axis: tensors or arrays, by name."
+    for name, p in shares.items():
+        x = p.detach() if isinstance(p, Tensor) else torch.as_tensor(np.asarray(p, float))
+        total = x.float().sum(-1)
+        if not (x >= 0).all() or not ((total - 1).abs() <= (tol if x.dtype.itemsize > 2 else 3e-2)).all():
+            raise ValueError(f"{name} is no distribution: its smallest share is {x.min().item():.3g}, its sums run from {total.min().item():.3g} to {total.max().item():.3g}; divide each row by its sum")
+
+# %% ../../nbs/llm/01_alignment.ipynb #a5dea236
 def dpo_population(
     logits:Tensor, # (..., n) a policy written down as a table
     ref:Tensor, p:Tensor, q:Tensor, # (..., n) reference policy, distributions of winners and of losers
     beta:float) -> Tensor: # scalar
     "Expected DPO loss when winner ~ p and loser ~ q are drawn independently."
+    check_shares(ref=ref, p=p, q=q)
+    if beta <= 0: raise ValueError(f"beta={beta}: must be positive")
     r = beta*(logits.log_softmax(-1) - ref.log())
     return -(p[..., :, None]*q[..., None, :]*F.logsigmoid(r[..., :, None] - r[..., None, :])).sum((-1, -2)).mean()
 
 def dpo_optimum(ref:Tensor, p:Tensor, q:Tensor, beta:float) -> Tensor: # (..., n)
     "Where that loss is smallest: $\\pi^*\\propto\\pi_{ref}(p/q)^{1/\\beta}$."
+    check_shares(ref=ref, p=p, q=q)
+    if beta <= 0: raise ValueError(f"beta={beta}: must be positive")
+    if not (q > 0).all(): raise ValueError("q is 0 for some answer: where losers never come from, the optimum has no bound; give q a little mass everywhere")
     return (ref.log() + (p.log() - q.log())/beta).softmax(-1)
 
 # %% ../../nbs/llm/01_alignment.ipynb #c4a38933
@@ -376,6 +424,7 @@ def self_play(
 # %% ../../nbs/llm/01_alignment.ipynb #05fd7c76
 class SDPOTrainer(PairTrainer):
     "S-DPO (Chen et al. 2024, eq. 9): one winner against all losers at once; `rejected` is a list of texts."
+    several = True
     def pair_loss(self, b):
         gap = self.beta*((b.l - b.rl).view(self.losers, -1) - (b.w - b.rw)) # (K, B)
         return -F.logsigmoid(-gap.logsumexp(0))
@@ -390,7 +439,7 @@ class SimPOTrainer(PairTrainer):
 # %% ../../nbs/llm/01_alignment.ipynb #86e5ffc3
 class RosePOTrainer(PairTrainer):
     "RosePO: DPO smoothed by the probability `epsilon` of each pair that its label is wrong; a constant epsilon is cDPO."
-    extra = ("epsilon",)
+    extra, ranges = ("epsilon",), dict(epsilon=(0, 1))
     def pair_loss(self, b):
         h = self.beta*((b.w - b.rw) - (b.l - b.rl))
         return -(1 - b.epsilon)*F.logsigmoid(h) - b.epsilon*F.logsigmoid(-h)
@@ -402,13 +451,24 @@ def flip_probability(
     most:float=.45, # at .5 and above a pair would teach the opposite
     ) -> np.ndarray: # (n,)
     "RosePO's smoothing sigmoid(tau (f(u, y_l) - f(u, y_w))), clipped below 1/2."
-    return np.minimum(expit(tau*(np.asarray(f_l) - np.asarray(f_w))), most)
+    if not 0 < tau < np.inf: raise ValueError(f"tau={tau}: must be positive")
+    if not 0 <= most <= .5: raise ValueError(f"most={most}: must lie in 0..1/2")
+    f_w, f_l = scores_of(f_w, f_l)
+    return np.minimum(expit(tau*(f_l - f_w)), most)
+
+def scores_of(a, b):
+    "Two equally long arrays of finite scores; one of them may be a single number."
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    if a.ndim and b.ndim and a.shape != b.shape or not a.size*b.size: raise ValueError(f"scores of shape {a.shape} and {b.shape}: need two of the same length, at least 1")
+    if bad := int((~np.isfinite(a)).sum() + (~np.isfinite(b)).sum()): raise ValueError(f"{bad} score(s) are not finite: drop these rows or mend the oracle")
+    return a, b
 
 def fit_tau(
     f_pos, f_neg, # (n,) the oracle's scores of held-out likes and of random items
     ) -> float: # of 41 candidates from .05 to 5
     "The sharpness under which held-out likes beat random items with the right confidence (maximum likelihood)."
-    gap = np.asarray(f_pos) - np.asarray(f_neg)
+    f_pos, f_neg = scores_of(f_pos, f_neg)
+    gap = f_pos - f_neg
     grid = np.geomspace(.05, 5, 41)
     return float(grid[np.argmax([np.log(expit(t*gap)).mean() for t in grid])])
 
@@ -552,6 +612,7 @@ def task_lm(
 def check_lengths(model, tok, prompts, more:int):
     "Refuse empty lists and prompts that leave no room for `more` tokens."
     if not len(prompts): raise ValueError("no prompts: nothing to do")
+    if more < 1: raise ValueError(f"{more} new tokens: must be at least 1")
     limit, longest = context_limit(model), max(map(len, prompt_ids(tok, prompts)))
     if limit and longest + more > limit: raise ValueError(f"a prompt has {longest} tokens and its completion up to {more}, the model reads {limit}: shorten the history")
 
@@ -564,16 +625,15 @@ def explore_profiles(
     max_new_tokens:int=6,
     seed:int=0) -> pd.DataFrame: # row (position of the prompt), writer, profile
     "Sample free-form profiles from several writers (LettinGo, stage 1)."
+    if not 0 <= temperature < np.inf: raise ValueError(f"temperature={temperature}: must be 0 or more")
     if not writers or n < len(writers): raise ValueError(f"n={n} profiles for {len(writers)} writers: every writer needs one")
     out, share = [], np.diff(np.linspace(0, n, len(writers)+1).astype(int))
     for (name, m), k in zip(writers.items(), share):
         check_lengths(m, tok, prompts, max_new_tokens)
-        x = tok.pad({"input_ids": prompt_ids(tok, prompts)}, padding=True, padding_side="left", return_tensors="pt").to(m.device)
-        how = dict(do_sample=True, temperature=float(temperature), top_k=None, top_p=None, num_return_sequences=int(k)) if temperature else dict(do_sample=False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + zlib.crc32(name.encode()) % 1000)
-            y = m.generate(**tokens_only(x), max_new_tokens=max_new_tokens, pad_token_id=tok.pad_token_id, **how)
-        texts = tok.batch_decode(y[:, x["input_ids"].shape[1]:], skip_special_tokens=True)
+            y = generated(m, tok, prompt_ids(tok, prompts), max_new_tokens, not temperature, temperature or 1., num_return_sequences=int(k) if temperature else 1)
+        texts = tok.batch_decode(y, skip_special_tokens=True)
         out += [(j//(len(texts)//len(prompts)), name, t) for j, t in enumerate(texts)]
     return pd.DataFrame(out, columns=["row", "writer", "profile"])
 
@@ -667,6 +727,7 @@ def ot_loss(
     ) -> Tensor: # (b,)
     "Optimal transport on a line with cost |c_i - c_j|: area between the two cumulative distributions (DPRM's loss, no solver needed)."
     if p_hat.shape != p.shape or p.shape[-1] != len(c): raise ValueError(f"shapes {tuple(p_hat.shape)}, {tuple(p.shape)} and {len(c)} categories do not fit")
+    check_shares(p_hat=p_hat, p=p)
     if not (c.diff() > 0).all(): raise ValueError(f"c={c.tolist()}: utilities must increase from category to category")
     gap = (p_hat - p).cumsum(-1)[..., :-1]
     if kind == "abs": f = gap.abs()
@@ -682,6 +743,11 @@ def sinkhorn(
     eps:float=.01, # entropy weight, relative to the largest cost
     steps:int=200) -> Tensor: # (b,) transport cost of the regularised plan
     "Optimal transport for a general cost by Sinkhorn's iterations in the log domain; differentiable."
+    if p.shape[-1:] + q.shape[-1:] != C.shape: raise ValueError(f"p has {p.shape[-1]} categories, q {q.shape[-1]}: a cost of shape {tuple(C.shape)} does not fit")
+    check_shares(p=p, q=q)
+    if not (C >= 0).all() or not C.isfinite().all(): raise ValueError(f"costs from {C.min().item()} to {C.max().item()}: must be finite and at least 0")
+    if not eps > 0 or steps < 1: raise ValueError(f"eps={eps}, steps={steps}: must be positive")
+    if not C.any(): return (p.sum(-1) + q.sum(-1))*0 # moving costs nothing
     K, a, b = -C/(eps*C.max()), p.clamp(min=1e-12).log(), q.clamp(min=1e-12).log()
     v = torch.zeros_like(b)
     for _ in range(steps):
@@ -726,13 +792,20 @@ def head_of(folder, d:int, tok, seed:int=0):
     "The LM in `folder` as a classifier with d outputs."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        m = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=d, dtype=torch.float32)
-    m.config.pad_token_id = tok.pad_token_id
+        m = safely(AutoModelForSequenceClassification, folder, num_labels=d, dtype=torch.float32)
+    m.config.pad_token_id = apart(tok).pad_token_id
     return m
+
+def apart(tok):
+    "The tokenizer with a pad token that is not its end mark: the head reads behind the last token that is no padding, and that is the end mark."
+    if tok.pad_token_id not in (None, tok.eos_token_id): return tok
+    tok = copy.deepcopy(tok)
+    tok.pad_token = next(t for t in (tok.unk_token, tok.bos_token, *tok.convert_ids_to_tokens([0, 1])) if t not in (None, tok.eos_token))
+    return tok
 
 def ended(tok, texts):
     "Token ids with the end mark, where the head reads."
-    return [x + [tok.eos_token_id] for x in prompt_ids(tok, texts)]
+    return [x if x[-1] == end_mark(tok) else x + [tok.eos_token_id] for x in prompt_ids(tok, texts)]
 
 def fit_crowd(
     model, tok, texts:Sequence[str], # the model is changed in place
@@ -740,9 +813,10 @@ def fit_crowd(
     loss:Callable, utilities, steps:int=100, lr:float=1e-3, batch_size:int=32, seed:int=0):
     "Train a classifier on distributions with `CrowdTrainer`."
     if np.shape(targets) != (len(texts), model.config.num_labels): raise ValueError(f"targets of shape {np.shape(targets)}: expected {(len(texts), model.config.num_labels)}")
+    check_shares(targets=targets)
     check_lengths(model, tok, texts, 1)
     rows = Dataset.from_dict(dict(input_ids=ended(tok, texts), labels=np.asarray(targets, np.float32).tolist()))
-    train_with(CrowdTrainer, model, rows, tok, trl_args(TrainingArguments, steps, lr, batch_size, seed), data_collator=DataCollatorWithPadding(tok), loss=loss, utilities=utilities)
+    train_with(CrowdTrainer, model, rows, tok, trl_args(TrainingArguments, steps, lr, batch_size, seed), data_collator=DataCollatorWithPadding(apart(tok)), loss=loss, utilities=utilities)
     return model
 
 def fit_pairs(
@@ -751,7 +825,7 @@ def fit_pairs(
     "Bradley-Terry with trl's stock `RewardTrainer`."
     check_lengths(model, tok, [*chosen, *rejected], 1)
     rows = Dataset.from_dict(dict(chosen_ids=ended(tok, chosen), rejected_ids=ended(tok, rejected)))
-    train_with(RewardTrainer, model, rows, tok, trl_args(RewardConfig, steps, lr, batch_size, seed))
+    train_with(RewardTrainer, model, rows, apart(tok), trl_args(RewardConfig, steps, lr, batch_size, seed))
     return model
 
 # %% ../../nbs/llm/01_alignment.ipynb #8cd7c53e
@@ -759,10 +833,9 @@ def fit_pairs(
 def outputs(model, tok, texts:Sequence[str], batch_size:int=512) -> Tensor: # (n, d)
     "Head outputs for each text."
     if not len(texts): raise ValueError("no texts to score")
-    model.eval(); out = []
-    for k in range(0, len(texts), batch_size):
-        x = tok.pad({"input_ids": ended(tok, texts[k:k+batch_size])}, padding=True, return_tensors="pt").to(model.device)
-        out.append(model(**tokens_only(x)).logits.float().cpu())
+    ids, tok = ended(tok, texts), apart(tok)
+    with eval_mode(model):
+        out = [model(**tokens_only(padded(tok, ids[k:k+batch_size]).to(model.device))).logits.float().cpu() for k in range(0, len(ids), batch_size)]
     return torch.cat(out)
 
 def expected_reward(model, tok, texts, utilities) -> Tensor: # (n,)
@@ -776,6 +849,8 @@ def prefers(
     ) -> np.ndarray: # (n,)
     "Probability that a random judge of the first answer is happier than a random judge of the second; a tie counts half."
     p1, p2 = np.asarray(p1, float), np.asarray(p2, float)
+    if p1.shape != p2.shape or p1.ndim != 2: raise ValueError(f"distributions of shape {p1.shape} and {p2.shape}: need two of the same shape (n, d)")
+    check_shares(p1=p1, p2=p2)
     return (p1*(np.cumsum(p2, 1) - p2/2)).sum(1)
 
 def group_weights(
@@ -784,6 +859,7 @@ def group_weights(
     ) -> np.ndarray: # (G,)
     "Importance weight of a label from each group, population over panel; multiplied with the counts it makes a biased panel speak for all."
     a, b = np.asarray(population, float), np.asarray(panel, float)
+    if not (a >= 0).all() or not 0 < a.sum() < np.inf or not np.isfinite(b).all(): raise ValueError(f"population={a.tolist()}, panel={b.tolist()}: shares must be numbers of at least 0")
     if a.shape != b.shape or (b <= 0).any(): raise ValueError(f"panel={b.tolist()}: every group of the population needs at least one annotator")
     return (a/a.sum())/(b/b.sum())
 
@@ -845,9 +921,9 @@ def tune_policy(
     folder, tok, prompts:Sequence[str], reward:Callable,
     steps:int=40, lr:float=1e-3, beta:float=.05, n:int=8, batch_size:int=64, max_new_tokens:int=4, seed:int=0):
     "GRPO from the LM in `folder`, which is also the reference (DPRM's policy step; PPO in the paper)."
-    m = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    m = safely(AutoModelForCausalLM, folder, dtype=torch.float32)
     check_lengths(m, tok, prompts, max_new_tokens)
     rows = Dataset.from_dict(dict(prompt=list(prompts)*(1 + batch_size//len(prompts))))
     args = trl_args(GRPOConfig, steps, lr, batch_size, seed, beta=beta, num_generations=n, max_completion_length=max_new_tokens)
-    train_with(GRPOTrainer, m, rows, tok, args, reward_funcs=reward)
+    with own_settings_aside(m): train_with(GRPOTrainer, m, rows, tok, args, reward_funcs=reward)
     return m

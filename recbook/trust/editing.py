@@ -4,7 +4,7 @@
 
 # %% ../../nbs/trust/03_editing.ipynb #30730e70
 from __future__ import annotations
-import copy, difflib, hashlib, json, re
+import copy, difflib, hashlib, inspect, json, re, warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -18,19 +18,21 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 from ..data import fetch
-from ..lm import cached, completion_ids, load_lm, lora, mark_ids, nano_tokenizer, next_token_loss, prompt_ids, read
+from ..lm import (cached, generated, last_logits, load_lm, logits_of, lora, mark_ids, marks_of, merge, nano_tokenizer,
+    next_token_loss, padded, prompt_ids, read, start_mark, token_columns, whole_model)
+from ..training import eval_mode
 from ..world import CUES, World
 
 # %% auto #0
 __all__ = ['RELATIONS', 'ONE_HOP', 'TWO_HOP', 'METHODS', 'FRAME', 'KINDS', 'LEVELS', 'Facts', 'fact_lm', 'studied', 'fresh_llama',
-           'answer_scores', 'padded', 'accuracy', 'Edit', 'evaluate_edits', 'continuations', 'next_logprobs', 'drift',
-           'ngram_entropy', 'consistency', 'module_at', 'first', 'hooked', 'sites', 'causal_trace', 'place_of',
-           'passes', 'read_sites', 'all_keys', 'replay', 'compute_z', 'sample_prefixes', 'rome_update', 'memit_update',
-           'null_space', 'alphaedit_update', 'rect', 'prune', 'finetune', 'Memory', 'remember', 'check_requests',
-           'weight_of', 'edit', 'write', 'mean_keys', 'zsre_edits', 'Tuner', 'answer_loss', 'answer_batches', 'align',
-           'weights_mark', 'known_rows', 'name_rows', 'reader_lm', 'lte_prompt', 'descriptor', 'EditMemory',
-           'alignment_rows', 'say', 'some_object', 'lookalikes', 'invented_items', 'inside_of', 'outside_of',
-           'reading_lm']
+           'answer_scores', 'accuracy', 'Edit', 'check_requests', 'evaluate_edits', 'continuations', 'next_logprobs',
+           'drift', 'ngram_entropy', 'consistency', 'module_at', 'first', 'hooked', 'in_rows', 'sites', 'span_ids',
+           'place_in', 'causal_trace', 'place_of', 'passes', 'read_sites', 'all_keys', 'single', 'replay', 'compute_z',
+           'sample_prefixes', 'rome_update', 'memit_update', 'null_space', 'alphaedit_update', 'rect', 'prune',
+           'finetune', 'Memory', 'remember', 'check_layers', 'check_memory', 'weight_of', 'edit', 'check_numbers',
+           'write', 'mean_keys', 'zsre_edits', 'Tuner', 'answer_loss', 'answer_batches', 'align', 'weights_mark',
+           'known_rows', 'name_rows', 'reader_lm', 'lte_prompt', 'descriptor', 'EditMemory', 'alignment_rows', 'say',
+           'some_object', 'lookalikes', 'invented_items', 'inside_of', 'outside_of', 'reading_lm']
 
 # %% ../../nbs/trust/03_editing.ipynb #571108b8
 RELATIONS = { # relation: a synonym, its 16 objects, what an object belongs to, and the 8 values of that
@@ -108,8 +110,9 @@ def answer_scores(
     batch_size:int=256,
     ) -> tuple[Tensor, Tensor]: # log-probability (n,), and bool (n,): greedy decoding would write all of the answer
     "Score answers of any length after their prompts; pairs that need the same forward pass share it."
-    A = [completion_ids(tok, " "+a) for a in answers]
-    inputs = [tuple(p + a[:-1]) for p, a in zip(prompt_ids(tok, prompts), A)]
+    if len(prompts) != len(answers): raise ValueError(f"{len(prompts)} prompts, {len(answers)} answers: these are pairs")
+    P, A = token_columns(tok, prompts, [" "+a for a in answers], eos=False)
+    inputs = [tuple(p + a[:-1]) for p, a in zip(P, A)]
     row = {x: k for k, x in enumerate(sorted(set(inputs), key=len))}
     texts, lp, hit = list(row), torch.zeros(len(A)), torch.ones(len(A), dtype=torch.bool)
     at = sorted((row[x], n, len(x)-len(a)+j, t) for n, (x, a) in enumerate(zip(inputs, A)) for j, t in enumerate(a))
@@ -117,15 +120,10 @@ def answer_scores(
     for k in range(0, len(texts), batch_size):
         x = padded(tok, texts[k:k+batch_size]).to(model.device)
         r, n, pos, t = at[(at[:, 0] >= k) & (at[:, 0] < k+batch_size)].T
-        logits = model(**x).logits[r-k, pos].float().cpu()
+        with eval_mode(model): logits = logits_of(model, x)[r-k, pos].float().cpu()
         lp.index_add_(0, n, logits.log_softmax(-1).gather(1, t[:, None])[:, 0])
         hit[n[logits.argmax(-1) != t]] = False
     return lp, hit
-
-# %% ../../nbs/trust/03_editing.ipynb #bbd81eba
-def padded(tok, ids):
-    "Token ids as a batch, padded on the right (causal attention then never looks at the padding)."
-    return tok.pad({"input_ids": [list(x) for x in ids]}, padding=True, padding_side="right", return_tensors="pt")
 
 # %% ../../nbs/trust/03_editing.ipynb #5fba503c
 def accuracy(model, tok, prompts, answers) -> float:
@@ -143,6 +141,20 @@ class Edit:
     paraphrases:list[str] = field(default_factory=list) # other wordings of the prompt
     neighbours:list[tuple[str, str]] = field(default_factory=list) # (prompt, answer) that must stay
     two_hop:list[tuple[str, str]] = field(default_factory=list) # (prompt, answer) that follow from the edit
+
+# %% ../../nbs/trust/03_editing.ipynb #f5a2cf3d
+def check_requests(requests):
+    "Requests as `Edit`s; empty lists, empty answers and prompts without their subject are refused."
+    if not len(requests): raise ValueError("no requests: nothing to edit")
+    out = [r if isinstance(r, Edit) else Edit(**r) for r in requests]
+    for k, r in enumerate(out):
+        if not r.subject or r.subject not in r.prompt: raise ValueError(f"request {k}: subject {r.subject!r} does not occur in the prompt {r.prompt!r}; write it exactly as it stands there")
+        if not r.new.strip(): raise ValueError(f"request {k} ({r.prompt!r}) has no new answer")
+        if r.new != r.new.strip() or r.prompt != r.prompt.rstrip(): raise ValueError(f"request {k}: prompt {r.prompt!r}, answer {r.new!r}: write both without a blank between them, it is added")
+    said = {}
+    for r in out:
+        if said.setdefault(r.prompt, r.new) != r.new: raise ValueError(f"the batch asks for two answers to {r.prompt!r}, {said[r.prompt]!r} and {r.new!r}: keep one, or pass them one after the other")
+    return out
 
 # %% ../../nbs/trust/03_editing.ipynb #e076a5ad
 @patch
@@ -171,6 +183,8 @@ def evaluate_edits(
     reads:Callable=list, # prompts -> what the model reads, e.g. `EditMemory.prompts`
     ) -> dict[str, float]: # `_argmax`: the strict version, greedy decoding writes the right answer
     "Efficacy, generalisation, specificity, their harmonic mean `score`, and portability (two-hop answers, strict)."
+    if not len(edits): raise ValueError("no edits: nothing to judge")
+    if bare := [e.prompt for e in edits if not e.old.strip()]: raise ValueError(f"edit {bare[0]!r} has no old answer: efficacy compares the new one with it, fill in `old`")
     ask = [("efficacy", e.prompt, e.new, e.old) for e in edits]
     ask += [("generalisation", p, e.new, e.old) for e in edits for p in e.paraphrases]
     ask += [("specificity", p, a, e.new) for e in edits for p, a in e.neighbours]
@@ -190,20 +204,19 @@ def evaluate_edits(
 @torch.no_grad()
 def continuations(model, tok, prompts:Sequence[str], length:int=24, seed:int=0) -> list[str]:
     "What the model goes on to say, sampled."
+    if not len(prompts): raise ValueError("no prompts: nothing to go on from")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        x = tok.pad({"input_ids": prompt_ids(tok, prompts)}, padding_side="left", return_tensors="pt").to(model.device)
-        y = model.generate(**{k: x[k] for k in ("input_ids", "attention_mask")}, do_sample=True, min_new_tokens=length, max_new_tokens=length, pad_token_id=tok.pad_token_id)
-    return tok.batch_decode(y[:, x["input_ids"].shape[1]:], skip_special_tokens=True)
+        y = generated(model, tok, prompt_ids(tok, prompts), length, min_new_tokens=length)
+    return tok.batch_decode(y, skip_special_tokens=True)
 
 @torch.no_grad()
 def next_logprobs(model, tok, prompts:Sequence[str], batch_size:int=256) -> Tensor: # (n, vocab)
     "Log-probabilities of the next token after each prompt."
-    ids, out = prompt_ids(tok, prompts), []
-    for k in range(0, len(ids), batch_size):
-        x = padded(tok, ids[k:k+batch_size]).to(model.device)
-        lg = model(**x).logits
-        out.append(lg[torch.arange(len(lg)), x["attention_mask"].sum(1)-1].log_softmax(-1).float().cpu())
+    ids = prompt_ids(tok, prompts)
+    if not ids: raise ValueError("no prompts: nothing to compare")
+    with eval_mode(model):
+        out = [last_logits(model, padded(tok, ids[k:k+batch_size]).to(model.device)).log_softmax(-1).float().cpu() for k in range(0, len(ids), batch_size)]
     return torch.cat(out)
 
 def drift(
@@ -245,23 +258,40 @@ def module_at(model, template, layer):
 def first(out): return out[0] if isinstance(out, tuple) else out
 
 @contextmanager
-def hooked(module, f):
-    "Inside the block, what `module` puts out becomes f(what it put out)."
-    h = module.register_forward_hook(lambda m, i, out: (f(out[0]), *out[1:]) if isinstance(out, tuple) else f(out))
+def hooked(module, f, length=None):
+    "Inside the block, what `module` puts out becomes f(what it put out); `length` of the texts in tokens, for models that flatten them."
+    def changed(h): return f(in_rows(h, length)).view(h.shape)
+    h = module.register_forward_hook(lambda m, i, out: (changed(out[0]), *out[1:]) if isinstance(out, tuple) else changed(out))
     try: yield
     finally: h.remove()
+
+def in_rows(h, length):
+    "States as (rows, length, width), also where a model has flattened them (OPT)."
+    return h if h.ndim == 3 else h.view(-1, length, h.shape[-1])
 
 # %% ../../nbs/trust/03_editing.ipynb #dbfecbbf
 def sites(tok, texts, subjects, site, skip=None):
     "Token ids of each text and the position of its site: the last token, or the last one of the subject (searched behind the first `skip` characters)."
     if site not in ("last", "subject_last"): raise ValueError(f"site={site!r}: must be 'last' or 'subject_last'")
-    enc, at = tok(list(texts), return_offsets_mapping=True), []
-    ids = [x[:-1] if len(x) > 1 and x[-1] == tok.eos_token_id else x for x in enc.input_ids]
-    for k, (x, t, s) in enumerate(zip(ids, texts, subjects)):
-        if site == "last": at.append(len(x)-1); continue
-        end = t.index(s, skip[k] if skip else 0) + len(s)
-        at.append(next(j for j, (a, b) in enumerate(enc.offset_mapping[k]) if a < end <= b))
-    return ids, at
+    out, at = [], []
+    for k, (t, s) in enumerate(zip(texts, subjects)):
+        ids, ends = span_ids(tok, t)
+        out.append(ids)
+        if site == "last": at.append(len(ids)-1); continue
+        end = place_in(t, s, skip[k] if skip else 0) + len(s)
+        at.append(max(j for j, (a, b) in enumerate(ends) if a < end <= b))
+    return out, at
+
+def span_ids(tok, text):
+    "Token ids with the marks in front, and the first and last character of each."
+    (front, _), x = marks_of(tok), tok(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, ends = x.input_ids, x.offset_mapping
+    return (ids, ends) if ids[:len(front)] == front else (front + ids, [(0, 0)]*len(front) + ends)
+
+def place_in(text, subject, start=0):
+    "Where the subject begins: as words of their own if it occurs like that, else wherever it occurs."
+    found = re.compile(rf"(?<!\w){re.escape(subject)}(?!\w)").search(text, start)
+    return found.start() if found else text.index(subject, start)
 
 # %% ../../nbs/trust/03_editing.ipynb #f4116581
 @torch.no_grad()
@@ -276,22 +306,23 @@ def causal_trace(
     seed:int=0,
     ) -> pd.DataFrame: # token, position, place, layer, effect; and the probabilities `clean`, `corrupted`
     "How much of the answer's probability comes back when one clean state is put back into a run whose subject is noise (ROME, section 2.1)."
-    if subject not in prompt: raise ValueError(f"subject {subject!r} does not occur in the prompt {prompt!r}")
+    check_requests([Edit(subject, prompt, answer)])
     layers = list(range(model.config.num_hidden_layers)) if layers is None else list(layers)
     (ids,), (end,) = sites(tok, [prompt], [subject], "subject_last")
-    start = next(j for j, (a, b) in enumerate(tok(prompt, return_offsets_mapping=True).offset_mapping) if a <= prompt.index(subject) + (prompt[0] != subject[0]) < b or a <= prompt.index(subject) < b)
-    a, T = completion_ids(tok, " "+answer)[0], len(ids)
+    start = next(j for j, (_, b) in enumerate(span_ids(tok, prompt)[1]) if b > place_in(prompt, subject))
+    a, T = token_columns(tok, [prompt], [" "+answer], eos=False)[1][0][0], len(ids)
     E = model.get_input_embeddings()
     eps = noise*E.weight.float().std()*torch.randn(samples, end+1-start, E.weight.shape[1], generator=torch.Generator().manual_seed(seed))
     def corrupt(h):
         h = h.clone(); h[:, start:end+1] += eps.to(h).repeat(len(h)//samples, 1, 1)
         return h
-    prob = lambda rows: model(input_ids=torch.tensor([ids]*rows, device=model.device)).logits[:, -1].float().softmax(-1)[:, a].cpu()
+    def prob(rows):
+        with eval_mode(model): return model(input_ids=torch.tensor([ids]*rows, device=model.device)).logits[:, -1].float().softmax(-1)[:, a].cpu()
     clean, mods = {}, {l: module_at(model, module, l) for l in range(model.config.num_hidden_layers)}
     with ExitStack() as st:
-        for l, m in mods.items(): st.enter_context(hooked(m, lambda h, l=l: clean.setdefault(l, h)))
+        for l, m in mods.items(): st.enter_context(hooked(m, lambda h, l=l: clean.setdefault(l, h), T))
         p_clean = prob(1).item()
-    with hooked(E, corrupt): p_bad = prob(samples).mean().item()
+    with hooked(E, corrupt, T): p_bad = prob(samples).mean().item()
     t = torch.arange(T).repeat_interleave(samples)
     def restore(l):
         def f(h): h = h.clone(); h[torch.arange(len(t)), t] = clean[l][0, t]; return h
@@ -299,8 +330,8 @@ def causal_trace(
     rows = []
     for l in layers:
         with ExitStack() as st:
-            st.enter_context(hooked(E, corrupt))
-            for j in range(max(0, l-(window-1)//2), min(len(mods), l+window//2+1)): st.enter_context(hooked(mods[j], restore(j)))
+            st.enter_context(hooked(E, corrupt, T))
+            for j in range(max(0, l-(window-1)//2), min(len(mods), l+window//2+1)): st.enter_context(hooked(mods[j], restore(j), T))
             p = prob(T*samples).view(T, samples).mean(1)
         rows += [dict(token=tok.decode(ids[j]), position=j, place=place_of(j, start, end, T), layer=l, effect=p[j].item()-p_bad, clean=p_clean, corrupted=p_bad) for j in range(T)]
     return pd.DataFrame(rows)
@@ -315,9 +346,10 @@ def passes(model, module, x):
     "What goes into `module` and what comes out when the model reads the batch `x`."
     seen = {}
     h = module.register_forward_hook(lambda m, i, o: seen.update(i=i[0], o=first(o)))
-    try: model.base_model(**x, use_cache=False)
+    try:
+        with eval_mode(model): whole_model(model).base_model(**x, use_cache=False)
     finally: h.remove()
-    return seen["i"], seen["o"]
+    return tuple(in_rows(seen[k], x["input_ids"].shape[1]) for k in "io")
 
 @torch.no_grad()
 def read_sites(model, tok, texts, subjects, site, module, skip=None, side="out", batch_size=256):
@@ -337,6 +369,10 @@ def all_keys(model, tok, texts, module, batch_size=256):
         yield passes(model, module, x)[0][x["attention_mask"].bool()].double()
 
 # %% ../../nbs/trust/03_editing.ipynb #49bfee77
+def single(x):
+    "In at least single precision: steps of 1e-3 get lost in bfloat16."
+    return x.float() if x.dtype.itemsize < 4 else x
+
 @contextmanager
 def replay(model, module, layer, like, h):
     "Inside the block, layers up to `layer` compute nothing and `layer` puts out h, in the form of its true output `like`: all that compute_z needs of them."
@@ -367,7 +403,7 @@ def compute_z(
     rows = [(e, p + r.prompt, len(p)) for e, r in enumerate(requests) for p in pre] + [(e, kl_prompt.format(r.subject), 0) for e, r in enumerate(requests)]
     req = torch.tensor([e for e, *_ in rows])
     ids, at = sites(tok, [t for _, t, _ in rows], [requests[e].subject for e, *_ in rows], site, [s for *_, s in rows])
-    A = [completion_ids(tok, " "+r.new) for r in requests]
+    A = token_columns(tok, [r.prompt for r in requests], [" "+r.new for r in requests], eos=False)[1]
     m = n*len(pre)
     full = [x + A[e][:-1] if k < m else x for k, (x, (e, *_)) in enumerate(zip(ids, rows))]
     want = torch.tensor([(k, len(ids[k])-1+j, t, rows[k][0]) for k in range(m) for j, t in enumerate(A[rows[k][0]])])
@@ -375,10 +411,10 @@ def compute_z(
     x, block = padded(tok, full).to(model.device), module_at(model, module, layer)
     true, h = {}, block.register_forward_hook(lambda b, i, out: true.update(out=out))
     try:
-        with torch.no_grad(): ref = model(**x, use_cache=False).logits[torch.arange(m, len(rows)), at[m:]].log_softmax(-1)
+        with torch.no_grad(): ref = single(model(**x, use_cache=False).logits[torch.arange(m, len(rows)), at[m:]]).log_softmax(-1)
     finally: h.remove()
     H = first(true["out"])
-    h0 = H[torch.arange(0, m, len(pre)), at[:m:len(pre)]]
+    h0 = single(H[torch.arange(0, m, len(pre)), at[:m:len(pre)]])
     delta, size = torch.zeros_like(h0, requires_grad=True), h0.norm(dim=1)
     opt, open_ = torch.optim.Adam([delta], lr=lr), torch.ones(n, dtype=torch.bool)
     need = [p.requires_grad for p in model.parameters()]
@@ -387,8 +423,8 @@ def compute_z(
         for step in range(steps):
             keep = open_[req].nonzero()[:, 0]
             new = torch.full((len(rows),), -1); new[keep] = torch.arange(len(keep))
-            h = H[keep].index_put((torch.arange(len(keep)), at[keep]), H[keep, at[keep]] + delta[req[keep]])
-            with replay(model, module, layer, true["out"], h): logits = model(input_ids=x["input_ids"][keep], attention_mask=x["attention_mask"][keep], use_cache=False).logits
+            h = H[keep].index_put((torch.arange(len(keep)), at[keep]), (H[keep, at[keep]] + delta[req[keep]]).to(H.dtype))
+            with replay(model, module, layer, true["out"], h): logits = single(model(input_ids=x["input_ids"][keep], attention_mask=x["attention_mask"][keep], use_cache=False).logits)
             w = want[open_[want[:, 3]]]
             nll = -logits[new[w[:, 0]], w[:, 1]].log_softmax(-1).gather(1, w[:, 2:3].to(logits.device))[:, 0]
             loss = torch.zeros(n, dtype=nll.dtype, device=nll.device).index_add(0, w[:, 3], nll)/(length*len(pre))
@@ -409,10 +445,10 @@ def compute_z(
 # %% ../../nbs/trust/03_editing.ipynb #9d004794
 def sample_prefixes(model, tok, n:int=5, length:int=10, seed:int=0) -> list[str]:
     "Texts that the model itself makes up: contexts in which an edit must hold, too."
-    x = torch.full((n, 1), tok.bos_token_id or tok.eos_token_id, device=model.device)
+    if n < 1 or length < 2: raise ValueError(f"n={n}, length={length}: need at least one text of two tokens")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        y = model.generate(x, attention_mask=torch.ones_like(x), do_sample=True, max_new_tokens=length, min_new_tokens=2, pad_token_id=tok.pad_token_id)
+        y = generated(model, tok, [start_mark(tok)]*n, length, min_new_tokens=2)
     return [t.strip() for t in tok.batch_decode(y, skip_special_tokens=True)]
 
 # %% ../../nbs/trust/03_editing.ipynb #a93b033b
@@ -486,7 +522,7 @@ def finetune(
     clamp:float|None=None, # largest change of an entry, FT with norm constraint
     ):
     "Plain gradient descent on the new answers (the papers' FT)."
-    P, A = prompt_ids(tok, [r.prompt for r in requests]), [completion_ids(tok, " "+r.new) for r in requests]
+    P, A = token_columns(tok, [r.prompt for r in requests], [" "+r.new for r in requests], eos=False)
     x = padded(tok, [p + a[:-1] for p, a in zip(P, A)]).to(model.device)
     want = torch.tensor([(k, len(P[k])-1+j, t) for k, a in enumerate(A) for j, t in enumerate(a)])
     leaf = W if W.is_leaf else W._base
@@ -525,20 +561,38 @@ def remember(
     return Memory(C, P, {l: torch.zeros_like(c) for l, c in C.items()})
 
 # %% ../../nbs/trust/03_editing.ipynb #816996f8
-def check_requests(requests):
-    "Requests as `Edit`s; empty lists, empty answers and prompts without their subject are refused."
-    if not len(requests): raise ValueError("no requests: nothing to edit")
-    out = [r if isinstance(r, Edit) else Edit(**r) for r in requests]
-    for k, r in enumerate(out):
-        if not r.subject or r.subject not in r.prompt: raise ValueError(f"request {k}: subject {r.subject!r} does not occur in the prompt {r.prompt!r}; write it exactly as it stands there")
-        if not r.new.strip(): raise ValueError(f"request {k} ({r.prompt!r}) has no new answer")
-    return out
+def check_layers(layers):
+    "Layers in the order in which the model computes them."
+    layers = list(layers)
+    if not layers: raise ValueError("no layers: name those that causal_trace finds")
+    if layers != sorted(set(layers)) or layers[0] < 0: raise ValueError(f"layers={tuple(layers)}: name each once, in rising order, from 0 on; what a layer writes must reach the next")
+    return layers
+
+def check_memory(memory, layers, method):
+    "The memory, if it knows the layers; where the preserved keys leave the method's equation open, with a ridge of 1 % (ours) and a warning."
+    if missing := [l for l in layers if l not in memory.C]: raise ValueError(f"the memory knows nothing of layer {missing[0]}, only of {sorted(memory.C)}: call remember with these layers")
+    if method == "alphaedit":
+        if full := [l for l in layers if not memory.P[l].any()]:
+            raise ValueError(f"the null space of layer {full[0]} is empty: raise the threshold of remember, preserve less, or take a model with wider MLPs")
+        return memory
+    firm = {}
+    for l in layers:
+        C = memory.C[l]
+        I = C.diagonal().mean()*torch.eye(len(C), dtype=C.dtype, device=C.device)
+        if not torch.linalg.cholesky_ex(C - 1e-8*I).info: continue
+        firm[l] = C + 1e-2*I
+        warnings.warn(f"layer {l}: the preserved keys have rank {torch.linalg.matrix_rank(C, hermitian=True).item()} of {len(C)}, and along the other directions {method} would write "
+            "without limit; it gets a ridge of 1 % of their mean square. Give `preserve` more and more varied texts, or take method='alphaedit'", stacklevel=3)
+    return Memory(memory.C | firm, memory.P, memory.Kp)
 
 def weight_of(m):
-    "The weight of a linear map as (outputs, inputs), a view: Conv1D of GPT-2 stores it transposed."
-    if isinstance(m, nn.Linear): return m.weight
-    if isinstance(m, Conv1D): return m.weight.T
-    raise ValueError(f"module of type {type(m).__name__}: only linear maps can be edited; name one such as '...mlp.down_proj'")
+    "The weight of a linear map as (outputs, inputs), a view: Conv1D of GPT-2 stores it transposed. Whole numbers (8 or 4 bit) cannot be written to."
+    if hasattr(m, "base_layer"): raise ValueError("this module has an adapter (peft) over it: merge it first (merge_and_unload), or name the map below, '...base_layer'")
+    if not isinstance(m, (nn.Linear, Conv1D)): raise ValueError(f"module of type {type(m).__name__}: only linear maps can be edited; name one such as '...mlp.down_proj'")
+    W = m.weight
+    if not W.is_floating_point() or W.dtype.itemsize < 2: raise ValueError(f"the weight is stored as {str(W.dtype).removeprefix('torch.')}, which would round an edit away: load the model in bfloat16 or float32")
+    if W.is_meta: raise ValueError("the weight is not in memory (offloaded): load the model as a whole")
+    return W.T if isinstance(m, Conv1D) else W
 
 # %% ../../nbs/trust/03_editing.ipynb #cae0da7b
 METHODS = ["ft", "ft-clamp", "rome", "memit", "memit-seq", "rect", "alphaedit"]
@@ -558,21 +612,31 @@ def edit(
     **z, # for `compute_z`
     ) -> Memory|None: # pass it to the next call
     "Change facts in the weights of a causal language model."
-    requests = check_requests(requests)
+    requests, layers = check_requests(requests), check_layers(layers)
     if method not in METHODS: raise ValueError(f"method={method!r}: must be one of {METHODS}")
-    if not len(layers): raise ValueError("no layers: name those that causal_trace finds")
+    check_numbers(method, z, ft or {}, lam=lam, mu=mu, share=share)
     W = {l: weight_of(module_at(model, module, l)) for l in layers}
-    if method in ("ft", "ft-clamp"):
-        finetune(model, tok, requests, W[layers[-1]], **(dict(clamp=.02 if method == "ft-clamp" else None) | (ft or {})))
-        return memory
-    memory = memory or remember(model, tok, preserve, layers, module)
-    if method == "alphaedit" and (full := [l for l in layers if not memory.P[l].any()]):
-        raise ValueError(f"the null space of layer {full[0]} is empty: raise the threshold of remember, preserve less, or take a model with wider MLPs")
-    args = dict(block=module.split("{}")[0] + "{}", module=module, site=site, prefixes=prefixes)
-    if method == "rome":
-        for r in requests: write(model, tok, [r], layers[-1:], W, memory, method, args, z)
-        return memory
-    return write(model, tok, requests, list(layers), W, memory, method, args, z, lam=lam, mu=mu, share=share)
+    with eval_mode(model):
+        if method in ("ft", "ft-clamp"):
+            finetune(model, tok, requests, W[layers[-1]], **(dict(clamp=.02 if method == "ft-clamp" else None) | (ft or {})))
+            return memory
+        memory = check_memory(memory or remember(model, tok, preserve, layers, module), layers[-1:] if method == "rome" else layers, method)
+        args = dict(block=module.split("{}")[0] + "{}", module=module, site=site, prefixes=prefixes)
+        if method == "rome":
+            for r in requests: write(model, tok, [r], layers[-1:], W, memory, method, args, z)
+            return memory
+        return write(model, tok, requests, layers, W, memory, method, args, z, lam=lam, mu=mu, share=share)
+
+def check_numbers(method, z, ft, lam, mu, share):
+    "Refuse unknown keywords and numbers that turn an equation into something else."
+    known = set(list(inspect.signature(compute_z).parameters)[6:])
+    for name, have, may in (("", set(z), known), ("ft: ", set(ft), {"steps", "lr", "clamp"})):
+        if odd := sorted(have - may): raise ValueError(f"{name}unknown keyword {odd[0]!r}; known are {sorted(may)}")
+    for name, v in dict(lam=lam, mu=mu).items():
+        if not 0 < v < np.inf: raise ValueError(f"{name}={v}: must be positive, it is the weight of what must stay")
+    if not 0 < share <= 1: raise ValueError(f"share={share}: must lie in 0..1")
+    for name, v in (z | ft).items():
+        if isinstance(v, (int, float)) and not v >= (1 if name == "steps" else 0): raise ValueError(f"{name}={v}: must be {'at least 1' if name == 'steps' else 'at least 0'}")
 
 # %% ../../nbs/trust/03_editing.ipynb #90533fde
 @torch.no_grad()
@@ -622,7 +686,8 @@ class Tuner:
     "AdamW on answers alone. Whatever is not attention may learn more slowly: facts live there."
     def __init__(self, model, lr, slow=1.):
         names = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        parts = [[p for n, p in names if ("attn" in n or "norm" in n) == fast] for fast in (True, False)]
+        quick = ("attn", "attention", "norm", "ln_")
+        parts = [[p for n, p in names if any(w in n for w in quick) == fast] for fast in (True, False)]
         self.model, self.groups = model, [dict(params=p, lr=l, top=l) for p, l in zip(parts, (lr, lr*slow)) if p]
         self.opt = torch.optim.AdamW(self.groups, betas=(.9, .98), weight_decay=0.)
 
@@ -645,7 +710,8 @@ def answer_loss(model, x, start, rest=.3):
     y, at = x["input_ids"], torch.arange(x["input_ids"].shape[1])
     on = (at >= start[:, None]) & x["attention_mask"].bool()
     lead = (at == start[:, None])[on]
-    logits = model.get_output_embeddings()(model.base_model(**x, use_cache=False)[0][:, :-1][on[:, 1:]])
+    seen = on[:, 1:].any(0).nonzero()[:, 0] # columns that predict a token of some answer
+    logits = logits_of(model, x, seen)[on[:, 1:][:, seen]]
     w = torch.where(lead, 1., rest).to(logits)
     ce = F.cross_entropy(logits, y[on], reduction="none")
     return (ce*w).sum()/w.sum(), logits[lead].argmax(-1) == y[on][lead]
@@ -653,7 +719,7 @@ def answer_loss(model, x, start, rest=.3):
 # %% ../../nbs/trust/03_editing.ipynb #3fc3a8e5
 def answer_batches(tok, rows:pd.DataFrame, batch_size:int=128, seed:int=0, parts:int=2):
     "Endless batches of rows (prompt, answer): numbers of the rows, and `parts` pairs (ids, first position of the answer), short rows apart from long ones."
-    P, A = prompt_ids(tok, rows.prompt.tolist()), [completion_ids(tok, f" {a}.", True) for a in rows.answer]
+    P, A = token_columns(tok, rows.prompt.tolist(), [f" {a}." for a in rows.answer])
     ids, rng = [p + a for p, a in zip(P, A)], np.random.default_rng(seed)
     while True:
         order = rng.permutation(len(ids))
@@ -677,7 +743,7 @@ def align(
             if r: m = lora(m, r, 2*r)
             tuner = Tuner(m, lr, slow)
             for k, (_, parts) in enumerate(islice(answer_batches(tok, rows, batch_size, seed), steps)): tuner.step(parts, min(1, (k+1)/20, 1.5*(1 - k/steps)))
-        (m.merge_and_unload() if r else m).save_pretrained(to); tok.save_pretrained(to)
+        merge(m).save_pretrained(to); tok.save_pretrained(to)
     docs = [f"{p}\t{a}" for p, a in zip(rows.prompt, rows.answer)]
     return load_lm(cached("lte", docs, dict(model=weights_mark(model), slow=slow, steps=steps, lr=lr, batch_size=batch_size, seed=seed, r=r), build))[0]
 
@@ -748,6 +814,7 @@ class EditMemory:
     def search(self, queries:Sequence[str], k:int=3) -> np.ndarray: # (n, k) numbers of lines, nearest first
         "The k nearest lines of each query by dot product; ties go to the earlier line."
         if not len(self): raise ValueError("the memory is empty: add edits first")
+        if k < 1: raise ValueError(f"k={k}: must be at least 1")
         return np.argsort(-(self.embed(list(queries)) @ self.vectors.T), 1, kind="stable")[:, :k]
 
     def prompts(self, queries:Sequence[str], k:int=3) -> list[str]:
@@ -849,7 +916,7 @@ def reading_lm(
             acc = pd.Series(right).groupby(rows.kind.to_numpy()).mean()
             log += [dict(step=done+every, level=level, kind=n, accuracy=a) for n, a in acc.items()]
             level = min(level + (acc["in"] > enough), len(LEVELS)-1)
-        m.save_pretrained(to); tok.save_pretrained(to); pd.DataFrame(log).to_json(to/"curriculum.json", orient="records")
+        merge(m).save_pretrained(to); tok.save_pretrained(to); pd.DataFrame(log).to_json(to/"curriculum.json", orient="records")
     s = dict(model=weights_mark(model), subjects=list(subjects), steps=steps, lr=lr, slow=slow, batch_size=batch_size, enough=enough, every=every, seed=seed)
     home = cached("reader", facts.corpus(), s, build)
     return load_lm(home)[0], pd.DataFrame(json.loads((home/"curriculum.json").read_text()))

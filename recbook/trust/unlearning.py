@@ -15,21 +15,32 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..collaborative.graph_cf import LightGCN, Smooth, SymMM, horner, sparse_tensor, sym_norm, uniform_negatives
 from ..data import Interactions
 from ..gradients import add_, flatten, ggn_vp, grad_of, hvp, params_of, solve
-from ..lm import label_ids, lora
+from ..lm import active_adapter, context_limit, label_ids, lora, merge, padded, prompt_ids, takes, virtual_tokens
 from ..metrics import auc
-from ..training import batches, fit, set_seed
+from ..training import batches, eval_mode, fit, set_seed
 
 # %% auto #0
-__all__ = ['click_prompts', 'Prompts', 'encode_prompts', 'take', 'joined', 'next_logits', 'answer_loss', 'predictions', 'sft',
-           'kl', 'jsd', 'symmetric_kl', 'true_logprob', 'evaluate_unlearning', 'beside', 'two_losses',
-           'gradient_ascent', 'neg_grad', 'bad_teacher', 'sisa', 'macs', 'forgetting_teacher', 'soft_cross_entropy',
-           'e2urec_loss', 'forget_loss', 'as_request', 'merged', 'e2urec', 'request_gradient', 'curvature_products',
-           'stochastic_solve', 'adapter_params', 'settle', 'full_product', 'llmeraser', 'edge_graph',
-           'InfluenceEncoder', 'Graph', 'pair_loss', 'push_loss', 'keep_loss', 'contrast_loss', 'pretrain_encoder',
-           'as_edge_request', 'graph_model', 'unlearn_edges', 'Scores', 'graph_influence', 'balanced_shards',
-           'shard_models', 'ShardAttention', 'receraser']
+__all__ = ['check_ratings', 'click_prompts', 'Prompts', 'encode_prompts', 'take', 'joined', 'next_logits', 'answer_loss',
+           'predictions', 'sft', 'kl', 'jsd', 'symmetric_kl', 'true_logprob', 'evaluate_unlearning', 'beside',
+           'two_losses', 'gradient_ascent', 'neg_grad', 'bad_teacher', 'sisa', 'macs', 'forgetting_teacher',
+           'soft_cross_entropy', 'e2urec_loss', 'forget_loss', 'as_request', 'merged', 'e2urec', 'request_gradient',
+           'curvature_products', 'quiet', 'stochastic_solve', 'adapter_params', 'settle', 'full_product', 'llmeraser',
+           'as_edges', 'edge_graph', 'InfluenceEncoder', 'Graph', 'pair_loss', 'push_loss', 'keep_loss',
+           'contrast_loss', 'pretrain_encoder', 'as_edge_request', 'check_graph', 'graph_model', 'unlearn_edges',
+           'Scores', 'graph_influence', 'balanced_shards', 'shard_models', 'ShardAttention', 'receraser']
 
 # %% ../../nbs/trust/02_unlearning.ipynb #00000007
+def check_ratings(ratings, titles, words, history):
+    "Refuse a log from which no sensible prompts would come."
+    if missing := {"user", "item", "rating"} - set(ratings): raise ValueError(f"no column(s) {sorted(missing)}, have {list(ratings)}: rename yours")
+    if not 0 < history < 1: raise ValueError(f"history={history}: a share between 0 and 1 makes the profiles, the rest is asked about")
+    if len(titles) != len(words): raise ValueError(f"{len(titles)} titles and {len(words)} lists of words: one of each an item")
+    if not ratings.item.between(0, len(titles)-1).all(): raise ValueError(f"items {ratings.item.min()}..{ratings.item.max()}, but {len(titles)} titles: item i is titles[i]")
+    if ratings.rating.isna().any(): raise ValueError(f"{int(ratings.rating.isna().sum())} rating(s) are missing: drop these rows")
+    if not (ratings.rating > 3).any() or (ratings.rating > 3).all(): raise ValueError(f"ratings from {ratings.rating.min()} to {ratings.rating.max()}: above 3 counts as liked, "
+        "so all answers would be the same; bring yours to a scale of 1 to 5")
+
+# %% ../../nbs/trust/02_unlearning.ipynb #3bdd9693
 def click_prompts(
     ratings:pd.DataFrame, # user, item, rating, perhaps time
     titles:Sequence[str], words:Sequence[Sequence[str]], # of each item: its title, and the words that describe it
@@ -38,6 +49,7 @@ def click_prompts(
     who:str="Reader", seed:int=0,
     ) -> pd.DataFrame: # user, item, part (train, test), label (rating > 3), prompt, completion
     "Yes/no prompts: a user's number, the words of what the user liked before, and a title."
+    check_ratings(ratings, titles, words, history)
     df = ratings.assign(label=(ratings.rating > 3).astype(int))
     order = df.time if "time" in df else pd.Series(np.random.default_rng(seed).random(len(df)), df.index)
     at = order.groupby(df.user).rank(pct=True, method="first")
@@ -68,9 +80,8 @@ def encode_prompts(
     if missing := {"prompt", "completion"} - set(df): raise ValueError(f"no column {sorted(missing)}, have {list(df)}: rename yours")
     names = sorted(set(df.completion))
     y = dict(zip(names, label_ids(tok, df.prompt.tolist(), names)))
-    side, end = tok("a").input_ids, tok.eos_token_id
-    ids = [x[:-1] if side and side[-1] == end == x[-1] and not getattr(tok, "is_seq2seq", False) else x for x in tok(df.prompt.tolist()).input_ids]
-    x = tok.pad({"input_ids": ids}, padding=True, padding_side="left", return_tensors="pt")
+    ids = tok(df.prompt.tolist()).input_ids if getattr(tok, "is_seq2seq", False) else prompt_ids(tok, df.prompt.tolist())
+    x = padded(tok, ids, "left")
     return Prompts(x["input_ids"], x["attention_mask"], torch.tensor([y[c] for c in df.completion]))
 
 def take(rows, index): # index: bool mask or positions
@@ -95,7 +106,10 @@ def next_logits(
     if model.config.is_encoder_decoder:
         start = torch.full_like(ids[:, :1], model.config.decoder_start_token_id)
         return model(input_ids=ids, attention_mask=mask, decoder_input_ids=start).logits[:, -1]
-    return model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1)-1).clamp(min=0), use_cache=False, logits_to_keep=1).logits[:, -1]
+    if (limit := context_limit(model)) and (longest := int(mask.sum(1).max())) > limit: raise ValueError(f"a prompt has {longest} tokens, the model reads {limit}: shorten the history")
+    kw = dict(position_ids=(mask.cumsum(1)-1).clamp(min=0), logits_to_keep=1)
+    kw = {} if virtual_tokens(model) else {k: v for k, v in kw.items() if k in takes(model)}
+    return model(input_ids=ids, attention_mask=mask, use_cache=False, **kw).logits[:, -1]
 
 def answer_loss(model, batch) -> Tensor: # scalar
     "Mean cross-entropy of the answers over the whole vocabulary."
@@ -107,8 +121,9 @@ def predictions(
     model, rows:Prompts, batch_size:int=256,
     ) -> Tensor: # (n, vocab) logits
     "Logits of every row; dropout off."
-    for m in model if isinstance(model, list) else [model]: m.eval()
-    return torch.cat([next_logits(model, take(rows, slice(k, k+batch_size))).float().cpu() for k in range(0, len(rows.y), batch_size)])
+    if not len(rows.y): raise ValueError("no rows to score")
+    with eval_mode(*(model if isinstance(model, list) else [model])):
+        return torch.cat([next_logits(model, take(rows, slice(k, k+batch_size))).float().cpu() for k in range(0, len(rows.y), batch_size)])
 
 # %% ../../nbs/trust/02_unlearning.ipynb #0000000f
 def sft(
@@ -119,6 +134,7 @@ def sft(
     sample:Callable|None=None, # batch tensors -> batch, e.g. `beside`
     **kw): # for `fit`
     "A trained copy of the model, in evaluation mode; what requires no gradient stays as it is."
+    if steps < 0: raise ValueError(f"steps={steps}: must be at least 0")
     m = copy.deepcopy(model)
     if steps: fit(m, loss, batches(*rows, batch_size=batch_size, seed=seed, sample=sample), steps=steps, lr=lr, seed=seed, **kw)
     return m.eval()
@@ -156,6 +172,11 @@ def evaluate_unlearning(
     no:int,
     ) -> dict[str, float]:
     "Forgetting and utility; `d_gap` and `d_mia` are distances to the retrained model, whose own `d_` and divergences are zero."
+    if yes == no: raise ValueError(f"yes={yes} and no={no} are the same token: give the ids of the two answers")
+    for name, r in dict(forget=forget, unseen=unseen, test=test).items():
+        if not len(r.y): raise ValueError(f"the {name} set is empty: nothing to measure")
+    for name, r in dict(forget=forget, test=test).items():
+        if (both := int((r.y == yes).sum())) in (0, len(r.y)): raise ValueError(f"the {name} set has {both} positive rows of {len(r.y)}: an AUC needs both answers")
     def measure(m):
         zf, zu, zt = (predictions(m, r) for r in (forget, unseen, test))
         a = lambda z, r: auc((r.y == yes).numpy(), (z[:, yes] - z[:, no]).numpy())
@@ -266,9 +287,7 @@ def as_request(tok, forget, retain) -> tuple[Prompts, Prompts]:
 
 def merged(model):
     "A plain copy of a model: adapters are added into the weights."
-    m = copy.deepcopy(model)
-    m = m.merge_and_unload() if hasattr(m, "merge_and_unload") else m
-    return m.requires_grad_(True)
+    return merge(copy.deepcopy(model)).requires_grad_(True)
 
 # %% ../../nbs/trust/02_unlearning.ipynb #50139ca9
 def e2urec(
@@ -283,6 +302,8 @@ def e2urec(
     r:int=16, lora_alpha:int=32, dropout:float=.05, target_modules=("q_proj", "v_proj"), # of the new LoRA; T5 calls them "q", "v"
     batch_size:int=16, seed:int=0):
     "The model with a LoRA that unlearns (E2URec); both teachers' probabilities are kept in memory, rows x vocabulary."
+    for name, v, lo, hi in (("alpha", alpha, 0, np.inf), ("beta", beta, 0, 1), ("steps", steps, 0, np.inf), ("aug_steps", aug_steps, 0, np.inf), ("warm_steps", warm_steps or 0, 0, np.inf)):
+        if not lo <= v <= hi: raise ValueError(f"{name}={v}: must be between {lo} and {hi}")
     forget, retain = as_request(tok, forget, retain)
     original = merged(model).eval()
     z_o, z_r = predictions(original, forget), predictions(original, retain)
@@ -306,7 +327,7 @@ def request_gradient(
         parts = [tuple(t[k:k+chunk] for t in rows) for k in range(0, len(rows[0]), chunk)]
         return sum(len(x[0])/n*grad_of(model, loss, x, params).detach() for x in parts)
     if before is None and after is None: raise ValueError("no rows before and none after: this request asks for nothing")
-    return (0 if after is None else total(after)) - (0 if before is None else total(before))
+    with eval_mode(model): return (0 if after is None else total(after)) - (0 if before is None else total(before))
 
 # %% ../../nbs/trust/02_unlearning.ipynb #d075c4fb
 def curvature_products(
@@ -321,8 +342,14 @@ def curvature_products(
     loader = batches(*rows, batch_size=batch_size, seed=seed)
     while True:
         for B in loader:
-            if kind == "ggn": yield lambda v, B=B: ggn_vp(model, outputs, head, B, v, params)
-            else: yield lambda v, B=B: hvp(model, loss, B, v, params)
+            if kind == "ggn": yield quiet(model, lambda v, B=B: ggn_vp(model, outputs, head, B, v, params))
+            else: yield quiet(model, lambda v, B=B: hvp(model, loss, B, v, params))
+
+def quiet(model, f):
+    "f with the model's dropout off."
+    def g(v):
+        with eval_mode(model): return f(v)
+    return g
 
 def stochastic_solve(
     products:Iterable[Callable], # e.g. from `curvature_products`
@@ -343,10 +370,10 @@ def stochastic_solve(
 
 # %% ../../nbs/trust/02_unlearning.ipynb #c5b19ebe
 def adapter_params(model) -> dict[str, nn.Parameter]:
-    "The adapter's parameters of a peft model, LoRA and saved modules."
-    names = [k for k, _ in model.named_parameters() if "lora_" in k or "modules_to_save" in k]
-    if not names: raise ValueError("the model has no adapters: LLMEraser moves a LoRA; wrap the model with recbook.lm.lora (or peft) and fine-tune it first")
-    return params_of(model, names)
+    "The parameters of the adapter in use; a model without any is refused."
+    P = active_adapter(model)
+    if not P: raise ValueError("the model has no adapters: LLMEraser moves a LoRA; wrap the model with recbook.lm.lora (or peft) and fine-tune it first")
+    return P
 
 def settle(
     model, # peft model; a copy is trained, dropout off
@@ -355,6 +382,7 @@ def settle(
     steps:int=100, tol:float=1e-3, # at most so many L-BFGS steps; stop when no coordinate of the gradient exceeds tol
     ) -> tuple: # the model, and what it took: dict(evaluations, start, gradient); the last two: largest coordinates
     "The adapter at a regularised minimum: where an influence step means something."
+    if not 0 <= ridge < np.inf: raise ValueError(f"ridge={ridge}: must be at least 0")
     m = copy.deepcopy(model).eval(); P = adapter_params(m); log = []
     for k, p in m.named_parameters(): p.requires_grad_(k in P)
     def closure():
@@ -386,6 +414,8 @@ def llmeraser(
     spent:dict|None=None): # is told how many `rows` went through curvature products
     "A copy of the model whose adapter has moved by one influence step (LLMEraser)."
     adapter_params(model)
+    if not 0 <= damping < np.inf: raise ValueError(f"damping={damping}: must be at least 0")
+    if steps < 0: raise ValueError(f"steps={steps}: must be at least 0")
     if solver not in ("adam", "cg"): raise ValueError(f"solver={solver!r}: must be 'adam' or 'cg'")
     forget, retain = as_request(tok, forget, retain)
     after = None if replace is None else encode_prompts(tok, replace)
@@ -400,11 +430,22 @@ def llmeraser(
     return m
 
 # %% ../../nbs/trust/02_unlearning.ipynb #9465d0b1
+def as_edges(edges, n_users, n_items) -> np.ndarray: # (m, 2) int64
+    "Edges as whole numbers within the users and items there are."
+    e = np.asarray(edges)
+    if not e.size: return np.zeros((0, 2), np.int64)
+    if e.ndim != 2 or e.shape[1] != 2: raise ValueError(f"edges of shape {e.shape}: need one row (user, item) an edge")
+    if not np.issubdtype(e.dtype, np.integer): raise ValueError(f"edges of type {e.dtype}: users and items are whole numbers, convert with .astype(int) if yours are")
+    if e.min() < 0 or e[:, 0].max() >= n_users or e[:, 1].max() >= n_items: raise ValueError(f"an edge outside of {n_users} users x {n_items} items: use the numbers that the model was trained with")
+    return e.astype(np.int64)
+
+# %% ../../nbs/trust/02_unlearning.ipynb #a7f4ae82
 def edge_graph(
     edges:np.ndarray, # (m, 2) user and item of each edge; m may be 0
     n_users:int, n_items:int,
     ) -> Tensor: # sparse CSR (N, N), normalised by the degrees within `edges`
     "The bipartite graph of some edges."
+    edges = as_edges(edges, n_users, n_items)
     N = n_users + n_items; u, i = edges[:, 0], edges[:, 1] + n_users
     A = sp.csr_matrix((np.ones(2*len(edges), np.float32), (np.r_[u, i], np.r_[i, u])), (N, N))
     return sparse_tensor(sym_norm(A))
@@ -418,6 +459,8 @@ class InfluenceEncoder(nn.Module):
         eta:float=.002, # start of the withdrawal's weights, twice the learning rate
         offset:bool=True): # False: leaves l=0 out of H, so that nodes outside the request stay (ours)
         super().__init__()
+        if E0.ndim != 2 or E0.shape != E.shape: raise ValueError(f"E0 of shape {tuple(E0.shape)}, E of shape {tuple(E.shape)}: both are (users + items, d), from one model")
+        if L < 1 or not 0 <= rho < np.inf: raise ValueError(f"L={L}, rho={rho}: need at least one layer and a rho of at least 0")
         d = E0.shape[1]
         self.E0, self.H0, self.eta = nn.Parameter(E0.clone(), False), nn.Parameter(torch.zeros_like(E0)), nn.Parameter(torch.full((len(E0), 1), eta))
         self.register_buffer("E", E.clone()); self.L, self.rho, self.offset = L, rho, offset
@@ -443,6 +486,7 @@ class InfluenceEncoder(nn.Module):
 class Graph:
     "Edges (m, 2) of users and items, with the negative sampler and the propagation of LightGCN."
     def __init__(self, edges, n_users, n_items, K=3):
+        edges = as_edges(edges, n_users, n_items)
         self.edges, self.n_users, self.n_items, self.K = edges, n_users, n_items, K
         self.A = edge_graph(edges, n_users, n_items)
         x = Interactions(pd.DataFrame(edges, columns=["user", "item"]), n_users, n_items)
@@ -489,6 +533,9 @@ def pretrain_encoder(
     lr:float=1e-3, l2:float=1e-4, batch_size:int=1024, seed:int=0) -> InfluenceEncoder: # trained in place
     "Teach the encoder to answer simulated requests; only H_0 and eta move."
     if not 0 < share < 1: raise ValueError(f"share={share}: a simulated request is between none and all of the edges")
+    edges = as_edges(edges, n_users, n_items)
+    if len(encoder.E) != n_users + n_items: raise ValueError(f"n_users={n_users}, n_items={n_items}: the encoder has embeddings of {len(encoder.E)} nodes")
+    encoder.trained = edges[:, 0]*n_items + edges[:, 1]
     rng, opt = np.random.default_rng(seed), torch.optim.Adam([encoder.H0, encoder.eta], lr=lr)
     U0, I0 = encoder.E.split([n_users, n_items])
     for epoch in range(epochs):
@@ -509,13 +556,24 @@ def as_edge_request(forget, remaining, n_users, n_items) -> tuple[np.ndarray, np
     "Both sets as arrays of (user, item), after checking that this is a request that can be answered."
     if not len(forget): raise ValueError("the forget set is empty: there is nothing to forget, keep the model")
     if not len(remaining): raise ValueError("nothing remains: everything is to be forgotten, there is no model left to keep")
-    f, r = (np.asarray(x, np.int64) for x in (forget, remaining))
-    for x in (f, r):
-        if x.ndim != 2 or x.shape[1] != 2: raise ValueError(f"edges of shape {x.shape}: need one row (user, item) an edge")
-        if x.min() < 0 or x[:, 0].max() >= n_users or x[:, 1].max() >= n_items: raise ValueError(f"an edge outside of {n_users} users x {n_items} items: use the numbers that the model was trained with")
+    f, r = (as_edges(x, n_users, n_items) for x in (forget, remaining))
+    for name, x in (("forget", f), ("remaining", r)):
+        if len(np.unique(x, axis=0)) < len(x): raise ValueError(f"the {name} set holds an edge twice: drop repetitions, as in training")
     both = np.intersect1d(f[:, 0]*n_items + f[:, 1], r[:, 0]*n_items + r[:, 1])
     if len(both): raise ValueError(f"{len(both)} edge(s) are in both sets, such as {divmod(int(both[0]), n_items)}: an edge is either forgotten or remains")
     return f, r
+
+def check_graph(model, forget, remaining, n_users, n_items):
+    "Does the model belong to these users, items and edges? A LightGCN still has the graph that it was trained on."
+    if len(model.E0) != n_users + n_items: raise ValueError(f"n_users={n_users}, n_items={n_items}: the model has embeddings of {len(model.E0)} nodes")
+    if not isinstance(model, LightGCN): trained = getattr(model, "trained", None)
+    elif model.n_users != n_users: raise ValueError(f"n_users={n_users}: the model was trained with {model.n_users}")
+    else:
+        A = model.A.to_sparse_coo().coalesce().indices().cpu().numpy()
+        trained = A[0][A[0] < n_users]*n_items + A[1][A[0] < n_users] - n_users
+    if trained is None: return
+    unknown = forget[~np.isin(forget[:, 0]*n_items + forget[:, 1], trained)]
+    if len(unknown): raise ValueError(f"{len(unknown)} edge(s) to forget, such as {tuple(unknown[0].tolist())}, were never trained on: there is nothing to forget about them")
 
 def graph_model(A:Tensor, E0:Tensor, n_users:int, K:int=3) -> LightGCN:
     "A LightGCN with these layer-0 embeddings."
@@ -534,6 +592,8 @@ def unlearn_edges(
     batch_size:int=1024, seed:int=0) -> LightGCN: # on the remaining graph
     "Answer one request (UnlearnRec): the encoder's pass, then a few steps of the embeddings and its MLP; the model given is not touched."
     forget, remaining = as_edge_request(forget, remaining, n_users, n_items)
+    check_graph(model, forget, remaining, n_users, n_items)
+    if steps < 0: raise ValueError(f"steps={steps}: must be at least 0")
     g, before = (Graph(e, n_users, n_items) for e in (remaining, np.r_[remaining, forget]))
     f, encoder = torch.from_numpy(forget.copy()), isinstance(model, InfluenceEncoder)
     E = nn.Parameter(model.E0.detach().clone()); mlp = copy.deepcopy(model.mlp).requires_grad_(True) if encoder else None
@@ -567,6 +627,7 @@ def graph_influence(
     tol:float=.05, seed:int=0) -> tuple[LightGCN, int]: # the model on the remaining graph, products used
     "One influence step on the layer-0 embeddings of a graph recommender (GIF: edges and smoothing change at once)."
     forget, remaining = as_edge_request(forget, remaining, n_users, n_items)
+    check_graph(model, forget, remaining, n_users, n_items)
     full, rest = (Graph(e, n_users, n_items) for e in (np.r_[remaining, forget], remaining))
     u, i = torch.from_numpy(full.edges.T.copy()).repeat(1, negatives)
     u, i, j = full.sample(u, i); rows = (u, n_users + i, n_users + j)
