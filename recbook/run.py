@@ -7,7 +7,7 @@ __all__ = ['PARTS', 'OPENING', 'MIME', 'COUNTS', 'CLAIM', 'VERDICTS', 'PACKAGES'
            'data_app', 'Names', 'REPO', 'BADGE', 'UsageError', 'is_checkout', 'home', 'Chapter', 'chapters', 'unknown',
            'pick', 'value', 'setting', 'reading', 'profiles', 'check_sections', 'source', 'read_notebook', 'Code',
            'declared', 'portable', 'span', 'wanted', 'read_toml', 'read_papers', 'leaves', 'check_datasets',
-           'parameters', 'check', 'plan', 'execute', 'alive', 'sweep', 'harvest', 'walk', 'finite', 'write_text',
+           'parameters', 'check_value', 'plan', 'execute', 'alive', 'sweep', 'harvest', 'walk', 'finite', 'write_text',
            'write_json', 'read_json', 'numeric', 'unsound', 'records', 'commit', 'cores', 'machine', 'versions',
            'true_device', 'package', 'fingerprint', 'Result', 'label', 'Quiet', 'counts', 'summary', 'mute', 'say',
            'Lines', 'Bars', 'failure', 'header', 'claims_of', 'unchanged', 'run_one', 'Place', 'threads_of',
@@ -294,12 +294,11 @@ def check_datasets(
     root:Path # the book's folder
 ):
     "Refuse a data set that does not exist, where `name` holds names of data sets."
-    said, usual, path = leaves(v), leaves(usual), root/"data/datasets.toml"
-    if not said: return
-    known = {d.get("name") for d in read_toml(path).get("dataset", [])} if path.is_file() or name in ("real", "dataset", "datasets") else set()
-    if name not in ("real", "dataset", "datasets") and not usual & known: return
-    for x in sorted(said):
-        if x.split("/")[0] not in known: raise unknown(f"data set in {area}'s {name}", x, sorted(known))
+    said, path, must = leaves(v), root/"data/datasets.toml", name in ("real", "dataset", "datasets")
+    known = {d.get("name") for d in read_toml(path).get("dataset", [])} if said and (must or path.is_file()) else set()
+    if not must and not leaves(usual) & known: return
+    for x in sorted(said - leaves(usual[0])):
+        if x.split("/")[0] not in known: raise UsageError(f"{area}: {name}={v!r}: {unknown('data set', x, sorted(known))}")
 
 # %% ../nbs/foundations/09_run.ipynb #21be4c46
 def parameters(
@@ -317,9 +316,9 @@ def parameters(
     for k in own:
         if k not in known: raise unknown(f"parameter of {area}", k, known)
     given = {k: v for k,v in ini[profile].items() if k in known} | own
-    return {k: check(area, k, v, known[k], ini, root or home()) for k,v in given.items()}
+    return {k: check_value(area, k, v, known[k], ini, root or home()) for k,v in given.items()}
 
-def check(
+def check_value(
     area:str, # chapter
     name:str, # of a parameter
     v, # given
@@ -466,7 +465,7 @@ def read_json(
     return d if isinstance(d, dict) else {}
 
 # %% ../nbs/foundations/09_run.ipynb #e1ac5918
-CLAIM = dict(id=str, metric=str, dataset=str, systems=list, seeds=list, ours=list, theirs=list, ci=list, effect=(int, float))
+CLAIM = dict(id=str, paper=str, statement=str, metric=str, dataset=str, systems=list, seeds=list, ours=list, theirs=list, ci=list, effect=(int, float))
 VERDICTS = ["supported", "refuted", "inconclusive"]
 
 def numeric(x) -> bool: return isinstance(x, (int, float)) and not isinstance(x, bool)
