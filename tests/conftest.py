@@ -5,6 +5,12 @@ import pytest
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 
+def pytest_collection_modifyitems(items):
+    "Tests that want the real data can be chosen with `-m mirror`."
+    for item in items:
+        if "mirror" in getattr(item, "fixturenames", ()): item.add_marker("mirror")
+
+
 @pytest.fixture(scope="session")
 def mirror():
     "The mirror folder with the real data sets; tests that need it are skipped without."
