@@ -3,7 +3,7 @@ import json, os, pathlib, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import nbformat, numpy as np, pytest
-from test_run import BROKEN, CLAIM, DEMO, PLAIN, book, cli, no_nan, write_page
+from tiny import BROKEN, DEMO, PLAIN, cli, no_nan, write_page
 
 from recbook import run as R
 
@@ -371,9 +371,11 @@ def test_new_is_all_or_nothing(tmp_path, monkeypatch):
     for f in ("pyproject.toml", "settings.ini", "_quarto.yml"): shutil.copy2(ROOT/f, tmp_path/f)
     files = lambda: {f.relative_to(tmp_path): f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
     whole, real = files(), C.write_text
-    for at in range(5):
+    def failing(at): # the file with this number can't be written
         n = iter(range(9))
-        monkeypatch.setattr(C, "write_text", lambda f, t: real(f, t) if next(n) < at else (_ for _ in ()).throw(OSError(28, "No space left on device", str(f))))
+        return lambda f, t: real(f, t) if next(n) < at else (_ for _ in ()).throw(OSError(28, "No space left on device", str(f)))
+    for at in range(5):
+        monkeypatch.setattr(C, "write_text", failing(at))
         with pytest.raises(R.UsageError, match="nothing was written"): C.new("demo", "trust", tmp_path)
         assert files() == whole
     monkeypatch.setattr(C, "write_text", real)
