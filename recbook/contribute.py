@@ -8,7 +8,8 @@ import base64, keyword, re, sys
 from collections import Counter
 from pathlib import Path
 import nbformat
-from .run import PARTS, UsageError, bibliography, chapters, home, is_checkout, read_json, unknown, write_text
+from .run import PARTS, UsageError, bibliography, chapters, home, is_checkout, read_json, read_papers, records
+from .run import unknown, write_text
 if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
 
@@ -34,8 +35,7 @@ def published(
     root:Path|None=None # the book's folder
 ) -> list[dict]: # run records that measured claims, profiles and areas in alphabetical order
     "What `data/results` holds, without the foundations."
-    files = sorted(((root or home())/"data/results").glob("*/*.json"))
-    return [r for r in map(read_json, files) if r.get("claims")]
+    return [r for r in records(root) if r["claims"]]
 
 def scores(
     records:list[dict] # of `published`
@@ -288,7 +288,9 @@ def _catalogue(area, root):
     if not path.is_file():
         text = f'# Papers of the chapter {area}; each paper\'s claims stand below it as [[paper.claim]].\n\n[[paper]]\nid = "{area}_example"\n'
         text += 'name = "Example"\ntitle = "An example to replace"\nkind = "system"\n'
-    else: text = path.read_text(encoding="utf-8")
+    else:
+        read_papers(path)
+        text = path.read_text(encoding="utf-8")
     if any(p.get("claim") for p in tomllib.loads(text)["paper"]): return text
     head, *papers = re.split(r"(?m)^(?=\[\[paper\]\])", text)
     papers[0] = papers[0].rstrip() + "\n" + EXAMPLE.replace("PAPER", tomllib.loads(papers[0])["paper"][0]["id"]) + "\n"
@@ -361,8 +363,21 @@ def new(
     files = {root/f"nbs/{part}/{name}": _notebook(put(SKELETON)), root/f"data/papers/{area}.toml": toml,
         root/f"tests/test_{area}.py": put(TESTS)}
     if yml.is_file(): files[yml] = _contents(yml.read_text(encoding="utf-8"), part, name)
-    made, bib = [write_text(f, text) for f, text in files.items()], root/"nbs/references.bib"
-    return made + ([write_text(bib, bibliography(root))] if bib.is_file() else [])
+    bibliography(root) # nothing is written where a catalogue file is broken
+    return _write_all(files, root/"nbs/references.bib", root)
+
+def _write_all(files, bib, root):
+    "Write `files` and the bibliography that follows from them, all or nothing."
+    before = {f: f.read_bytes() if f.is_file() else None for f in [*files, bib]}
+    try:
+        made = [write_text(f, text) for f, text in files.items()]
+        return made + ([write_text(bib, bibliography(root))] if before[bib] is not None else [])
+    except BaseException as e:
+        for f, old in before.items():
+            if old is None: f.unlink(missing_ok=True)
+            elif f.read_bytes() != old: f.write_bytes(old)
+        if not isinstance(e, OSError): raise
+        raise UsageError(f"{e.filename or root}: {e.strerror}; nothing was written.") from None
 
 # %% ../nbs/foundations/10_contribute.ipynb #7cbbc2d1
 if __name__ == "__main__" and "__file__" in globals(): print(front()) # not inside a notebook

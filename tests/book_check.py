@@ -46,6 +46,23 @@ def front(nb):
     return yaml.safe_load(m[1]) if m else {}
 
 
+def dead(inlines):
+    "Is this a paragraph of one linked image, which Quarto's light box would turn into a picture without its link?"
+    inner = inlines[0]["c"][1] if len(inlines) == 1 and inlines[0]["t"] == "Link" else []
+    return len(inner) == 1 and inner[0]["t"] == "Image" and "nolightbox" not in inner[0]["c"][0][1]
+
+
+def shown(nb):
+    "What the cells of a page show, as markdown, one text an output."
+    return [output(o) for c in nb["cells"] for o in c.get("outputs", [])]
+
+
+def talking(nb):
+    "The labels of figure cells that print, too: Quarto would make a composite figure of them and give the caption to the print."
+    lone = lambda o: o["output_type"] == "stream" or not any(k.startswith("image/") for k in o.get("data", {}))
+    return [l for c in nb["cells"] if (l := option(text(c["source"]), "label") or "").startswith("fig-") and any(map(lone, c.get("outputs", [])))]
+
+
 class Page:
     "What Pandoc finds in one prepared notebook."
     def __init__(self, path):
@@ -76,6 +93,7 @@ class Page:
         if kind == "Math": self.math.append((c[1], c[0]["t"] == "DisplayMath"))
         if kind in ("RawBlock", "RawInline"): self.raw(*c)
         if kind == "Str": self.literal(c)
+        if kind == "Para" and dead(c): self.faults.append("a linked image alone in its paragraph: the light box takes its link")
         self.visit(c, callout)
 
     def raw(self, fmt, s):

@@ -3,48 +3,9 @@ import json, os, signal, subprocess, sys, time
 from pathlib import Path
 
 import nbformat, pytest
-from typer.testing import CliRunner
+from tiny import BROKEN, DEMO, PLAIN, cli, no_nan, write_page
 
 from recbook import run as R
-
-CLAIM = """from IPython.display import display
-display({"application/vnd.recbook.claim+json": {"id": "demo.1", "paper": "demo", "statement": "Seven is larger.", "metric": "size",
-    "dataset": "world", "systems": ["seven", "six"], "seeds": [seed], "ours": [n], "theirs": [6.0], "effect": n-6.0, "ci": [0.5, 1.5],
-    "p": float("nan"), "verdict": "supported", "reported": None}, "text/plain": "demo.1 supported"}, raw=True)"""
-DEMO = ["# Demo: [a page]\n\n> It shows.", "seed = 0\nn = 7.0\nflag = False", "# ## Measure {#sec-measure}",
-    "import os, sys\nprint(os.getcwd(), sys.prefix, seed, flag)", CLAIM]
-PLAIN = ["# Plain\n\n> Nothing.", "seed = 0", "print('hello')"]
-BROKEN = ["# Broken\n\n> It fails.", "seed = 0", "# ## Here", "z = 3\nz / seed", "print('never')"]
-
-def page(cells):
-    new = lambda c: (nbformat.v4.new_markdown_cell if c.startswith("# ") else nbformat.v4.new_code_cell)(c)
-    nb = nbformat.v4.new_notebook(cells=[new(c) for c in cells])
-    nb.metadata["kernelspec"] = dict(name="python3", display_name="Python 3 (ipykernel)", language="python")
-    next(c for c in nb.cells if c.cell_type == "code").metadata["tags"] = ["parameters"]
-    return nb
-
-def write_page(root, name, cells, part="basics"):
-    path = root/"nbs"/part/f"{name}.ipynb"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(page(cells), path)
-    return path
-
-@pytest.fixture
-def book(tmp_path, monkeypatch):
-    "A checkout with the one chapter `demo`, and the shell standing in it."
-    (tmp_path/"recbook").mkdir()
-    (tmp_path/"recbook"/"dummy.py").write_text("x = 1\n")
-    (tmp_path/"settings.ini").write_text("[smoke]\n[cpu]\nn = 8.0\nn_seeds = 5\n[cpu.demo]\nflag = true  # only here\n")
-    write_page(tmp_path, "01_demo", DEMO)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-def cli(*args, code=0):
-    res = CliRunner().invoke(R.app, [str(a) for a in args])
-    assert res.exit_code == code, res.output + repr(res.exception)
-    return res.output
-
-def no_nan(text): return json.loads(text, parse_constant=lambda c: pytest.fail(f"{c} in JSON"))
 
 # --- names, profiles, parameters: nothing runs ---
 
@@ -95,8 +56,8 @@ def test_run_record_resume_save(book):
     assert "supported" in out and "runs/smoke/demo.ipynb" in out
 
     rec = no_nan((book/"runs/smoke/demo.json").read_text())
-    assert set(rec) == {"area", "profile", "commit", "started", "wall_s", "machine", "versions", "parameters", "fingerprint", "datasets",
-        "claims"}
+    assert set(rec) == {"area", "profile", "commit", "started", "wall_s", "machine", "device", "threads", "versions", "parameters", "fingerprint",
+        "datasets", "claims"}
     assert rec["parameters"] == dict(seed=3, n=7.5, flag=False)
     assert rec["datasets"] == ["world"] and rec["wall_s"] > 0
     c, = rec["claims"]
@@ -158,14 +119,31 @@ def _text(x):
     con.print(x)
     return con.export_text()
 
-def test_kernels_see_the_book_first_and_share_the_cores(book):
-    write_page(book, "02_env", ["# Env", "seed = 0",
-        "import os\nprint(os.environ['PYTHONPATH'].split(os.pathsep)[0], os.environ['OMP_NUM_THREADS'])"])
+def env_page(root):
+    return write_page(root, "02_env", ["# Env", "seed = 0",
+        "import os\nprint(os.environ['PYTHONPATH'].split(os.pathsep)[0], os.environ['OMP_NUM_THREADS'], os.environ['MKL_NUM_THREADS'])"])
+
+def printed(res): return "".join(json.loads(res.notebook.read_text())["cells"][2]["outputs"][0]["text"]).split()
+
+def test_kernels_see_the_book_first(book):
+    env_page(book)
     before = dict(os.environ)
     res = R.run_chapters(["env"], jobs=2, out=book/"elsewhere")[0]
     assert dict(os.environ) == before and not (book/"runs").exists()
-    text = json.loads(res.notebook.read_text())["cells"][2]["outputs"][0]["text"][0].split()
-    assert text[0] == str(book) and 2*int(text[1]) <= max(2, R.cores())
+    assert printed(res)[0] == str(book)
+
+@pytest.mark.parametrize("jobs,given,env,want", [(1, None, None, 1), (2, None, None, 1), (8, None, None, 1), (8, None, "3", 3), (1, 2, "3", 2), (1, None, "none", 1)])
+def test_threads_do_not_depend_on_jobs_and_stand_in_the_record(book, monkeypatch, jobs, given, env, want):
+    env_page(book)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if env: monkeypatch.setenv("OMP_NUM_THREADS", env)
+    res, = R.run_chapters(["env"], jobs=jobs, threads=given)
+    assert printed(res)[1:] == [str(want)]*2 and res.record["threads"] == want
+
+def test_other_threads_are_another_run(book):
+    write_page(book, "02_plain", PLAIN)
+    again = lambda n: R.run_chapters(["plain"], resume=True, threads=n)[0].skipped
+    assert [again(1), again(1), again(2)] == [False, True, False]
 
 def test_fingerprint_knows_what_matters(book):
     ch, toml = R.chapters()[0], book/"data/papers/demo.toml"
@@ -247,7 +225,7 @@ def test_scoreboard_of_published_records(book):
     R.write_json(book/"data/results/cpu/demo.json", dict(area="demo", profile="cpu", claims=both))
     out = cli("claims", "--profile", "cpu")
     assert "1 supported, 1 refuted; 2 in all" in out and "0.5 on gowalla" in out and "coat" in out
-    assert "No published claims" in cli("claims", "--profile", "gpu")
+    assert "No published claims" in cli("claims", "--profile", "smoke")
     assert "0.5 on gowalla" in _text(R.claims_table([claim]))
 
 def test_claims_table_takes_incomplete_records():
