@@ -1,7 +1,7 @@
 "Where the real data lie, one thread per process, and a quiet console."
 import os
 import pytest
-from tiny import DEMO, write_page
+from tiny_book import DEMO, write_page
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
