@@ -3,7 +3,7 @@ import json, os, signal, subprocess, sys, time
 from pathlib import Path
 
 import nbformat, pytest
-from tiny import BROKEN, DEMO, PLAIN, cli, no_nan, write_page
+from tiny_book import BROKEN, DEMO, PLAIN, cli, no_nan, write_page
 
 from recbook import run as R
 
