@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from .data import root
 from .provenance import notebook_code
-if sys.version_info >= (3, 11): import tomllib
-else: import tomli as tomllib
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 # %% auto #0
 __all__ = ['MIME', 'MARKS', 'COLORS', 'COLUMNS', 'paired_error', 'paired_interval', 'two_way_error', 'detectable', 'verdict',
@@ -28,7 +30,8 @@ def paired_error(
     "Standard error of the mean difference; both sources of chance count when `d` has users."
     d = np.asarray(d, float)
     n = len(d)
-    if n < 2: return np.nan
+    if n < 2:
+        return np.nan
     return float(d.std(ddof=1)/n**.5) if d.ndim == 1 else two_way_error(d, draws)*(n/(n-1))**.5
 
 def paired_interval(
@@ -40,7 +43,8 @@ def paired_interval(
     from scipy.stats import t
     d = np.asarray(d, float)
     m, n, se = float(d.mean()), len(d), paired_error(d, draws)
-    if n < 2: return m, np.nan, np.nan, np.nan
+    if n < 2:
+        return m, np.nan, np.nan, np.nan
     h = t.ppf((1+level)/2, n-1)*se
     return m, m-h, m+h, float(2*t.sf(abs(m)/se, n-1)) if se > 0 else float(m == 0)
 
@@ -69,13 +73,18 @@ def verdict(
     smallest:float|None=None, # smallest effect of interest
     ) -> str: # "supported", "refuted", "negligible" or "inconclusive"
     "What the interval says about the claim."
-    if direction not in ("higher", "lower", "equal"): raise ValueError(f"direction={direction!r}: must be 'higher', 'lower' or 'equal'")
-    if smallest is not None and not smallest > 0: raise ValueError(f"smallest={smallest}: the smallest effect of interest must be positive")
-    if direction == "lower": lo, hi = -hi, -lo
+    if direction not in ("higher", "lower", "equal"):
+        raise ValueError(f"direction={direction!r}: must be 'higher', 'lower' or 'equal'")
+    if smallest is not None and not smallest > 0:
+        raise ValueError(f"smallest={smallest}: the smallest effect of interest must be positive")
+    if direction == "lower":
+        lo, hi = -hi, -lo
     if direction == "equal":
-        if lo > margin or hi < -margin: return "refuted"
+        if lo > margin or hi < -margin:
+            return "refuted"
         return "supported" if -margin <= lo and hi <= margin else "inconclusive"
-    if smallest and margin - smallest < lo and hi < margin + smallest: return "negligible"
+    if smallest and margin - smallest < lo and hi < margin + smallest:
+        return "negligible"
     return "supported" if lo > margin else "refuted" if hi < margin else "inconclusive"
 
 # %% ../nbs/foundations/07_claims.ipynb #fb10a0ec
@@ -84,13 +93,20 @@ def papers(
     ) -> dict[str, dict]: # paper id -> its table, claims included
     "The catalogue of papers from `data/papers/*.toml`."
     files = sorted((root()/"data"/"papers").glob("*.toml"))
-    if area and area not in (known := [f.stem for f in files]): raise ValueError(f"unknown area {area!r}{nearest(area, known)}")
-    return {p["id"]: p | dict(area=f.stem) for f in files if area in (None, f.stem) for p in tomllib.loads(f.read_text(encoding="utf-8"))["paper"]}
+    if area and area not in (known := [f.stem for f in files]):
+        raise ValueError(f"unknown area {area!r}{nearest(area, known)}")
+    return {
+        p["id"]: p | dict(area=f.stem)
+        for f in files
+        if area in (None, f.stem)
+        for p in tomllib.loads(f.read_text(encoding="utf-8"))["paper"]
+    }
 
 def find_claim(id:str) -> dict: # the claim's table with `paper` and `area`
     "Look a claim up by its id, e.g. `lightgcn.1`."
     known = {c["id"]: c | dict(paper=p["id"], area=p["area"]) for p in papers().values() for c in p.get("claim", [])}
-    if id not in known: raise ValueError(f"unknown claim {id!r}{nearest(id, known)}; claims live in data/papers/<area>.toml")
+    if id not in known:
+        raise ValueError(f"unknown claim {id!r}{nearest(id, known)}; claims live in data/papers/<area>.toml")
     return known[id]
 
 # %% ../nbs/foundations/07_claims.ipynb #cd3ee1bd
@@ -113,36 +129,71 @@ def claim(
     ) -> Claim:
     "Measure a claim of the catalogue: effect, 95 % interval and computed verdict, shown as a card."
     c = find_claim(id)
-    if c.get("exact"): raise ValueError(f"{id} holds by construction. Fix: exact({id!r}, holds)")
+    if c.get("exact"):
+        raise ValueError(f"{id} holds by construction. Fix: exact({id!r}, holds)")
     a, b, seeds = paired(id, ours, theirs, seeds)
-    if not isinstance(dataset, str) or not dataset: raise ValueError(f"{id}: dataset={dataset!r} must be a name")
+    if not isinstance(dataset, str) or not dataset:
+        raise ValueError(f"{id}: dataset={dataset!r} must be a name")
     effect, lo, hi, p = paired_interval(a-b)
     per_seed = lambda x: [float(v) for v in x.reshape(len(x), -1).mean(1)]
     caveats = known.pop("caveats", [[], []])
     said = verdict(lo, hi, c.get("direction", "higher"), c.get("margin", 0.), c.get("smallest"))
-    out = Claim(declared(c) | dict(dataset=dataset, systems=[c["ours"], c["theirs"]], seeds=seeds, ours=per_seed(a), theirs=per_seed(b),
-        units=a.shape[1] if a.ndim == 2 else 0, effect=effect, ci=[finite(lo), finite(hi)], p=finite(p),
-        detectable=finite(detectable(paired_error(a-b), len(a))), verdict=said, caveats=caveats, provisional=is_provisional(said, *caveats)) | known)
+    out = Claim(
+        declared(c)
+        | dict(
+            dataset=dataset,
+            systems=[c["ours"], c["theirs"]],
+            seeds=seeds,
+            ours=per_seed(a),
+            theirs=per_seed(b),
+            units=a.shape[1] if a.ndim == 2 else 0,
+            effect=effect,
+            ci=[finite(lo), finite(hi)],
+            p=finite(p),
+            detectable=finite(detectable(paired_error(a - b), len(a))),
+            verdict=said,
+            caveats=caveats,
+            provisional=is_provisional(said, *caveats),
+        )
+        | known
+    )
     out._ipython_display_()
     return out
 
 # %% ../nbs/foundations/07_claims.ipynb #03da3496
 def declared(c):
     "What the catalogue says about a claim, as the record keeps it."
-    return dict(id=c["id"], paper=c["paper"], area=c["area"], statement=c["statement"], metric=c["metric"], direction=c.get("direction", "higher"),
-        margin=c.get("margin", 0.), smallest=c.get("smallest"), by=c.get("by", "paper"), history=c.get("history", []), reported=c.get("reported"))
+    return dict(
+        id=c["id"],
+        paper=c["paper"],
+        area=c["area"],
+        statement=c["statement"],
+        metric=c["metric"],
+        direction=c.get("direction", "higher"),
+        margin=c.get("margin", 0.0),
+        smallest=c.get("smallest"),
+        by=c.get("by", "paper"),
+        history=c.get("history", []),
+        reported=c.get("reported"),
+    )
 
 def paired(id, ours, theirs, seeds):
     "The two systems' values as arrays of one shape, and the seeds; what does not pair up is refused."
     a, b = np.atleast_1d(np.asarray(ours, float)), np.asarray(theirs, float)
     b = np.broadcast_to(b, a.shape) if b.ndim == 0 else b
-    if not a.size or a.ndim > 2: raise ValueError(f"{id}: ours has shape {a.shape}. Fix: (n_seeds,) or (n_seeds, n_users), at least one value")
-    if a.shape != b.shape: raise ValueError(f"{id}: ours {a.shape} and theirs {b.shape} must pair up seed by seed (and user by user)")
-    if not (np.isfinite(a).all() and np.isfinite(b).all()): raise ValueError(f"{id}: values contain NaN or infinity")
-    if (big := max(np.abs(a).max(), np.abs(b).max())) > 1e100: raise ValueError(f"{id}: a value of {big:g} is no measurement")
+    if not a.size or a.ndim > 2:
+        raise ValueError(f"{id}: ours has shape {a.shape}. Fix: (n_seeds,) or (n_seeds, n_users), at least one value")
+    if a.shape != b.shape:
+        raise ValueError(f"{id}: ours {a.shape} and theirs {b.shape} must pair up seed by seed (and user by user)")
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError(f"{id}: values contain NaN or infinity")
+    if (big := max(np.abs(a).max(), np.abs(b).max())) > 1e100:
+        raise ValueError(f"{id}: a value of {big:g} is no measurement")
     seeds = list(range(len(a))) if seeds is None else [int(s) for s in seeds]
-    if len(seeds) != len(a): raise ValueError(f"{id}: {len(seeds)} seeds for {len(a)} values")
-    if len(set(seeds)) < len(seeds): raise ValueError(f"{id}: seeds {seeds} repeat one. Fix: a seed is one replication")
+    if len(seeds) != len(a):
+        raise ValueError(f"{id}: {len(seeds)} seeds for {len(a)} values")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{id}: seeds {seeds} repeat one. Fix: a seed is one replication")
     return a, b, seeds
 
 def finite(v): return None if v is None or not np.isfinite(v) else float(v)
@@ -157,11 +208,13 @@ class Claim(dict):
     "One measured claim: the record as a dictionary, shown once as a card."
     shown = False
     def _ipython_display_(self):
-        if self.shown: return
+        if self.shown:
+            return
         self.shown = True
         from IPython import get_ipython
         from IPython.display import display
-        if get_ipython(): display({MIME: dict(self), "text/html": card(self), "text/plain": line(self)}, raw=True)
+        if get_ipython():
+            display({MIME: dict(self), "text/html": card(self), "text/plain": line(self)}, raw=True)
 
 # %% ../nbs/foundations/07_claims.ipynb #565efea6
 MARKS = dict(supported="✓", refuted="✗", negligible="≈", inconclusive="?", exact="=")
@@ -171,27 +224,39 @@ def label(r): return r["verdict"] + (" (provisional)" if r.get("provisional") el
 
 def line(r):
     "The record `r` in one line of text."
-    if r["verdict"] == "exact": return f"{MARKS['exact']} {r['id']} on {r['dataset']}: holds by construction"
+    if r["verdict"] == "exact":
+        return f"{MARKS['exact']} {r['id']} on {r['dataset']}: holds by construction"
     ci = "" if r["ci"][0] is None else f" [{r['ci'][0]:+.4f}, {r['ci'][1]:+.4f}]"
     return f"{MARKS[r['verdict']]} {r['id']} on {r['dataset']}: {label(r)}, {r['metric']} effect {r['effect']:+.4f}{ci}, {len(r['seeds'])} seeds"
 
 def said(r):
     "What the paper reports, as text."
     rep = r.get("reported") or {}
-    both = " against ".join(str(rep[k]) if k in rep else "..." for k in ("ours", "theirs")) if "theirs" in rep else str(rep.get("ours", ""))
+    both = (
+        " against ".join(str(rep[k]) if k in rep else "..." for k in ("ours", "theirs"))
+        if "theirs" in rep
+        else str(rep.get("ours", ""))
+    )
     return " ".join(filter(None, [both, f"on {rep['on']}" if "on" in rep else "", rep.get("note", "")]))
 
 def wanted(r):
     "Direction, margin and smallest effect of interest, in words."
     m, s = r.get("margin") or 0, r.get("smallest")
-    way = {"higher": f"above {m:+g}" if m else "above 0", "lower": f"below {-m:+g}" if m else "below 0", "equal": f"within ±{m:g}"}[r.get("direction") or "higher"]
+    way = {
+        "higher": f"above {m:+g}" if m else "above 0",
+        "lower": f"below {-m:+g}" if m else "below 0",
+        "equal": f"within ±{m:g}",
+    }[r.get("direction") or "higher"]
     return f"effect {way}" + (f"; under {s:g} is negligible" if s else "")
 
 def notes(r):
     "Caveats, what the design could see, what its seeds share, and history: a list of short texts."
     out = [f"{n}: {c}" for n, cs in zip(r.get("systems", ["ours", "theirs"]), r.get("caveats") or []) for c in cs]
     out += [r["against_rival"]["text"]] if r.get("against_rival") else []
-    if r.get("detectable"): out.append(f"could have seen {r['detectable']:.2g}" + (f" ({r['units']} users a seed)" if r.get("units") else ""))
+    if r.get("detectable"):
+        out.append(
+            f"could have seen {r['detectable']:.2g}" + (f" ({r['units']} users a seed)" if r.get("units") else "")
+        )
     out += [f"seeds share {r['shares']}"] if r.get("shares") else []
     out += ["our own claim, not the paper's"] if r.get("by") == "book" else []
     return out + [f"{h['date']}: {h['what']}" for h in r.get("history") or []]
@@ -199,10 +264,13 @@ def notes(r):
 # %% ../nbs/foundations/07_claims.ipynb #8411a1a6
 def card(r):
     "The record `r` as an HTML card; its text keeps the page's colours, so that it can be read on light and dark."
-    head = (f'<div class="recbook-claim recbook-{r["verdict"]}" id="claim-{r["id"]}" style="border-left:5px solid {COLORS[r["verdict"]]};padding:.3em .8em;margin:.4em 0">'
-            f'<b>{MARKS[r["verdict"]]} {label(r)}</b> <span style="font-family:monospace">{r["id"]}</span> on {r["dataset"]}: {r["statement"]}')
+    head = (
+        f'<div class="recbook-claim recbook-{r["verdict"]}" id="claim-{r["id"]}" style="border-left:5px solid {COLORS[r["verdict"]]};padding:.3em .8em;margin:.4em 0">'
+        f'<b>{MARKS[r["verdict"]]} {label(r)}</b> <span style="font-family:monospace">{r["id"]}</span> on {r["dataset"]}: {r["statement"]}'
+    )
     paper = f"<br><small>Paper: {said(r)}</small>" if said(r) else ""
-    if r["verdict"] == "exact": return f"{head}<br>Holds by construction: asserted, not counted.{paper}</div>"
+    if r["verdict"] == "exact":
+        return f"{head}<br>Holds by construction: asserted, not counted.{paper}</div>"
     a, b = np.mean(r["ours"]), np.mean(r["theirs"])
     ci = "one run, no interval" if r["ci"][0] is None else f"95 % interval {r['ci'][0]:+.4f} to {r['ci'][1]:+.4f}"
     more = "".join(f"<br><small>{n}</small>" for n in notes(r))
@@ -217,9 +285,23 @@ def exact(
     ) -> Claim:
     "Show a statement that holds by construction; an AssertionError when it does not."
     c = find_claim(id)
-    if not c.get("exact"): raise ValueError(f"{id} is not marked exact in the catalogue. Fix: exact = true there, or measure it")
+    if not c.get("exact"):
+        raise ValueError(f"{id} is not marked exact in the catalogue. Fix: exact = true there, or measure it")
     assert holds, f"{id} should hold by construction and does not: {c['statement']}"
-    out = Claim(declared(c) | dict(dataset=dataset, systems=[c["ours"], c["theirs"]], seeds=[], ours=[], theirs=[], effect=0., ci=[None, None], p=None, verdict="exact"))
+    out = Claim(
+        declared(c)
+        | dict(
+            dataset=dataset,
+            systems=[c["ours"], c["theirs"]],
+            seeds=[],
+            ours=[],
+            theirs=[],
+            effect=0.0,
+            ci=[None, None],
+            p=None,
+            verdict="exact",
+        )
+    )
     out._ipython_display_()
     return out
 
@@ -242,10 +324,24 @@ def measure(
         b = c["threshold"] if "threshold" in c else values(df, them, col, dataset=dataset)
         part = df[df.dataset == dataset]
         caveats = [caveats_of(part, mine), [] if "threshold" in c else caveats_of(part, them)]
-        if chance is not None and not alive(a, chance, ceiling, strict=False): caveats[0].append("not alive")
-        if np.ndim(a) != np.ndim(b) and "threshold" not in c: a, b = (x.reshape(len(x), -1).mean(1) for x in (a, b))
-        out.append(claim(c["id"], a, b, label or dataset, sorted(part.seed.unique()), systems=[mine, named(c, them)], caveats=caveats,
-            settings=[setting_of(part, m) for m in (mine, them)], shares=part.shares.iloc[0], **rival_of(part, c, mine, them, col, dataset)))
+        if chance is not None and not alive(a, chance, ceiling, strict=False):
+            caveats[0].append("not alive")
+        if np.ndim(a) != np.ndim(b) and "threshold" not in c:
+            a, b = (x.reshape(len(x), -1).mean(1) for x in (a, b))
+        out.append(
+            claim(
+                c["id"],
+                a,
+                b,
+                label or dataset,
+                sorted(part.seed.unique()),
+                systems=[mine, named(c, them)],
+                caveats=caveats,
+                settings=[setting_of(part, m) for m in (mine, them)],
+                shares=part.shares.iloc[0],
+                **rival_of(part, c, mine, them, col, dataset),
+            )
+        )
     return out
 
 # %% ../nbs/foundations/07_claims.ipynb #352e9d67
@@ -268,16 +364,26 @@ def setting_of(part, method):
 def rival_of(part, c, mine, them, col, dataset):
     "How our system stands to the strongest simple rival of the table; nothing where there is none or the claim is about something else."
     from recbook.trials import best_rival, values
-    if c.get("rivals") is False or "threshold" in c or not (part[part.role == "rival"][col].notna()).any(): return {}
+    if c.get("rivals") is False or "threshold" in c or not (part[part.role == "rival"][col].notna()).any():
+        return {}
     lower = c.get("direction") == "lower"
     name = best_rival(part, col, dataset, lower=lower)
-    if name in (them, mine): return {}
+    if name in (them, mine):
+        return {}
     d = [values(part, m, col, dataset=dataset) for m in (mine, name)]
     d = [x.reshape(len(x), -1).mean(1) for x in d] if d[0].shape != d[1].shape else d
     effect, lo, hi, _ = paired_interval(d[0] - d[1])
     v = verdict(lo, hi, "lower" if lower else "higher", 0., c.get("smallest"))
     words = dict(supported="better than", refuted="worse than").get(v, "not shown to be better than")
-    return dict(against_rival=dict(name=name, effect=effect, ci=[finite(lo), finite(hi)], verdict=v, text=f"{words} the strongest simple rival, {name} ({effect:+.4f})"))
+    return dict(
+        against_rival=dict(
+            name=name,
+            effect=effect,
+            ci=[finite(lo), finite(hi)],
+            verdict=v,
+            text=f"{words} the strongest simple rival, {name} ({effect:+.4f})",
+        )
+    )
 
 # %% ../nbs/foundations/07_claims.ipynb #b365ed66
 def holm(
@@ -291,19 +397,61 @@ def holm(
     return adj
 
 # %% ../nbs/foundations/07_claims.ipynb #135e7e55
-COLUMNS = ["claim", "statement", "dataset", "metric", "ours", "theirs", "wanted", "effect", "low", "high", "detectable", "seeds", "holm", "verdict", "notes", "paper"]
+COLUMNS = [
+    "claim",
+    "statement",
+    "dataset",
+    "metric",
+    "ours",
+    "theirs",
+    "wanted",
+    "effect",
+    "low",
+    "high",
+    "detectable",
+    "seeds",
+    "holm",
+    "verdict",
+    "notes",
+    "paper",
+]
 
 def ledger(
     records, # claim records
     ) -> pd.DataFrame: # one row a claim
     "Claims as a table. `holm` is the p value adjusted over all rows; a verdict with a star does not survive it."
-    rows = [dict(claim=r["id"], statement=r["statement"], dataset=r["dataset"], metric=r["metric"], ours=side(r, 0), theirs=side(r, 1), wanted=wanted(r),
-        effect=r["effect"], low=r["ci"][0], high=r["ci"][1], detectable=r.get("detectable"), seeds=len(r["seeds"]), holm=r["p"], verdict=label(r),
-        notes="; ".join(notes(r)), paper=said(r)) for r in records]
+    rows = [
+        dict(
+            claim=r["id"],
+            statement=r["statement"],
+            dataset=r["dataset"],
+            metric=r["metric"],
+            ours=side(r, 0),
+            theirs=side(r, 1),
+            wanted=wanted(r),
+            effect=r["effect"],
+            low=r["ci"][0],
+            high=r["ci"][1],
+            detectable=r.get("detectable"),
+            seeds=len(r["seeds"]),
+            holm=r["p"],
+            verdict=label(r),
+            notes="; ".join(notes(r)),
+            paper=said(r),
+        )
+        for r in records
+    ]
     df = pd.DataFrame(rows, columns=COLUMNS)
     df["holm"] = holm(df.holm.astype(float))
-    fixed = [r.get("direction") == "equal" or r.get("margin", 0) != 0 or r["verdict"] in ("inconclusive", "negligible", "exact") for r in records]
-    df["verdict"] = np.where((df.holm > .05) & ~np.array(fixed, bool), df.verdict + "*", df.verdict) # where the p value tests this very statement
+    fixed = [
+        r.get("direction") == "equal"
+        or r.get("margin", 0) != 0
+        or r["verdict"] in ("inconclusive", "negligible", "exact")
+        for r in records
+    ]
+    df["verdict"] = np.where(
+        (df.holm > 0.05) & ~np.array(fixed, bool), df.verdict + "*", df.verdict
+    )  # where the p value tests this very statement
     return df
 
 def side(r, k):
@@ -314,20 +462,32 @@ def side(r, k):
 # %% ../nbs/foundations/07_claims.ipynb #74c1ec11
 def results(
     profile:str|None=None, # all profiles if not given
-    ) -> list[dict]: # one published run record for each profile and area, with `stale`: has its code changed since?
+    ) -> list[dict]:  # one published run record for each profile and area, with `stale`: has its code changed since?
     "Published run records from `data/results/<profile>/<area>.json`; a file that is no record is named in a warning and left out."
     home, out = root(), []
     for f in sorted((home/"data"/"results").glob(f"{profile or '*'}/*.json")):
         r = read_record(f)
-        if r is not None: out.append(r | dict(stale=is_stale(r, home)))
+        if r is not None:
+            out.append(r | dict(stale=is_stale(r, home)))
     return out
 
 def read_record(f):
     "The record in file `f`, or None with a warning."
-    try: r = json.loads(f.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e: r = e
-    if isinstance(r, dict) and isinstance(r.get("area"), str) and isinstance(r.get("claims"), list) and all(isinstance(c, dict) and "verdict" in c for c in r["claims"]): return r
-    warnings.warn(f"{f} is no record of a run ({type(r).__name__}): left out. Fix: run the chapter again with --save, or delete the file", stacklevel=3)
+    try:
+        r = json.loads(f.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        r = e
+    if (
+        isinstance(r, dict)
+        and isinstance(r.get("area"), str)
+        and isinstance(r.get("claims"), list)
+        and all(isinstance(c, dict) and "verdict" in c for c in r["claims"])
+    ):
+        return r
+    warnings.warn(
+        f"{f} is no record of a run ({type(r).__name__}): left out. Fix: run the chapter again with --save, or delete the file",
+        stacklevel=3,
+    )
 
 def is_stale(r, home):
     "Has the chapter's code, or what it reaches in the package, changed since the record was made? Records without a digest count as stale."
@@ -338,7 +498,11 @@ def scoreboard(
     profile:str|None=None, # all profiles if not given
     ) -> pd.DataFrame: # one row for each measured claim, as in `ledger`, with area, profile and stale
     "All published claims."
-    tables = [ledger(r["claims"]).assign(area=r["area"], profile=r["profile"], stale=r["stale"]) for r in results(profile) if r["claims"]]
+    tables = [
+        ledger(r["claims"]).assign(area=r["area"], profile=r["profile"], stale=r["stale"])
+        for r in results(profile)
+        if r["claims"]
+    ]
     return pd.concat(tables, ignore_index=True) if tables else ledger([]).assign(area=[], profile=[], stale=[])
 
 # %% ../nbs/foundations/07_claims.ipynb #ca81723c
@@ -349,14 +513,20 @@ def level(
     ) -> int: # 0..4
     "The rung of the ladder a paper has reached."
     records = [r for r in records if r["verdict"] != "exact"]
-    if not records: return int(implemented)
-    if any(reached(r, tolerance) for r in records): return 4
+    if not records:
+        return int(implemented)
+    if any(reached(r, tolerance) for r in records):
+        return 4
     return 3 if any(not r["dataset"].startswith("world") and "synthetic" not in r["dataset"] for r in records) else 2
 
 def reached(r, tolerance):
     "Does the record lie within `tolerance` of the paper's number on the paper's data?"
     rep = r["reported"] or {}
-    return rep.get("on") == r["dataset"] and "ours" in rep and abs(np.mean(r["ours"])-rep["ours"]) <= tolerance*abs(rep["ours"])
+    return (
+        rep.get("on") == r["dataset"]
+        and "ours" in rep
+        and abs(np.mean(r["ours"]) - rep["ours"]) <= tolerance * abs(rep["ours"])
+    )
 
 def levels() -> pd.DataFrame: # one row a paper: name, area, level, number of claims by verdict
     "Every paper of the book on the ladder."
@@ -366,5 +536,13 @@ def levels() -> pd.DataFrame: # one row a paper: name, area, level, number of cl
     for p in papers().values():
         mine = [r for r in recs if r["paper"] == p["id"]]
         count = {v: sum(r["verdict"] == v for r in mine) for v in MARKS}
-        rows.append(dict(paper=p["name"], id=p["id"], area=p["area"], level=level(mine, p["area"] in done and bool(p.get("claim"))), **count))
+        rows.append(
+            dict(
+                paper=p["name"],
+                id=p["id"],
+                area=p["area"],
+                level=level(mine, p["area"] in done and bool(p.get("claim"))),
+                **count,
+            )
+        )
     return pd.DataFrame(rows)

@@ -10,8 +10,10 @@ from pathlib import Path
 import nbformat
 from .run import PARTS, UsageError, bibliography, chapters, home, is_checkout, read_json, read_papers, records
 from .run import unknown, write_text
-if sys.version_info >= (3, 11): import tomllib
-else: import tomli as tomllib
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 # %% auto #0
 __all__ = ['REPO', 'BOOK', 'COLAB', 'SKELETON', 'TESTS', 'EXAMPLE', 'TITLES', 'badge', 'published', 'scores', 'relative',
@@ -41,12 +43,21 @@ def scores(
     records:list[dict] # of `published`
 ) -> str: # markdown
     "The scoreboard in short: claims by verdict for each published chapter."
-    if not records: return "No claim is published yet: `recbook run AREA --profile cpu --save` publishes the first."
+    if not records:
+        return "No claim is published yet: `recbook run AREA --profile cpu --save` publishes the first."
     def row(r):
         v = [c["verdict"] for c in r["claims"]]
-        n = [len({c["paper"] for c in r["claims"]}), len(v), *(v.count(x) for x in ("supported", "refuted", "inconclusive"))]
+        n = [
+            len({c["paper"] for c in r["claims"]}),
+            len(v),
+            *(v.count(x) for x in ("supported", "refuted", "inconclusive")),
+        ]
         return f"| {r['area']} | {r['profile']} | " + " | ".join(map(str, n)) + " |"
-    head = ["| chapter | profile | papers | measured | supported | refuted | inconclusive |", "| --- | --- | --: | --: | --: | --: | --: |"]
+
+    head = [
+        "| chapter | profile | papers | measured | supported | refuted | inconclusive |",
+        "| --- | --- | --: | --: | --: | --: | --: |",
+    ]
     return "\n".join(head + [row(r) for r in records])
 
 # %% ../nbs/foundations/10_contribute.ipynb #316d67d5
@@ -57,10 +68,13 @@ def relative(
     rows = []
     for c in claims:
         b, (lo, hi) = abs(sum(c["theirs"])/len(c["theirs"])), c["ci"]
-        if lo is None or hi is None or not b: continue
+        if lo is None or hi is None or not b:
+            continue
         s = -1 if c.get("direction") == "lower" else 1
         lo, hi = sorted((s*lo/b, s*hi/b))
-        rows.append(dict(label=f"{c['id']}, {c['dataset']}", effect=s*c["effect"]/b, low=lo, high=hi, verdict=c["verdict"]))
+        rows.append(
+            dict(label=f"{c['id']}, {c['dataset']}", effect=s * c["effect"] / b, low=lo, high=hi, verdict=c["verdict"])
+        )
     return rows
 
 # %% ../nbs/foundations/10_contribute.ipynb #c19646d4
@@ -71,9 +85,14 @@ def picture(
     "Relative effects with their 95 % intervals as a matplotlib Axes, coloured by verdict; None when nothing is published."
     turn, rows = Counter(), []
     for c in (c for r in records for c in r["claims"]):
-        for row in relative([c]): turn[c["paper"]] += 1; rows.append(row | dict(turn=turn[c["paper"]]))
-    rows = [r for r in rows if r in sorted(rows, key=lambda r: r["turn"])[:n]] # every paper's first claims before any paper's last
-    if not rows: return
+        for row in relative([c]):
+            turn[c["paper"]] += 1
+            rows.append(row | dict(turn=turn[c["paper"]]))
+    rows = [
+        r for r in rows if r in sorted(rows, key=lambda r: r["turn"])[:n]
+    ]  # every paper's first claims before any paper's last
+    if not rows:
+        return
     import matplotlib.pyplot as plt
     from recbook.plots import theme
     theme()
@@ -81,11 +100,15 @@ def picture(
     for v, color in dict(supported="#029e73", refuted="#d55e00", inconclusive="#949494").items():
         at = [i for i,r in enumerate(rows) if r["verdict"] == v]
         bars = [[rows[i]["effect"]-rows[i]["low"] for i in at], [rows[i]["high"]-rows[i]["effect"] for i in at]]
-        if at: ax.errorbar([rows[i]["effect"] for i in at], at, xerr=bars, fmt="o", ms=4, capsize=2, color=color, label=v)
+        if at:
+            ax.errorbar([rows[i]["effect"] for i in at], at, xerr=bars, fmt="o", ms=4, capsize=2, color=color, label=v)
     ax.axvline(0, c="k", lw=.8)
-    ax.set(yticks=range(len(rows)), yticklabels=[r["label"] for r in rows], xlabel="effect relative to the compared system")
+    ax.set(
+        yticks=range(len(rows)), yticklabels=[r["label"] for r in rows], xlabel="effect relative to the compared system"
+    )
     ax.set_xscale("symlog", linthresh=.1)
-    ax.invert_yaxis(); ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+    ax.invert_yaxis()
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:+.0%}" if x else "0")
     return ax
 
@@ -111,7 +134,8 @@ def readme(
     nb.cells = [c for c in nb.cells if not re.match(r"#\| *hide\b", c.source)]
     for c in nb.cells:
         for o in c.get("outputs", []): # a picture keeps its PNG, the text beside it goes
-            if "image/png" in o.get("data", {}): o["data"] = {"image/png": o["data"]["image/png"]}
+            if "image/png" in o.get("data", {}):
+                o["data"] = {"image/png": o["data"]["image/png"]}
     text, _ = MarkdownExporter(exclude_input=True).from_notebook_node(nb)
     text = re.sub(r"!\[png\]\([^)]*\)", lambda _: f"![{_alt(nb)}](front.png)", text)
     text = re.sub(r"^(#+ .*?)\s*\{#[\w-]+\}$", r"\1", text, flags=re.M)
@@ -124,22 +148,27 @@ def front(
     "Run `nbs/index.ipynb` on the published results and write it, its picture and README.md."
     import papermill
     root = Path(root or home()).resolve()
-    if not is_checkout(root): raise UsageError(f"{root} is not a checkout of the book.")
+    if not is_checkout(root):
+        raise UsageError(f"{root} is not a checkout of the book.")
     index, done = root/"nbs/index.ipynb", root/"nbs/.index.ipynb"
     try:
         papermill.execute_notebook(str(index), str(done), kernel_name="python3", progress_bar=False, cwd=str(root))
         nb, new = read_json(index), {c["id"]: c for c in read_json(done)["cells"]}
-    finally: done.unlink(missing_ok=True)
+    finally:
+        done.unlink(missing_ok=True)
     for c in nb["cells"]:
-        if c["cell_type"] == "code": c["outputs"] = new[c["id"]]["outputs"]
+        if c["cell_type"] == "code":
+            c["outputs"] = new[c["id"]]["outputs"]
     write_text(index, _clean(nb))
     png = _png(nbformat.read(index, 4))
-    if png: (root/"nbs/front.png").write_bytes(png)
-    else: (root/"nbs/front.png").unlink(missing_ok=True)
+    if png:
+        (root/"nbs/front.png").write_bytes(png)
+    else:
+        (root/"nbs/front.png").unlink(missing_ok=True)
     return write_text(root/"README.md", readme(root))
 
 # %% ../nbs/foundations/10_contribute.ipynb #011b2acf
-SKELETON = r'''
+SKELETON = r"""
 @@ md
 # TITLE
 
@@ -259,7 +288,7 @@ few = Interactions(train.df[train.df.item != 0], train.n_users, train.n_items)
 test_eq(popularity(few)[:, 0].max(), 0)
 @@ md
 :::
-'''
+"""
 
 TESTS = '''"AREA: invariants against independent oracles."
 import numpy as np, pandas as pd
@@ -291,14 +320,22 @@ def _catalogue(area, root):
     else:
         read_papers(path)
         text = path.read_text(encoding="utf-8")
-    if any(p.get("claim") for p in tomllib.loads(text)["paper"]): return text
+    if any(p.get("claim") for p in tomllib.loads(text)["paper"]):
+        return text
     head, *papers = re.split(r"(?m)^(?=\[\[paper\]\])", text)
     papers[0] = papers[0].rstrip() + "\n" + EXAMPLE.replace("PAPER", tomllib.loads(papers[0])["paper"][0]["id"]) + "\n"
     return (head + "".join(papers)).rstrip() + "\n"
 
 # %% ../nbs/foundations/10_contribute.ipynb #8acad763
-TITLES = dict(foundations="Foundations", collaborative="Collaborative filtering", behavior="Behavior", llm="Language models", content="Content",
-    trust="Trust", decisions="Decisions")
+TITLES = dict(
+    foundations="Foundations",
+    collaborative="Collaborative filtering",
+    behavior="Behavior",
+    llm="Language models",
+    content="Content",
+    trust="Trust",
+    decisions="Decisions",
+)
 
 def _contents(
     text:str, # of _quarto.yml
@@ -307,11 +344,17 @@ def _contents(
 ) -> str: # with one more chapter
     "`_quarto.yml` with the chapter listed last in its part."
     lines = text.splitlines()
-    at = [(i, m) for i,l in enumerate(lines) if (m := re.match(r"( *)- (\w+)/\S+\.ipynb", l)) and m[2] in PARTS[:PARTS.index(part)+1]]
-    if not at: raise UsageError("_quarto.yml lists no chapter to put the new one after.")
+    at = [
+        (i, m)
+        for i, l in enumerate(lines)
+        if (m := re.match(r"( *)- (\w+)/\S+\.ipynb", l)) and m[2] in PARTS[: PARTS.index(part) + 1]
+    ]
+    if not at:
+        raise UsageError("_quarto.yml lists no chapter to put the new one after.")
     i, m = max(at, key=lambda x: (PARTS.index(x[1][2]), x[0]))
     new = [f"{m[1]}- {part}/{name}"]
-    if m[2] != part: new = [f'{m[1][4:]}- part: "{TITLES[part]}"', f"{m[1][4:]}  chapters:"] + new
+    if m[2] != part:
+        new = [f'{m[1][4:]}- part: "{TITLES[part]}"', f"{m[1][4:]}  chapters:"] + new
     return "\n".join(lines[:i+1] + new + lines[i+1:]) + "\n"
 
 # %% ../nbs/foundations/10_contribute.ipynb #e8e7142f
@@ -320,7 +363,9 @@ def _notebook(text):
     cells = []
     for kind, source in re.findall(r"^@@ ?(\w*)\n(.*?)(?=\n@@|\Z)", text.strip(), re.M | re.S):
         new = nbformat.v4.new_markdown_cell if kind == "md" else nbformat.v4.new_code_cell
-        cells.append(new(source.strip(), id=f"{len(cells):08x}", metadata=dict(tags=[kind]) if kind == "parameters" else {}))
+        cells.append(
+            new(source.strip(), id=f"{len(cells):08x}", metadata=dict(tags=[kind]) if kind == "parameters" else {})
+        )
     kernel = dict(display_name="Python 3 (ipykernel)", language="python", name="python3")
     return _clean(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=kernel)))
 
@@ -334,20 +379,24 @@ def _clean(nb):
 
 def _check(area, part, root):
     "Raise a `UsageError` when the chapter can't be made."
-    if not is_checkout(root): raise UsageError(f"{root} is not a checkout of the book: a new chapter needs one.")
+    if not is_checkout(root):
+        raise UsageError(f"{root} is not a checkout of the book: a new chapter needs one.")
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", area) or keyword.iskeyword(area):
         raise UsageError(f"{area!r} can't be the name of a chapter: lower-case words joined by _, like data_selection.")
-    if part not in PARTS[1:]: raise unknown("part", part, PARTS[1:])
-    if area in [c.area for c in chapters(root)] + PARTS: raise UsageError(f"{area!r} exists already: see `recbook list`.")
+    if part not in PARTS[1:]:
+        raise unknown("part", part, PARTS[1:])
+    if area in [c.area for c in chapters(root)] + PARTS:
+        raise UsageError(f"{area!r} exists already: see `recbook list`.")
     for f in (root/f"recbook/{area}.py", root/f"recbook/{part}/{area}.py", root/f"tests/test_{area}.py"):
-        if f.exists(): raise UsageError(f"{f.relative_to(root)} exists already: choose another name.")
+        if f.exists():
+            raise UsageError(f"{f.relative_to(root)} exists already: choose another name.")
 
 # %% ../nbs/foundations/10_contribute.ipynb #1b0c2adb
 def new(
     area:str, # name of the chapter, like "unlearning"
     part:str, # folder it belongs to, like "trust"
     root:Path|None=None # the book's folder, a checkout
-) -> list[Path]: # the files written or changed, the notebook first
+) -> list[Path]:  # the files written or changed, the notebook first
     "Make the skeleton of a chapter: notebook, catalogue entry, test, lines in the table of contents and the bibliography."
     root = Path(root or home()).resolve()
     _check(area, part, root)
@@ -356,13 +405,22 @@ def new(
     papers = tomllib.loads(toml)["paper"]
     arxiv = lambda p: f"[{p['arxiv']}](https://arxiv.org/abs/{p['arxiv']})" if "arxiv" in p else "none"
     first = next(p for p in papers if p.get("claim"))
-    fill = dict(TITLE=area.replace("_", " ").capitalize(), BADGE=badge(f"{part}/{name}"), COLAB=COLAB, PART=part, AREA=area, NAME=first["name"],
-        SLUG=re.sub(r"\W|_", "-", first["id"]), PAPERS="\n".join(f"| {p['name']} | what it adds | {arxiv(p)} |" for p in papers),
-        CLAIMS=repr([c["id"] for p in papers for c in p.get("claim", [])]))
+    fill = dict(
+        TITLE=area.replace("_", " ").capitalize(),
+        BADGE=badge(f"{part}/{name}"),
+        COLAB=COLAB,
+        PART=part,
+        AREA=area,
+        NAME=first["name"],
+        SLUG=re.sub(r"\W|_", "-", first["id"]),
+        PAPERS="\n".join(f"| {p['name']} | what it adds | {arxiv(p)} |" for p in papers),
+        CLAIMS=repr([c["id"] for p in papers for c in p.get("claim", [])]),
+    )
     put = lambda text: re.sub("|".join(fr"\b{k}\b" for k in fill), lambda m: fill[m[0]], text)
     files = {root/f"nbs/{part}/{name}": _notebook(put(SKELETON)), root/f"data/papers/{area}.toml": toml,
         root/f"tests/test_{area}.py": put(TESTS)}
-    if yml.is_file(): files[yml] = _contents(yml.read_text(encoding="utf-8"), part, name)
+    if yml.is_file():
+        files[yml] = _contents(yml.read_text(encoding="utf-8"), part, name)
     bibliography(root) # nothing is written where a catalogue file is broken
     return _write_all(files, root/"nbs/references.bib", root)
 
@@ -374,10 +432,14 @@ def _write_all(files, bib, root):
         return made + ([write_text(bib, bibliography(root))] if before[bib] is not None else [])
     except BaseException as e:
         for f, old in before.items():
-            if old is None: f.unlink(missing_ok=True)
-            elif f.read_bytes() != old: f.write_bytes(old)
-        if not isinstance(e, OSError): raise
+            if old is None:
+                f.unlink(missing_ok=True)
+            elif f.read_bytes() != old:
+                f.write_bytes(old)
+        if not isinstance(e, OSError):
+            raise
         raise UsageError(f"{e.filename or root}: {e.strerror}; nothing was written.") from None
 
 # %% ../nbs/foundations/10_contribute.ipynb #7cbbc2d1
-if __name__ == "__main__" and "__file__" in globals(): print(front()) # not inside a notebook
+if __name__ == "__main__" and "__file__" in globals():
+    print(front()) # not inside a notebook

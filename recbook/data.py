@@ -16,8 +16,10 @@ from importlib.util import find_spec
 from numbers import Integral
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
-if sys.version_info >= (3, 11): import tomllib
-else: import tomli as tomllib
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 # %% ../nbs/foundations/01_data.ipynb #b488eaac
 def whole_number(
@@ -33,25 +35,38 @@ def whole_number(
 # %% ../nbs/foundations/01_data.ipynb #0d6f0d66
 def _refuse(df, bad, problem, fix):
     "Raise ValueError with the first offending rows when any are bad."
-    if bad.any(): raise ValueError(f"{problem} in {int(bad.sum())} row(s), first:\n{df[bad].head(3).to_string()}\nFix: {fix}")
+    if bad.any():
+        raise ValueError(f"{problem} in {int(bad.sum())} row(s), first:\n{df[bad].head(3).to_string()}\nFix: {fix}")
 
 def _check_ids(df, col, n):
     _refuse(df, df[col].isna(), f"missing {col}", "drop or fill these rows")
-    if not pd.api.types.is_integer_dtype(df[col]): raise ValueError(
-        f"column {col!r} must hold integers, has {df[col].dtype}. Fix: Interactions.from_frame maps any ids to integers")
-    _refuse(df, (df[col]<0) | (df[col]>=n), f"{col} outside 0..{n-1}", f"correct n_{col}s or map ids with Interactions.from_frame")
+    if not pd.api.types.is_integer_dtype(df[col]):
+        raise ValueError(
+            f"column {col!r} must hold integers, has {df[col].dtype}. Fix: Interactions.from_frame maps any ids to integers"
+        )
+    _refuse(
+        df,
+        (df[col] < 0) | (df[col] >= n),
+        f"{col} outside 0..{n - 1}",
+        f"correct n_{col}s or map ids with Interactions.from_frame",
+    )
 
 def _check_frame(df):
-    if not isinstance(df, pd.DataFrame): raise ValueError(f"{type(df).__name__} instead of a table. Fix: pd.DataFrame(...)")
-    if df.columns.has_duplicates: raise ValueError(f"column {df.columns[df.columns.duplicated()][0]!r} occurs twice. Fix: rename or drop one")
-    if not len(df): raise ValueError("no interactions. Fix: check the filter or the file that made this frame")
+    if not isinstance(df, pd.DataFrame):
+        raise ValueError(f"{type(df).__name__} instead of a table. Fix: pd.DataFrame(...)")
+    if df.columns.has_duplicates:
+        raise ValueError(f"column {df.columns[df.columns.duplicated()][0]!r} occurs twice. Fix: rename or drop one")
+    if not len(df):
+        raise ValueError("no interactions. Fix: check the filter or the file that made this frame")
 
 def _check_values(df):
     for col in sorted({"rating","time"} & set(df)):
         _refuse(df, df[col].isna(), f"missing {col}", "drop or fill these rows")
-        with np.errstate(over="ignore"): infinite = ~np.isfinite(df[col].astype(_dtypes[col]))
+        with np.errstate(over="ignore"):
+            infinite = ~np.isfinite(df[col].astype(_dtypes[col]))
         _refuse(df, infinite, f"{col} is infinite as {_dtypes[col]}", "correct or drop these rows")
-    if "split" in df: _refuse(df, ~df["split"].isin(_parts), "split is not train, valid or test", "use these three names")
+    if "split" in df:
+        _refuse(df, ~df["split"].isin(_parts), "split is not train, valid or test", "use these three names")
 
 _parts = ["train", "valid", "test"]
 _dtypes = dict(user="int64", item="int64", rating="float32", time="float64")
@@ -61,7 +76,8 @@ def _numbers(df, col):
     s = df[col]
     if pd.api.types.is_datetime64_any_dtype(s):
         return (s - pd.Timestamp(0, tz=s.dt.tz)).dt.total_seconds()
-    if pd.api.types.is_timedelta64_dtype(s): return s.dt.total_seconds()
+    if pd.api.types.is_timedelta64_dtype(s):
+        return s.dt.total_seconds()
     out = pd.to_numeric(s, errors="coerce")
     _refuse(df, out.isna() & s.notna(), f"{col} is not a number", "convert or drop these rows")
     return out
@@ -70,7 +86,10 @@ def _numbers(df, col):
 @dataclass(frozen=True, repr=False, eq=False)
 class Interactions:
     "Events of users with items, ids contiguous from 0, checked on construction."
-    df: pd.DataFrame # columns user, item (int64); perhaps rating (float32), time (float64, ordered), split (train/valid/test)
+
+    df: (
+        pd.DataFrame
+    )  # columns user, item (int64); perhaps rating (float32), time (float64, ordered), split (train/valid/test)
     n_users: int # ids of `user` lie in 0..n_users-1
     n_items: int # ids of `item` lie in 0..n_items-1
     items: pd.DataFrame|None = None # row i describes item i: title, text, attributes
@@ -81,19 +100,25 @@ class Interactions:
     def __post_init__(self):
         df = self.df
         _check_frame(df)
-        if missing := {"user","item"} - set(df): raise ValueError(f"missing column(s) {sorted(missing)}, have {list(df)}. Fix: rename them")
-        for n in ("n_users","n_items"): object.__setattr__(self, n, whole_number(n, getattr(self, n)))
+        if missing := {"user","item"} - set(df):
+            raise ValueError(f"missing column(s) {sorted(missing)}, have {list(df)}. Fix: rename them")
+        for n in ("n_users","n_items"):
+            object.__setattr__(self, n, whole_number(n, getattr(self, n)))
         df = df.reset_index(drop=True)
         df = df.assign(**{c: _numbers(df, c) for c in ("rating","time") if c in df})
-        for col,n in (("user",self.n_users), ("item",self.n_items)): _check_ids(df, col, n)
+        for col,n in (("user",self.n_users), ("item",self.n_items)):
+            _check_ids(df, col, n)
         _check_values(df)
-        if not self.allow_duplicates: _refuse(df, df.duplicated(["user","item"], keep=False), "repeated (user, item) pairs",
+        if not self.allow_duplicates:
+            _refuse(df, df.duplicated(["user","item"], keep=False), "repeated (user, item) pairs",
             "allow_duplicates=True keeps them, Interactions.from_frame(..., duplicates='last') drops them")
         for tab,n,what in ((self.items,self.n_items,"items"), (self.users,self.n_users,"users")):
-            if tab is not None and len(tab)!=n: raise ValueError(
+            if tab is not None and len(tab)!=n:
+                raise ValueError(
                 f"the {what} table has {len(tab)} rows, not {n}. Fix: one row per id, in order")
         df = df.astype({c:t for c,t in _dtypes.items() if c in df})
-        if "split" in df: df["split"] = pd.Categorical(df["split"], _parts)
+        if "split" in df:
+            df["split"] = pd.Categorical(df["split"], _parts)
         object.__setattr__(self, "df", df)
 
     def __len__(self): return len(self.df)
@@ -108,7 +133,8 @@ class Interactions:
         "User-item matrix: ones, or with `binary=False` the ratings (counts when there are none), repeats summed."
         v = np.ones(len(self)) if binary or "rating" not in self.df else self.df["rating"]
         m = sp.csr_matrix((np.asarray(v, "float32"), (self.user, self.item)), shape=(self.n_users, self.n_items))
-        if binary: m.data[:] = 1
+        if binary:
+            m.data[:] = 1
         return m
 
     def by_user(self) -> list[np.ndarray]: # n_users arrays of item ids
@@ -120,7 +146,8 @@ class Interactions:
         "The chosen rows, same ids, same tables."
         mask = np.asarray(mask)
         if mask.dtype==bool:
-            if mask.shape!=(len(self),): raise ValueError(f"a mask of {mask.shape} for {len(self)} rows. Fix: one True or False a row")
+            if mask.shape!=(len(self),):
+                raise ValueError(f"a mask of {mask.shape} for {len(self)} rows. Fix: one True or False a row")
             mask = np.flatnonzero(mask)
         if mask.ndim!=1 or mask.size and (mask.dtype.kind not in "iu" or mask.min()<0 or mask.max()>=len(self)):
             raise ValueError(f"rows {mask[:3]} ({mask.dtype}). Fix: a bool mask or row positions in 0..{len(self)-1}")
@@ -133,8 +160,10 @@ class Interactions:
 
     def __repr__(self):
         extra = [c for c in self.df if c not in ("user","item")]
-        return (f"Interactions({self.name + ': ' if self.name else ''}{len(self):,} of {self.n_users:,} users x {self.n_items:,} items, "
-                f"density {self.density:.3%}{', ' + ', '.join(extra) if extra else ''})")
+        return (
+            f"Interactions({self.name + ': ' if self.name else ''}{len(self):,} of {self.n_users:,} users x {self.n_items:,} items, "
+            f"density {self.density:.3%}{', ' + ', '.join(extra) if extra else ''})"
+        )
 
 # %% ../nbs/foundations/01_data.ipynb #8b7d81cf
 def canonical(
@@ -142,8 +171,10 @@ def canonical(
 ) -> sp.csr_matrix: # the same numbers; A stays as it is
     "A as CSR with sorted indices, repeated entries summed and no stored zeros, so that an entry is an entry."
     A = A.tocsr() if sp.issparse(A) else sp.csr_matrix(np.asarray(A))
-    if not np.isfinite(A.data).all(): raise ValueError("the matrix has entries that are not finite. Fix: drop them")
-    if A.has_canonical_format and A.data.all(): return A
+    if not np.isfinite(A.data).all():
+        raise ValueError("the matrix has entries that are not finite. Fix: drop them")
+    if A.has_canonical_format and A.data.all():
+        return A
     A = A.copy()
     A.sum_duplicates()
     A.eliminate_zeros()
@@ -152,17 +183,22 @@ def canonical(
 # %% ../nbs/foundations/01_data.ipynb #23a7b8ef
 def _order(x, seed=None):
     "Row positions sorted by user, then time; without times in row order, or at random when a seed is given."
-    if "time" in x.df: key = x.df["time"].to_numpy()
-    else: key = np.arange(len(x)) if seed is None else np.random.default_rng(seed).random(len(x))
+    if "time" in x.df:
+        key = x.df["time"].to_numpy()
+    else:
+        key = np.arange(len(x)) if seed is None else np.random.default_rng(seed).random(len(x))
     return np.lexsort((key, x.user))
 
 # %% ../nbs/foundations/01_data.ipynb #ecab9acc
 def _table(ids, tab, key, what):
     "The rows of `tab` for `ids`, in that order, with the original id first."
-    if tab is None: return pd.DataFrame(dict(id=ids))
-    if not isinstance(tab, pd.DataFrame): raise ValueError(f"the {what} table is a {type(tab).__name__}. Fix: pd.DataFrame(...)")
+    if tab is None:
+        return pd.DataFrame(dict(id=ids))
+    if not isinstance(tab, pd.DataFrame):
+        raise ValueError(f"the {what} table is a {type(tab).__name__}. Fix: pd.DataFrame(...)")
     tab = tab.set_index(key) if key in tab else tab
-    if tab.index.has_duplicates: raise ValueError(
+    if tab.index.has_duplicates:
+        raise ValueError(
         f"the {what} table repeats {tab.index[tab.index.duplicated()][0]!r}. Fix: one row per id")
     if len(gone := pd.Index(ids).difference(tab.index)):
         raise ValueError(f"{len(gone)} id(s) have no row in the {what} table, first: {list(gone[:3])}. "
@@ -173,19 +209,27 @@ def _table(ids, tab, key, what):
 
 def _number_ids(ids):
     "Numbers in sorted order, and the distinct ids."
-    try: return pd.factorize(ids, sort=True)
-    except TypeError as e: raise ValueError(f"{ids.name} ids cannot be compared ({e}). Fix: use strings or numbers as ids") from e
+    try:
+        return pd.factorize(ids, sort=True)
+    except TypeError as e:
+        raise ValueError(f"{ids.name} ids cannot be compared ({e}). Fix: use strings or numbers as ids") from e
 
 def _merge(df, duplicates):
     "`df` with one row per (user, item) pair, by the rule `duplicates`."
     rules = ["raise","first","last","sum"]
-    if duplicates not in rules: raise ValueError(f"duplicates={duplicates!r}. Fix: one of {rules}")
-    if duplicates=="raise" or not df.duplicated(["user","item"]).any() and duplicates!="sum": return df
-    if "split" in df and duplicates=="sum": _refuse(df, df.groupby(["user","item"])["split"].transform("nunique")>1,
+    if duplicates not in rules:
+        raise ValueError(f"duplicates={duplicates!r}. Fix: one of {rules}")
+    if duplicates=="raise" or not df.duplicated(["user","item"]).any() and duplicates!="sum":
+        return df
+    if "split" in df and duplicates=="sum":
+        _refuse(df, df.groupby(["user","item"])["split"].transform("nunique")>1,
         "the same pair in different parts of the split", "sum within a part first, or choose 'first' or 'last'")
-    if "time" in df: df = df.sort_values("time", kind="stable")
-    if duplicates!="sum": return df.drop_duplicates(["user","item"], keep=duplicates).sort_index()
-    if "rating" not in df: df = df.assign(rating=1.)
+    if "time" in df:
+        df = df.sort_values("time", kind="stable")
+    if duplicates!="sum":
+        return df.drop_duplicates(["user","item"], keep=duplicates).sort_index()
+    if "rating" not in df:
+        df = df.assign(rating=1.)
     how = {c: "sum" if c=="rating" else "last" for c in df if c not in ("user","item")}
     return df.groupby(["user","item"], as_index=False, sort=False).agg(how)
 
@@ -205,10 +249,13 @@ def _from_frame(
     _check_frame(df)
     cols = dict(user=user, item=item, rating=rating, time=time, split=split)
     cols = {k:c for k,c in cols.items() if c is not None}
-    if missing := [c for c in cols.values() if c not in df]: raise ValueError(f"no column(s) {missing}, have {list(df)}. Fix: name yours")
+    if missing := [c for c in cols.values() if c not in df]:
+        raise ValueError(f"no column(s) {missing}, have {list(df)}. Fix: name yours")
     new = pd.DataFrame({k: df[c].to_numpy() for k,c in cols.items()})
-    for k in ("user","item"): _refuse(new, new[k].isna(), f"missing {k}", "drop or fill these rows")
-    for k in {"rating","time"} & set(new): new[k] = _numbers(new, k)
+    for k in ("user","item"):
+        _refuse(new, new[k].isna(), f"missing {k}", "drop or fill these rows")
+    for k in {"rating","time"} & set(new):
+        new[k] = _numbers(new, k)
     _check_values(new)
     (new["user"],uid),(new["item"],iid) = (_number_ids(new[k]) for k in ("user","item"))
     tables = _table(iid, items, item, "items"), _table(uid, users, user, "users")
@@ -219,7 +266,7 @@ Interactions.from_frame = staticmethod(_from_frame)
 # %% ../nbs/foundations/01_data.ipynb #bce97ff5
 def _is_checkout(p): return (p/"settings.ini").is_file() and (p/"nbs").is_dir() and (p/"recbook").is_dir()
 
-def root() -> Path: # holds nbs/, data/, settings.ini
+def root() -> Path:  # holds nbs/, data/, settings.ini
     "The book's home: the checkout around the working directory, else around the installed package, else the copy in the wheel."
     pkg = Path(find_spec("recbook").origin).resolve().parent
     here = Path.cwd().resolve()
@@ -227,22 +274,33 @@ def root() -> Path: # holds nbs/, data/, settings.ini
 
 def cache_dir() -> Path: # not created
     "Folder for downloads: $RECBOOK_CACHE, else data/cache of a writable checkout, else the user's cache."
-    if env := os.environ.get("RECBOOK_CACHE"): return Path(env).expanduser().resolve()
+    if env := os.environ.get("RECBOOK_CACHE"):
+        return Path(env).expanduser().resolve()
     r = root()
-    if _is_checkout(r) and os.access(r/"data", os.W_OK): return r/"data"/"cache"
+    if _is_checkout(r) and os.access(r/"data", os.W_OK):
+        return r/"data"/"cache"
     import pooch
-    try: return Path.home() and Path(pooch.os_cache("recbook"))
-    except RuntimeError as e: raise ValueError("there is no home folder for the cache. Fix: set RECBOOK_CACHE to a folder you may write to") from e
+    try:
+        return Path.home() and Path(pooch.os_cache("recbook"))
+    except RuntimeError as e:
+        raise ValueError(
+            "there is no home folder for the cache. Fix: set RECBOOK_CACHE to a folder you may write to"
+        ) from e
 
 # %% ../nbs/foundations/01_data.ipynb #de49bc08
 @functools.lru_cache
 def _read_registry(path, changed):
     "The registry's sets by name; ValueError names the file and the fault."
-    try: sets = {d["name"]: d for d in tomllib.loads(Path(path).read_text(encoding="utf-8"))["dataset"]}
-    except OSError as e: raise ValueError(f"cannot read the registry {path} ({e}). Fix: take it from the repository again") from e
-    except (ValueError, KeyError, TypeError, AttributeError) as e: # TOML and Unicode errors are ValueErrors
-        raise ValueError(f"{path} is not a registry ({type(e).__name__}: {e}). Fix: correct it or take it from the repository again") from e
-    for d in sets.values(): _check_spec(d, path)
+    try:
+        sets = {d["name"]: d for d in tomllib.loads(Path(path).read_text(encoding="utf-8"))["dataset"]}
+    except OSError as e:
+        raise ValueError(f"cannot read the registry {path} ({e}). Fix: take it from the repository again") from e
+    except (ValueError, KeyError, TypeError, AttributeError) as e:  # TOML and Unicode errors are ValueErrors
+        raise ValueError(
+            f"{path} is not a registry ({type(e).__name__}: {e}). Fix: correct it or take it from the repository again"
+        ) from e
+    for d in sets.values():
+        _check_spec(d, path)
     return sets
 
 def _registry():
@@ -253,24 +311,39 @@ def _check_spec(spec, where="the registry"):
     "Refuse an entry that lacks something or whose files would lie outside its folder."
     try:
         known = {k: spec[k] for k in ("name","title","terms","cite","home")}
-        files = [(f["name"], f["sha256"], f["bytes"], f["archive"] and f["member"] if "archive" in f else f["url"]) for f in spec["file"]]
-    except (KeyError, TypeError) as e: raise ValueError(f"{where}: data set {spec.get('name')!r} lacks {e}. Fix: see its neighbours") from e
-    for name in [known["name"], *(f[0] for f in files)]: _check_name(name, where)
+        files = [
+            (f["name"], f["sha256"], f["bytes"], f["archive"] and f["member"] if "archive" in f else f["url"])
+            for f in spec["file"]
+        ]
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"{where}: data set {spec.get('name')!r} lacks {e}. Fix: see its neighbours") from e
+    for name in [known["name"], *(f[0] for f in files)]:
+        _check_name(name, where)
     for name, sha, size, _ in files:
-        if not re.fullmatch("[0-9a-f]{64}", str(sha)): raise ValueError(f"{where}: sha256 {sha!r} of {name}. Fix: 64 hexadecimal digits")
+        if not re.fullmatch("[0-9a-f]{64}", str(sha)):
+            raise ValueError(f"{where}: sha256 {sha!r} of {name}. Fix: 64 hexadecimal digits")
         whole_number(f"{where}: bytes of {name}", size, 0)
     return spec
 
 def _check_name(name, where):
     "A relative path without a way out of its folder, on any system."
     p,w = PurePosixPath(str(name)), PureWindowsPath(str(name))
-    if not isinstance(name, str) or not p.parts or p.is_absolute() or w.drive or w.root or ".." in w.parts or "\0" in name:
+    if (
+        not isinstance(name, str)
+        or not p.parts
+        or p.is_absolute()
+        or w.drive
+        or w.root
+        or ".." in w.parts
+        or "\0" in name
+    ):
         raise ValueError(f"{where}: {name!r} would lie outside the cache. Fix: a relative path without '..'")
 
 def _spec(name):
     "The registry entry of `name`; ValueError with the nearest names when there is none."
     reg = _registry()
-    if isinstance(name, str) and name in reg: return _check_spec(reg[name])
+    if isinstance(name, str) and name in reg:
+        return _check_spec(reg[name])
     near = difflib.get_close_matches(str(name), reg, n=3, cutoff=0.4)
     hint = f"Did you mean {', '.join(near)}? " if near else ""
     raise ValueError(f"no data set {name!r}. {hint}datasets_list() names all of them")
@@ -287,7 +360,8 @@ def datasets_list() -> pd.DataFrame: # one row per set
 def _sha256(path):
     h = hashlib.sha256()
     with open(path, "rb") as f:
-        while block := f.read(1<<20): h.update(block)
+        while block := f.read(1<<20):
+            h.update(block)
     return h.hexdigest()
 
 @contextmanager
@@ -298,11 +372,15 @@ def _part(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob(".part-*"):
             owner = re.fullmatch(r"\.part-(\d+)@(.*)@\w+", old.name)
-            if owner and owner[2]==platform.node() and not psutil.pid_exists(int(owner[1])): shutil.rmtree(old, ignore_errors=True)
+            if owner and owner[2]==platform.node() and not psutil.pid_exists(int(owner[1])):
+                shutil.rmtree(old, ignore_errors=True)
         tmp = Path(tempfile.mkdtemp(dir=folder, prefix=f".part-{os.getpid()}@{platform.node()}@"))
-    except OSError as e: raise _no_room(e) from e
-    try: yield tmp
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+    except OSError as e:
+        raise _no_room(e) from e
+    try:
+        yield tmp
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
 
 def _replace(path, data):
     "Write bytes so that `path` is either absent, old or whole, never half."
@@ -310,16 +388,21 @@ def _replace(path, data):
         try:
             (tmp/"data").write_bytes(data)
             os.replace(tmp/"data", path)
-        except OSError as e: raise _no_room(e) from e
+        except OSError as e:
+            raise _no_room(e) from e
 
 def _no_room(e):
     "What to do about an error of writing to the cache."
-    return PermissionError(f"cannot write to the cache folder {cache_dir()} ({e.strerror or e}). Fix: set RECBOOK_CACHE to a folder you may write to, with room")
+    return PermissionError(
+        f"cannot write to the cache folder {cache_dir()} ({e.strerror or e}). Fix: set RECBOOK_CACHE to a folder you may write to, with room"
+    )
 
 def _remember(path):
     "Leave a small marker in the cache; a cache that can't be written only means that nothing is remembered."
-    try: _replace(path, b"")
-    except PermissionError: pass
+    try:
+        _replace(path, b"")
+    except PermissionError:
+        pass
 
 # %% ../nbs/foundations/01_data.ipynb #ec24d311
 _passed = set()
@@ -327,8 +410,10 @@ def _check(path, want):
     "`path` if its sha256 is `want`, else ValueError; this process reads a file that passed again only when it has changed."
     st = path.stat()
     key = str(path.resolve()), st.st_size, st.st_mtime_ns, st.st_ctime_ns, st.st_ino, want
-    if key in _passed: return path
-    if (got := _sha256(path)) != want: raise ValueError(
+    if key in _passed:
+        return path
+    if (got := _sha256(path)) != want:
+        raise ValueError(
         f"{path} is not the file the registry knows.\nexpected sha256 {want}\ngot      sha256 {got}\n"
         "Fix: delete or replace this file and try again")
     _passed.add(key)
@@ -336,8 +421,10 @@ def _check(path, want):
 
 def _mirror():
     "The folder $RECBOOK_MIRROR, or None."
-    if not (env := os.environ.get("RECBOOK_MIRROR")): return None
-    if not (p := Path(env).expanduser()).is_dir(): raise FileNotFoundError(
+    if not (env := os.environ.get("RECBOOK_MIRROR")):
+        return None
+    if not (p := Path(env).expanduser()).is_dir():
+        raise FileNotFoundError(
         f"RECBOOK_MIRROR is {env!r}, which is not a folder. Fix: point it to one that holds <name>/<file>, or unset it")
     return p
 
@@ -359,11 +446,15 @@ def _stream(limit):
             with tqdm(total=size or None, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
                 for block in r.iter_content(1<<16):
                     bar.update(f.write(block))
-                    if f.tell() > limit: raise ValueError(f"it is longer than the {limit} bytes that are allowed")
+                    if f.tell() > limit:
+                        raise ValueError(f"it is longer than the {limit} bytes that are allowed")
     return get
 
 def _check_url(url):
-    if not url.startswith("https://"): raise ValueError(f"{url} is not an https address. Fix: give one, or get the file elsewhere and set RECBOOK_MIRROR")
+    if not url.startswith("https://"):
+        raise ValueError(
+            f"{url} is not an https address. Fix: give one, or get the file elsewhere and set RECBOOK_MIRROR"
+        )
 
 def _download(url, path, sha256=None, limit=1<<32):
     "Download at most `limit` bytes to `path`; a transfer that breaks off or is killed leaves nothing that counts."
@@ -375,48 +466,64 @@ def _download(url, path, sha256=None, limit=1<<32):
             pooch.retrieve(url, sha256 and f"sha256:{sha256}", "data", tmp, downloader=_stream(limit))
             os.replace(tmp/"data", path)
             return path
-        except ValueError as e: raise ValueError(f"{url} did not give the file the registry knows (expected sha256 {sha256}): {e}\n"
+        except ValueError as e:
+            raise ValueError(f"{url} did not give the file the registry knows (expected sha256 {sha256}): {e}\n"
             "Fix: try again; if it stays, the home has changed: get the file elsewhere and set RECBOOK_MIRROR") from e
         except OSError as e:
-            if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM): raise _no_room(e) from e
-            raise ConnectionError(f"could not download {url} ({type(e).__name__}: {str(e)[:120]}).\nFix: go online and try again, or "
-                "put the file into <folder>/<name>/ and set RECBOOK_MIRROR=<folder>") from e
+            if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+                raise _no_room(e) from e
+            raise ConnectionError(
+                f"could not download {url} ({type(e).__name__}: {str(e)[:120]}).\nFix: go online and try again, or "
+                "put the file into <folder>/<name>/ and set RECBOOK_MIRROR=<folder>"
+            ) from e
 
 # %% ../nbs/foundations/01_data.ipynb #248c6cab
 def _member(archive, member, size, rar=False):
     "The bytes of one member of a zip, or with bsdtar of a rar; no more than `size` of them are unpacked."
     if rar:
-        with subprocess.Popen(["bsdtar","-xOf",archive,"--",member], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as p:
+        with subprocess.Popen(
+            ["bsdtar", "-xOf", archive, "--", member], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        ) as p:
             data = p.stdout.read(size+1)
-            if len(data) > size: p.kill()
-        if p.returncode and len(data) <= size: raise subprocess.CalledProcessError(p.returncode, "bsdtar")
+            if len(data) > size:
+                p.kill()
+        if p.returncode and len(data) <= size:
+            raise subprocess.CalledProcessError(p.returncode, "bsdtar")
     else:
         with zipfile.ZipFile(archive) as z:
             info = z.getinfo(member)
-            if info.file_size > size: raise ValueError(f"{member} unpacks to {info.file_size} bytes")
-            with z.open(info) as f: data = f.read(size+1)
-    if len(data) > size: raise ValueError(f"{member} unpacks to more than it should")
+            if info.file_size > size:
+                raise ValueError(f"{member} unpacks to {info.file_size} bytes")
+            with z.open(info) as f:
+                data = f.read(size+1)
+    if len(data) > size:
+        raise ValueError(f"{member} unpacks to more than it should")
     return data
 
 def _unpack(name, url, folder):
     "Download the archive `url`, check each of its registered members, put those into `folder`, drop the archive."
     files = [f for f in _spec(name)["file"] if f.get("archive")==url]
-    if (rar := url.endswith(".rar")) and not shutil.which("bsdtar"): raise RuntimeError(
+    if (rar := url.endswith(".rar")) and not shutil.which("bsdtar"):
+        raise RuntimeError(
         f"{url} is a RAR archive and there is no bsdtar to open it.\n"
         "Fix: install bsdtar (libarchive-tools), or unpack it with any RAR tool, "
         f"put {', '.join(f['name'] for f in files)} into <folder>/{name}/ and set RECBOOK_MIRROR=<folder>")
     with _part(folder) as tmp:
         archive = _download(url, tmp/"archive", files[0].get("archive_sha256"))
-        for f in files: _replace(_inside(folder, f["name"]), _registered(archive, f, rar))
+        for f in files:
+            _replace(_inside(folder, f["name"]), _registered(archive, f, rar))
 
 def _registered(archive, f, rar):
     "The checked bytes of the registry's file `f`."
     fix = "Fix: the home has changed: get the file elsewhere and set RECBOOK_MIRROR"
-    try: data = _member(archive, f["member"], f["bytes"], rar)
-    except ValueError as e: raise ValueError(f"{f['archive']}: {e}, {f['bytes']} are registered. {fix}") from e
+    try:
+        data = _member(archive, f["member"], f["bytes"], rar)
+    except ValueError as e:
+        raise ValueError(f"{f['archive']}: {e}, {f['bytes']} are registered. {fix}") from e
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, RuntimeError, subprocess.CalledProcessError) as e:
         raise ValueError(f"{f['archive']} is not a whole archive ({e}). Fix: try again") from e
-    if (got := hashlib.sha256(data).hexdigest()) != f["sha256"]: raise ValueError(
+    if (got := hashlib.sha256(data).hexdigest()) != f["sha256"]:
+        raise ValueError(
         f"{f['member']} in {f['archive']}: expected sha256 {f['sha256']}, got {got}.\n{fix}")
     return data
 
@@ -424,7 +531,9 @@ def _inside(folder, name):
     "`folder/name`, refused if that leads out of the cache by '..', by an absolute name or through a link."
     _check_name(name, "the registry")
     if not (p := folder/name).resolve().is_relative_to(cache_dir().resolve()/folder.name):
-        raise ValueError(f"{p} leads to {p.resolve()}, outside the cache. Fix: remove the link, or set RECBOOK_CACHE to where the files shall lie")
+        raise ValueError(
+            f"{p} leads to {p.resolve()}, outside the cache. Fix: remove the link, or set RECBOOK_CACHE to where the files shall lie"
+        )
     return p
 
 # %% ../nbs/foundations/01_data.ipynb #4ac3c197
@@ -432,26 +541,36 @@ _shown = set()
 def _show_terms(spec):
     "Say once, before the first use, whose data this is."
     mark = cache_dir()/".terms"/spec["name"]
-    if spec["name"] in _shown or mark.exists(): return
+    if spec["name"] in _shown or mark.exists():
+        return
     print(f"{spec['title']}\nTerms: {spec['terms']}\nCite: {spec['cite']}\nHome: {spec['home']}", file=sys.stderr)
-    _shown.add(spec["name"]); _remember(mark)
+    _shown.add(spec["name"])
+    _remember(mark)
 
 def _find(name, f):
     "Where the file is on disk, unchecked: mirror, then cache; None when it must be downloaded."
-    _check_name(name, "the registry"); _check_name(f["name"], "the registry")
+    _check_name(name, "the registry")
+    _check_name(f["name"], "the registry")
     m = _mirror()
-    return next((p for p in ([m/name/f["name"]] if m else []) + [_inside(cache_dir()/name, f["name"])] if p.is_file()), None)
+    return next(
+        (p for p in ([m / name / f["name"]] if m else []) + [_inside(cache_dir() / name, f["name"])] if p.is_file()),
+        None,
+    )
 
 def _get(name, f):
     "The path of one registered file, checked."
     if p := _find(name, f):
-        try: return _check(p, f["sha256"])
+        try:
+            return _check(p, f["sha256"])
         except ValueError:
-            if not p.is_relative_to(cache_dir()): raise
+            if not p.is_relative_to(cache_dir()):
+                raise
             p.unlink() # a damaged file of our own cache: fetch it anew
     folder = cache_dir()/name
-    if "archive" in f: _unpack(name, f["archive"], folder)
-    else: _download(f["url"], folder/f["name"], f["sha256"], f["bytes"])
+    if "archive" in f:
+        _unpack(name, f["archive"], folder)
+    else:
+        _download(f["url"], folder/f["name"], f["sha256"], f["bytes"])
     return _check(folder/f["name"], f["sha256"])
 
 # %% ../nbs/foundations/01_data.ipynb #11bc27e3
@@ -462,7 +581,8 @@ def fetch(
     "The files of a set: from $RECBOOK_MIRROR, else the cache, else its home."
     spec = _spec(name)
     known = {f["name"]: f for f in spec["file"]}
-    if files is not None and (odd := set(files) - set(known)): raise ValueError(f"{name} has no file {sorted(odd)}, has {list(known)}")
+    if files is not None and (odd := set(files) - set(known)):
+        raise ValueError(f"{name} has no file {sorted(odd)}, has {list(known)}")
     _show_terms(spec)
     return {n: _get(name, f) for n,f in known.items() if files is None or n in files}
 
@@ -481,9 +601,12 @@ def _lines(path, parse, encoding="utf-8", skip=0):
     out = []
     with open(path, encoding=encoding) as f:
         for i,line in enumerate(f, 1):
-            if i<=skip or not line.strip(): continue
-            try: out.append(parse(line.rstrip("\n")))
-            except ValueError as e: raise ValueError(
+            if i<=skip or not line.strip():
+                continue
+            try:
+                out.append(parse(line.rstrip("\n")))
+            except ValueError as e:
+                raise ValueError(
                 f"{path}, line {i}: {e}\n  {line.rstrip()[:120]!r}\nFix: delete this file and fetch it again") from None
     return out
 
@@ -491,12 +614,16 @@ def _fields(sep, *types):
     "A parser of lines with exactly these fields."
     def parse(line):
         parts = line.split(sep)
-        if len(parts)!=len(types): raise ValueError(f"{len(parts)} fields instead of {len(types)}")
+        if len(parts)!=len(types):
+            raise ValueError(f"{len(parts)} fields instead of {len(types)}")
         return [t(p) for t,p in zip(types, parts)]
     return parse
 
 def _check_room(path, sizes, most=1<<30):
-    if sum(sizes) > most: raise ValueError(f"{path} unpacks to {sum(sizes)} bytes, more than {most}. Fix: delete this file and fetch it again")
+    if sum(sizes) > most:
+        raise ValueError(
+            f"{path} unpacks to {sum(sizes)} bytes, more than {most}. Fix: delete this file and fetch it again"
+        )
 
 def _ints(line): return [int(p) for p in line.split()]
 
@@ -528,8 +655,13 @@ def _ml100k(get):
     items["genres"] = [", ".join(g for g,on in zip(genres, r[5:]) if on) for r in rows]
     items["year"] = items.title.str.extract(r"\((\d{4})\)\s*$")[0].astype("Int64")
     items["text"] = items.title + ". Genres: " + items.genres
-    users = pd.DataFrame(_lines(get("u.user"), _fields("|", int, int, str, str, str)), columns=["user","age","gender","occupation","zip"])
-    return Interactions.from_frame(df, rating="rating", time="time", split="split", items=items, users=users, name="movielens-100k")
+    users = pd.DataFrame(
+        _lines(get("u.user"), _fields("|", int, int, str, str, str)),
+        columns=["user", "age", "gender", "occupation", "zip"],
+    )
+    return Interactions.from_frame(
+        df, rating="rating", time="time", split="split", items=items, users=users, name="movielens-100k"
+    )
 
 # %% ../nbs/foundations/01_data.ipynb #bd402904
 def load(
@@ -551,7 +683,8 @@ def head_tail(
     share:float=.2, # share of the items that form the head
 ) -> np.ndarray: # (n_items,) bool, True = head
     "The most popular `share` of the items in train; ties go to the smaller id."
-    if not 0 < share < 1: raise ValueError(f"share={share}. Fix: between 0 and 1")
+    if not 0 < share < 1:
+        raise ValueError(f"share={share}. Fix: between 0 and 1")
     head = np.zeros(train.n_items, bool)
     head[np.argsort(-_count(train.item, train.n_items), kind="stable")[:int(np.ceil(share*train.n_items))]] = True
     return head
@@ -574,12 +707,16 @@ def k_core(
     df = x.df
     while len(df):
         keep = (df.groupby("user")["item"].transform("size")>=k) & (df.groupby("item")["user"].transform("size")>=k)
-        if keep.all(): break
+        if keep.all():
+            break
         df = df[keep]
-    if not len(df): raise ValueError(f"the {k}-core is empty. Fix: a smaller k")
+    if not len(df):
+        raise ValueError(f"the {k}-core is empty. Fix: a smaller k")
     (u,uid),(i,iid) = (pd.factorize(df[c], sort=True) for c in ("user","item"))
     tab = lambda t,ids: pd.DataFrame(dict(id=ids)) if t is None else t.iloc[ids].reset_index(drop=True)
-    return Interactions(df.assign(user=u, item=i), len(uid), len(iid), tab(x.items,iid), tab(x.users,uid), x.name, x.allow_duplicates)
+    return Interactions(
+        df.assign(user=u, item=i), len(uid), len(iid), tab(x.items, iid), tab(x.users, uid), x.name, x.allow_duplicates
+    )
 
 # %% ../nbs/foundations/01_data.ipynb #f7f4a9f7
 class Split(NamedTuple):
@@ -590,8 +727,12 @@ class Split(NamedTuple):
 
 def _split(x, part, rule): # part: (n,) array, 0 train, 1 valid, 2 test
     n = np.bincount(part, minlength=3)
-    if not n[0]: raise ValueError(f"{rule} leaves no train rows of {len(x)}. Fix: hold out less")
-    if not n[2]: raise ValueError(f"{rule} leaves no test rows of {len(x)}. Fix: hold out more, or use data with longer histories")
+    if not n[0]:
+        raise ValueError(f"{rule} leaves no train rows of {len(x)}. Fix: hold out less")
+    if not n[2]:
+        raise ValueError(
+            f"{rule} leaves no test rows of {len(x)}. Fix: hold out more, or use data with longer histories"
+        )
     return Split(*(x.subset(part==p) for p in range(3)))
 
 def _from_end(x, seed): # (n,) int: 0 = the user's last row
@@ -620,12 +761,15 @@ def ratio_split(
     seed:int=0,
 ) -> Split:
     "A random share of each user's rows, rounded; every user keeps at least one row in train."
-    if not (0<test and 0<=valid and test+valid<1): raise ValueError(f"test={test}, valid={valid}. Fix: positive shares with a sum under 1")
+    if not (0<test and 0<=valid and test+valid<1):
+        raise ValueError(f"test={test}, valid={valid}. Fix: positive shares with a sum under 1")
     rows = x._with(x.df.drop(columns="time", errors="ignore")) # drawn at random, whatever the times
     pos,size = _from_end(rows, seed)
     n_test = np.minimum(np.floor(test*size+.5), size-1)
     n_valid = np.minimum(np.floor(valid*size+.5), size-1-n_test)
-    return _split(x, np.where(pos<n_test, 2, np.where(pos<n_test+n_valid, 1, 0)), f"ratio_split(test={test}, valid={valid})")
+    return _split(
+        x, np.where(pos < n_test, 2, np.where(pos < n_test + n_valid, 1, 0)), f"ratio_split(test={test}, valid={valid})"
+    )
 
 # %% ../nbs/foundations/01_data.ipynb #106124f2
 def temporal_split(
@@ -634,13 +778,17 @@ def temporal_split(
     valid:float=.1, # share of all rows, those before
 ) -> Split:
     "Train strictly before valid, valid strictly before test, on one clock for all users."
-    if not (0<test and 0<=valid and test+valid<1): raise ValueError(f"test={test}, valid={valid}. Fix: positive shares with a sum under 1")
-    if "time" not in x.df: raise ValueError("temporal_split needs a time column. Fix: ratio_split or leave_one_out work without")
+    if not (0<test and 0<=valid and test+valid<1):
+        raise ValueError(f"test={test}, valid={valid}. Fix: positive shares with a sum under 1")
+    if "time" not in x.df:
+        raise ValueError("temporal_split needs a time column. Fix: ratio_split or leave_one_out work without")
     t = x.df["time"].to_numpy()
     pos,size = _from_end(x, None)
     if np.ptp(np.bincount(x.user)[np.unique(x.user)]) and (t == size-1-pos).all():
-        warnings.warn("time is each user's position here, not a common clock: the latest rows are those of the longest histories",
-                      stacklevel=2)
+        warnings.warn(
+            "time is each user's position here, not a common clock: the latest rows are those of the longest histories",
+            stacklevel=2,
+        )
     cut = lambda share: np.sort(t)[len(t) - max(1, round(share*len(t)))]
     t_test,t_valid = cut(test), cut(test+valid)
     part = np.where(t>=t_test, 2, np.where((t>=t_valid) & (valid>0), 1, 0))
@@ -652,9 +800,11 @@ def given_split(
     seed:int=0,
 ) -> Split:
     "The set's own split; users with too few train rows to round a share give none to valid."
-    if "split" not in x.df: raise ValueError(
+    if "split" not in x.df:
+        raise ValueError(
         f"{x.name or 'these interactions'} carry no split column. Fix: leave_one_out, ratio_split or temporal_split")
-    if not 0<=valid<1: raise ValueError(f"valid={valid}. Fix: a share from 0 to under 1")
+    if not 0<=valid<1:
+        raise ValueError(f"valid={valid}. Fix: a share from 0 to under 1")
     part = x.df["split"].cat.codes.to_numpy().copy()
     if valid and not (part==1).any():
         train = np.flatnonzero(part==0)
@@ -668,8 +818,10 @@ def new_pairs(
     seen:Interactions, # e.g. its train part
 ) -> Interactions: # may be empty
     "The rows of `test` whose (user, item) pair does not occur in `seen`."
-    if (test.n_users,test.n_items)!=(seen.n_users,seen.n_items): raise ValueError(
-        f"test has {test.n_users} x {test.n_items} ids, seen {seen.n_users} x {seen.n_items}. Fix: take both from one split")
+    if (test.n_users,test.n_items)!=(seen.n_users,seen.n_items):
+        raise ValueError(
+            f"test has {test.n_users} x {test.n_items} ids, seen {seen.n_users} x {seen.n_items}. Fix: take both from one split"
+        )
     pair = lambda x: x.user*x.n_items + x.item
     return test.subset(~np.isin(pair(test), pair(seen)))
 
@@ -681,7 +833,9 @@ def _gowalla(get):
     u,i = sp.load_npz(get("s_adj_mat.npz")).tocsr()[:n,n:].nonzero()
     test = _lines(get("test.txt"), _ints)
     test = _long([t[1:] for t in test], [t[0] for t in test]).drop(columns="time")
-    df = _parts_frame(dict(train=pd.DataFrame(dict(user=u, item=i)), test=test)).astype(dict(user="int64", item="int64"))
+    df = _parts_frame(dict(train=pd.DataFrame(dict(user=u, item=i)), test=test)).astype(
+        dict(user="int64", item="int64")
+    )
     return Interactions(df, n, 40981, name="gowalla")
 
 @_loader("coat")
@@ -703,7 +857,9 @@ def _coat_propensities(get):
 @_loader("movielens-1m-diffrec")
 def _diffrec(get):
     "Rows are in time order within a user and part, as its authors state; `time` is that position."
-    df = _parts_frame({s: pd.DataFrame(np.load(get(f"{s}_list.npy"), allow_pickle=False), columns=["user","item"]) for s in _parts})
+    df = _parts_frame(
+        {s: pd.DataFrame(np.load(get(f"{s}_list.npy"), allow_pickle=False), columns=["user", "item"]) for s in _parts}
+    )
     df["time"] = df.groupby("user").cumcount().astype(float)
     return Interactions(df, 5949, 2810, name="movielens-1m-diffrec")
 
@@ -714,7 +870,9 @@ def _beauty(get):
     df = _long([s[1:] for s in seqs], [s[0] for s in seqs])
     asin = dict(zip(df.item, (a for r in raw for a in r[1:])))
     attrs = json.loads(get("Beauty_item2attributes.json").read_text())
-    words = dict(_lines(get("item_generative_indexing_hierarchy_v1_c128_l7_len32768_split.txt"), lambda l: l.split(" ", 1)))
+    words = dict(
+        _lines(get("item_generative_indexing_hierarchy_v1_c128_l7_len32768_split.txt"), lambda l: l.split(" ", 1))
+    )
     items = pd.DataFrame(dict(item=list(asin), asin=list(asin.values()), attributes=[attrs[str(i)] for i in asin],
                               words=[words[a].strip("|").split("|") for a in asin.values()]))
     users = pd.DataFrame([(s[0], r[0]) for s,r in zip(seqs, raw)], columns=["user","reviewer"])
@@ -750,8 +908,15 @@ def _trust(get):
 def _foursquare(get):
     "Visit counts as rating; places carry latitude and longitude in degrees."
     parse = _fields(" ", str, str, float)
-    df = _parts_frame({s: pd.DataFrame(_lines(get(f"{s}Data.txt"), parse), columns=["user","item","rating"]) for s in ("train","test")})
-    places = pd.DataFrame(_lines(get("FoursquareLocation.txt"), _fields(" ", str, float, float)), columns=["item","lat","lon"])
+    df = _parts_frame(
+        {
+            s: pd.DataFrame(_lines(get(f"{s}Data.txt"), parse), columns=["user", "item", "rating"])
+            for s in ("train", "test")
+        }
+    )
+    places = pd.DataFrame(
+        _lines(get("FoursquareLocation.txt"), _fields(" ", str, float, float)), columns=["item", "lat", "lon"]
+    )
     return Interactions.from_frame(df, rating="rating", split="split", items=places, name="foursquare-sg")
 
 @_loader("movielens-latest-small")
@@ -768,7 +933,10 @@ def _ml_small(get):
 
 # %% ../nbs/foundations/01_data.ipynb #571f9015
 @_loader("movielens-100k/kg")
-def _ml_kg(get): return pd.DataFrame(_lines(get("ml-100k.kg"), _fields("\t", str, str, str), skip=1), columns=["head","relation","tail"])
+def _ml_kg(get):
+    return pd.DataFrame(
+        _lines(get("ml-100k.kg"), _fields("\t", str, str, str), skip=1), columns=["head", "relation", "tail"]
+    )
 
 @_loader("movielens-100k/link")
 def _ml_link(get):
@@ -779,7 +947,9 @@ def _ml_link(get):
 @_loader("influence-graphs/nethept")
 def _nethept(get):
     "Directed edges, weight = activation probability (weighted cascade)."
-    return pd.DataFrame(_lines(get("NetHEPT.txt"), _fields(" ", int, int, float), skip=1), columns=["src","dst","weight"])
+    return pd.DataFrame(
+        _lines(get("NetHEPT.txt"), _fields(" ", int, int, float), skip=1), columns=["src", "dst", "weight"]
+    )
 
 @_loader("influence-graphs/higgs")
 def _higgs(get):
@@ -790,7 +960,8 @@ def _higgs(get):
 
 @_loader("citation-graphs")
 def _cora(get):
-    with np.load(get("cora.npz"), allow_pickle=False) as z: A = sp.csr_matrix((z["adj_data"], z["adj_indices"], z["adj_indptr"]), z["adj_shape"]).tocoo()
+    with np.load(get("cora.npz"), allow_pickle=False) as z:
+        A = sp.csr_matrix((z["adj_data"], z["adj_indices"], z["adj_indptr"]), z["adj_shape"]).tocoo()
     return pd.DataFrame(dict(src=A.row, dst=A.col)).astype("int64")
 
 @_loader("citation-graphs/nodes")
@@ -806,9 +977,12 @@ def _triples(get, file):
         members = [m for m in t.getmembers() if m.isfile()]
         _check_room(path, [m.size for m in members])
         files = {m.name.split("/")[-1]: t.extractfile(m).read().decode() for m in members}
-    read = lambda s: pd.DataFrame([l.split("\t") for l in files[f"{s}.txt"].splitlines()], columns=["head","relation","tail"])
+    read = lambda s: pd.DataFrame(
+        [l.split("\t") for l in files[f"{s}.txt"].splitlines()], columns=["head", "relation", "tail"]
+    )
     return _parts_frame({s: read(s) for s in _parts})
-for _k,_f in _kgs.items(): _loaders[f"kg-link-prediction/{_k}"] = functools.partial(_triples, file=_f)
+for _k,_f in _kgs.items():
+    _loaders[f"kg-link-prediction/{_k}"] = functools.partial(_triples, file=_f)
 
 @_loader("tallrec")
 def _tallrec(get):
@@ -833,4 +1007,7 @@ def _zsre(get): return _records(get, "ZsRE/ZsRE-test-all.json")
 def _counterfact(get): return _records(get, "wiki_counterfact/train_cf.json")
 
 @_loader("knowedit/wikibio")
-def _wikibio(get): return pd.concat([_records(get, f"WikiBio/wikibio-{s}-all.json").assign(split=s) for s in ("train","test")], ignore_index=True)
+def _wikibio(get):
+    return pd.concat(
+        [_records(get, f"WikiBio/wikibio-{s}-all.json").assign(split=s) for s in ("train", "test")], ignore_index=True
+    )

@@ -26,12 +26,16 @@ def params_of(
     ) -> dict[str, nn.Parameter]: # in the order of the model
     "The parameters that a question is about."
     have = dict(model.named_parameters())
-    if names is None: keep = {k for k, p in have.items() if p.requires_grad}
-    elif callable(names): keep = {k for k in have if names(k)}
+    if names is None:
+        keep = {k for k, p in have.items() if p.requires_grad}
+    elif callable(names):
+        keep = {k for k in have if names(k)}
     else:
         keep = set(names)
-        if missing := sorted(keep - set(have)): raise ValueError(f"no parameters {missing}: the model has {list(have)[:8]}, ...")
-    if not keep: raise ValueError("no parameters chosen: none requires a gradient or none fits the rule")
+        if missing := sorted(keep - set(have)):
+            raise ValueError(f"no parameters {missing}: the model has {list(have)[:8]}, ...")
+    if not keep:
+        raise ValueError("no parameters chosen: none requires a gradient or none fits the rule")
     return {k: p for k, p in have.items() if k in keep}
 
 def flatten(params:dict[str, Tensor]) -> Tensor: # (p,)
@@ -43,7 +47,8 @@ def unflatten(
     params:dict[str, Tensor], # shapes and order
     ) -> dict[str, Tensor]: # views of v; with n in front of each shape if v has two dimensions
     "The inverse of `flatten`."
-    if v.shape[-1] != (p := sum(x.numel() for x in params.values())): raise ValueError(f"a vector of {v.shape[-1]} for {p} parameters")
+    if v.shape[-1] != (p := sum(x.numel() for x in params.values())):
+        raise ValueError(f"a vector of {v.shape[-1]} for {p} parameters")
     parts = v.split([x.numel() for x in params.values()], -1)
     return {k: part.reshape(*v.shape[:-1], *x.shape) for (k, x), part in zip(params.items(), parts)}
 
@@ -53,7 +58,8 @@ def add_(
     scale:float=1.):
     "Move the parameters in place: theta <- theta + scale*delta."
     with torch.no_grad():
-        for p, d in zip(params.values(), unflatten(delta, params).values()): p.add_(d, alpha=scale)
+        for p, d in zip(params.values(), unflatten(delta, params).values()):
+            p.add_(d, alpha=scale)
 
 # %% ../nbs/foundations/05_gradients.ipynb #4d4124fa
 class OwnRows(TorchFunctionMode):
@@ -61,7 +67,9 @@ class OwnRows(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         if name.endswith("batch_norm") and (kwargs.get("training") or any(a is True for a in args[5:6])):
-            raise ValueError("the model normalises by the statistics of the batch, so no row has a gradient of its own: track running statistics, or use LayerNorm")
+            raise ValueError(
+                "the model normalises by the statistics of the batch, so no row has a gradient of its own: track running statistics, or use LayerNorm"
+            )
         return func(*args, **kwargs)
 
 @contextmanager
@@ -72,15 +80,20 @@ def as_function(
     cuda = [p.device for p in list(model.parameters())[:1] if p.is_cuda]
     states = lambda: [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in cuda)]
     before = states()
-    with eval_mode(model), OwnRows(): yield
+    with eval_mode(model), OwnRows():
+        yield
     if any((a != b).any() for a, b in zip(before, states())):
-        raise ValueError("model or loss drew random numbers in evaluation mode, e.g. F.dropout without `training=self.training`: "
-            "gradients would be those of another model each time; switch it off")
+        raise ValueError(
+            "model or loss drew random numbers in evaluation mode, e.g. F.dropout without `training=self.training`: "
+            "gradients would be those of another model each time; switch it off"
+        )
 
 def chosen(model, params):
     "`params`, or all of the model's if None."
-    if params is None: return params_of(model)
-    if not params: raise ValueError("no parameters chosen: give some, or None for all that require a gradient")
+    if params is None:
+        return params_of(model)
+    if not params:
+        raise ValueError("no parameters chosen: give some, or None for all that require a gradient")
     return params
 
 # %% ../nbs/foundations/05_gradients.ipynb #9c2e221f
@@ -93,18 +106,23 @@ def grad_of(
     "Gradient of one loss as a vector, of the model in evaluation mode."
     params = chosen(model, params)
     with as_function(model), differentiable(params):
-        g = torch.autograd.grad(loss(model, batch), list(params.values()), create_graph=create_graph, materialize_grads=True)
+        g = torch.autograd.grad(
+            loss(model, batch), list(params.values()), create_graph=create_graph, materialize_grads=True
+        )
     return flatten(dict(zip(params, g)))
 
 @contextmanager
 def differentiable(params:dict[str, nn.Parameter]):
     "Inside, gradients are on for `params`, frozen ones too, and attention can be differentiated twice; afterwards all is as before."
     held = [p.requires_grad for p in params.values()]
-    for p in params.values(): p.requires_grad_(True)
+    for p in params.values():
+        p.requires_grad_(True)
     try:
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH): yield
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
-        for p, r in zip(params.values(), held): p.requires_grad_(r)
+        for p, r in zip(params.values(), held):
+            p.requires_grad_(r)
 
 def per_sample_grads(
     model:nn.Module,
@@ -117,13 +135,18 @@ def per_sample_grads(
     "The gradient of every row's own loss."
     params, batch = chosen(model, params), tuple(batch)
     whole_number("chunk_size", chunk_size)
-    if len(lens := {len(b) for b in batch}) != 1: raise ValueError(f"tensors of {sorted(lens)} rows: rows must correspond")
-    if not (n := lens.pop()): raise ValueError("an empty batch has no gradients")
-    if not vectorize: return torch.stack([grad_of(model, loss, tuple(b[i:i+1] for b in batch), params).detach() for i in range(n)])
+    if len(lens := {len(b) for b in batch}) != 1:
+        raise ValueError(f"tensors of {sorted(lens)} rows: rows must correspond")
+    if not (n := lens.pop()):
+        raise ValueError("an empty batch has no gradients")
+    if not vectorize:
+        return torch.stack([grad_of(model, loss, tuple(b[i:i+1] for b in batch), params).detach() for i in range(n)])
     theta = {k: p.detach() for k, p in params.items()}
     one = lambda th, row: loss(Bound(model, th), tuple(x[None] for x in row))
     with as_function(model), sdpa_kernel(SDPBackend.MATH):
-        g = vmap(grad(one), (None, 0), chunk_size=chunk_size, randomness="different")(theta, batch) # if random at all, `as_function` says so
+        g = vmap(grad(one), (None, 0), chunk_size=chunk_size, randomness="different")(
+            theta, batch
+        )  # if random at all, `as_function` says so
     return torch.cat([g[k].reshape(n, -1) for k in params], 1).detach()
 
 # %% ../nbs/foundations/05_gradients.ipynb #45d0ad16
@@ -144,7 +167,11 @@ def hvp(
     params = chosen(model, params)
     with as_function(model), differentiable(params):
         g = grad_of(model, loss, batch, params, create_graph=True)
-        Hv = torch.autograd.grad(g @ v, list(params.values()), materialize_grads=True) if g.requires_grad else [torch.zeros_like(p) for p in params.values()]
+        Hv = (
+            torch.autograd.grad(g @ v, list(params.values()), materialize_grads=True)
+            if g.requires_grad
+            else [torch.zeros_like(p) for p in params.values()]
+        )
     return flatten(dict(zip(params, Hv))).detach()
 
 def dense(
@@ -186,19 +213,30 @@ def solve(
     maxiter:int|None=None, # default 10*p
     ) -> Tensor: # (p,)
     "x with (A + damping*I) x = b by conjugate gradients, for A given as products."
-    if not damping >= 0: raise ValueError(f"damping={damping}: must not be negative")
-    if not torch.isfinite(b).all(): raise ValueError("the right-hand side is not finite")
-    if not (size := b.abs().max().item()): return torch.zeros_like(b)
+    if not damping >= 0:
+        raise ValueError(f"damping={damping}: must not be negative")
+    if not torch.isfinite(b).all():
+        raise ValueError("the right-hand side is not finite")
+    if not (size := b.abs().max().item()):
+        return torch.zeros_like(b)
     as_tensor = lambda a: torch.as_tensor(a, dtype=b.dtype, device=b.device)
     def product(x):
         Ax = matvec(as_tensor(x.ravel())).detach().cpu().numpy().astype(float) + damping*x.ravel()
-        if not np.isfinite(Ax).all(): raise FloatingPointError("the product with the matrix is not finite: raise the damping or compute in float64")
+        if not np.isfinite(Ax).all():
+            raise FloatingPointError(
+                "the product with the matrix is not finite: raise the damping or compute in float64"
+            )
         if (curve := x.ravel() @ Ax) < -1e-9*(np.linalg.norm(x)*np.linalg.norm(Ax)):
-            raise ValueError(f"negative curvature {curve:.3g}: the matrix plus damping={damping:g} is not positive definite; raise the damping or use the Gauss-Newton matrix")
+            raise ValueError(
+                f"negative curvature {curve:.3g}: the matrix plus damping={damping:g} is not positive definite; raise the damping or use the Gauss-Newton matrix"
+            )
         return Ax
     rhs = b.detach().cpu().numpy().astype(float)/size # of size 1, so that no limit below is absolute
     x, info = cg(LinearOperator((len(b), len(b)), product, dtype=float), rhs, rtol=tol, atol=0., maxiter=maxiter)
-    if info > 0: raise RuntimeError(f"no solution to tol={tol:g} within {info} iterations: raise maxiter, tol or the damping")
+    if info > 0:
+        raise RuntimeError(f"no solution to tol={tol:g} within {info} iterations: raise maxiter, tol or the damping")
     if (left := np.linalg.norm(product(x) - rhs)/np.linalg.norm(rhs)) > max(1e-2, 100*tol):
-        raise RuntimeError(f"the solution is off by {left:.1e} of the right-hand side: the matrix is too ill-conditioned; raise the damping or compute in float64")
+        raise RuntimeError(
+            f"the solution is off by {left:.1e} of the right-hand side: the matrix is too ill-conditioned; raise the damping or compute in float64"
+        )
     return as_tensor(x*size)

@@ -49,12 +49,24 @@ def nano_tokenizer(
     answers = ["".join(f" {c}" for c in [*"ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", "yes", "no"])]
     t = Tokenizer(models.BPE())
     t.pre_tokenizer, t.decoder = byte(add_prefix_space=False), decoders.ByteLevel()
-    learn = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=marks, initial_alphabet=byte.alphabet(), show_progress=False)
+    learn = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=marks, initial_alphabet=byte.alphabet(), show_progress=False
+    )
     t.train_from_iterator([*texts, *answers*max(50, len(texts)//10)], learn)
-    t.post_processor = processors.TemplateProcessing(single="<bos> $A", pair="<bos> $A $B:1", special_tokens=[("<bos>", 1)])
+    t.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B:1", special_tokens=[("<bos>", 1)]
+    )
     pad, bos, eos, unk, mask = marks
-    return PreTrainedTokenizerFast(tokenizer_object=t, pad_token=pad, bos_token=bos, eos_token=eos, unk_token=unk, mask_token=mask,
-        padding_side="left", clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=t,
+        pad_token=pad,
+        bos_token=bos,
+        eos_token=eos,
+        unk_token=unk,
+        mask_token=mask,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
 
 # %% ../nbs/foundations/06_lm.ipynb #8078a6f8
 def doc_batches(
@@ -66,7 +78,9 @@ def doc_batches(
     rows, chunk = min(rows, len(ids)), 20*rows
     while True:
         order = rng.permutation(len(ids))
-        order = np.concatenate([sorted(order[k:k+chunk], key=lambda d: len(ids[d])) for k in range(0, len(order), chunk)])
+        order = np.concatenate(
+            [sorted(order[k : k + chunk], key=lambda d: len(ids[d])) for k in range(0, len(order), chunk)]
+        )
         batches = [order[k:k+rows] for k in range(0, len(order)-rows+1, rows)]
         for k in rng.permutation(len(batches)):
             docs = [torch.tensor(ids[d]) for d in batches[k]]
@@ -107,11 +121,16 @@ def pretrain(
     plan = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=.1)
     history = []
     model.train()
-    for _, ids in zip(tqdm(range(steps), desc=desc, leave=False, disable=bool(os.environ.get("TQDM_DISABLE"))), batches):
+    for _, ids in zip(
+        tqdm(range(steps), desc=desc, leave=False, disable=bool(os.environ.get("TQDM_DISABLE"))), batches
+    ):
         l = loss(ids)
-        opt.zero_grad(); l.backward()
+        opt.zero_grad()
+        l.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.)
-        opt.step(); plan.step(); history.append(l.item())
+        opt.step()
+        plan.step()
+        history.append(l.item())
     return history
 
 # %% ../nbs/foundations/06_lm.ipynb #3b475e23
@@ -126,27 +145,37 @@ def cached(
     "The folder of the model that `docs` and `settings` determine; built if it is not there yet."
     key = hashlib.sha256(json.dumps([RECIPE, kind, settings, list(docs)], sort_keys=True).encode()).hexdigest()[:16]
     home = cache_dir()/"lm"
-    if whole(home/key): return home/key
+    if whole(home/key):
+        return home/key
     try:
         home.mkdir(parents=True, exist_ok=True)
         with FileLock(home/f"{key}.lock"):
-            if not whole(home/key): rebuild(home, key, build)
+            if not whole(home/key):
+                rebuild(home, key, build)
     except Exception as e:
-        if cannot_write(e): raise OSError(f"cannot write a model to {home} ({e}). Fix: set RECBOOK_CACHE to a folder with room that you may write to") from e
+        if cannot_write(e):
+            raise OSError(
+                f"cannot write a model to {home} ({e}). Fix: set RECBOOK_CACHE to a folder with room that you may write to"
+            ) from e
         raise
     return home/key
 
 # %% ../nbs/foundations/06_lm.ipynb #204a7559
 def digests(folder):
     "SHA-256 of each file in the folder, but for the list of them."
-    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(Path(folder).iterdir()) if f.is_file() and f.name != "sha256.json"}
+    return {
+        f.name: hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in sorted(Path(folder).iterdir())
+        if f.is_file() and f.name != "sha256.json"
+    }
 
 def whole(folder):
     "Are all files there as they were written?"
     try:
         want = json.loads((folder/"sha256.json").read_text(encoding="utf-8"))
         have = digests(folder)
-    except (OSError, ValueError): return False
+    except (OSError, ValueError):
+        return False
     return isinstance(want, dict) and bool(want) and all(have.get(f) == h for f, h in want.items())
 
 def rebuild(home, key, build):
@@ -155,30 +184,40 @@ def rebuild(home, key, build):
     with tempfile.TemporaryDirectory(dir=home, prefix=f"{key}.", ignore_cleanup_errors=True) as tmp:
         build(new := Path(tmp)/"model")
         (new/"sha256.json").write_text(json.dumps(digests(new)), encoding="utf-8")
-        if (home/key).exists(): os.replace(home/key, Path(tmp)/"broken")
+        if (home/key).exists():
+            os.replace(home/key, Path(tmp)/"broken")
         os.replace(new, home/key)
 
 def sweep(home, mine):
     "Remove temporary folders of processes that died: nobody holds their lock any more. The caller holds that of `mine`."
     for d in [d for d in home.iterdir() if "." in d.name and d.is_dir()]:
         key = d.name.split(".")[0]
-        if key == mine: shutil.rmtree(d, ignore_errors=True); continue
+        if key == mine:
+            shutil.rmtree(d, ignore_errors=True)
+            continue
         try:
-            with FileLock(home/f"{key}.lock", timeout=0): shutil.rmtree(d, ignore_errors=True)
-        except Timeout: pass # somebody is at work there
+            with FileLock(home/f"{key}.lock", timeout=0):
+                shutil.rmtree(d, ignore_errors=True)
+        except Timeout:
+            pass # somebody is at work there
 
 def cannot_write(e):
     "Does this error say that the disk is full or not ours to write on? Libraries in Rust tell it in words alone."
     text = str(e).lower()
-    said = any(w in text for w in ("no space left", "read-only file system", "permission denied", "file too large", "quota exceeded"))
+    said = any(
+        w in text
+        for w in ("no space left", "read-only file system", "permission denied", "file too large", "quota exceeded")
+    )
     return said or isinstance(e, (PermissionError, NotADirectoryError, FileExistsError))
 
 # %% ../nbs/foundations/06_lm.ipynb #eaa25b0c
 def corpus_of(world, corpus):
     "The documents to read: those given, or those of a world."
-    if world is not None and corpus is not None: raise ValueError("world and corpus were both given: a model reads one of them")
+    if world is not None and corpus is not None:
+        raise ValueError("world and corpus were both given: a model reads one of them")
     docs = list(corpus) if corpus is not None else (world or World(0)).corpus(8)
-    if not docs: raise ValueError("the corpus is empty: nothing to read")
+    if not docs:
+        raise ValueError("the corpus is empty: nothing to read")
     return docs
 
 # %% ../nbs/foundations/06_lm.ipynb #20ac6e2b
@@ -187,45 +226,65 @@ def safely(
     name, # hub name or folder
     **kw): # for `from_pretrained`
     "`auto.from_pretrained` that runs no code of the folder, asks no question and reads no pickle."
-    if kw.pop("trust_remote_code", False): raise ValueError("trust_remote_code=True: recbook never runs code from a model folder; load it yourself and pass the model")
-    if kw.pop("use_safetensors", True) is not True: raise ValueError("use_safetensors: recbook reads no pickled weights; convert them to safetensors first")
+    if kw.pop("trust_remote_code", False):
+        raise ValueError(
+            "trust_remote_code=True: recbook never runs code from a model folder; load it yourself and pass the model"
+        )
+    if kw.pop("use_safetensors", True) is not True:
+        raise ValueError("use_safetensors: recbook reads no pickled weights; convert them to safetensors first")
     weights = {} if hasattr(auto, "register") and "Tokenizer" in auto.__name__ else dict(use_safetensors=True)
-    if weights: only_safetensors(name)
-    try: return auto.from_pretrained(name, trust_remote_code=False, **weights, **kw)
+    if weights:
+        only_safetensors(name)
+    try:
+        return auto.from_pretrained(name, trust_remote_code=False, **weights, **kw)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as e:
-        if has_code(name) and "trust_remote_code" in str(e): raise OSError(f"cannot load {str(name)!r}: its config.json names Python code of its own (auto_map), "
-            "which recbook never runs. Take a model that transformers knows, or load it yourself and pass the model") from None
+        if has_code(name) and "trust_remote_code" in str(e):
+            raise OSError(
+                f"cannot load {str(name)!r}: its config.json names Python code of its own (auto_map), "
+                "which recbook never runs. Take a model that transformers knows, or load it yourself and pass the model"
+            ) from None
         raise OSError(unreachable(name, e)) from e
 
 def has_code(name):
     "Does a folder name Python code of its own? Of a hub name nobody knows: assume so."
-    if not Path(name).is_dir(): return True
+    if not Path(name).is_dir():
+        return True
     return any("auto_map" in read_json(f) for f in Path(name).glob("*config.json"))
 
 def read_json(file):
     "The dictionary in a file; empty if there is none."
-    try: x = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError): return {}
+    try:
+        x = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
     return x if isinstance(x, dict) else {}
 
 def only_safetensors(name):
     "Refuse a folder whose weights, or those of the model that its adapter belongs to, are not safetensors."
     home = Path(name)
-    if not home.is_dir(): return # on the hub: use_safetensors=True sees to it
+    if not home.is_dir():
+        return # on the hub: use_safetensors=True sees to it
     adapter = (home/"adapter_config.json").is_file()
     have = list(home.glob("adapter_model*.safetensors" if adapter else "*.safetensors"))
-    pickled = sorted(f.name for p in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack") for f in home.glob(p))
-    if pickled and not have: raise OSError(f"cannot load {str(name)!r}: its weights are not safetensors but {pickled[0]}, and to unpickle a file is to run it. "
-        "Save them as safetensors where you trust them (model.save_pretrained) and load that folder")
+    pickled = sorted(
+        f.name for p in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack") for f in home.glob(p)
+    )
+    if pickled and not have:
+        raise OSError(
+            f"cannot load {str(name)!r}: its weights are not safetensors but {pickled[0]}, and to unpickle a file is to run it. "
+            "Save them as safetensors where you trust them (model.save_pretrained) and load that folder"
+        )
     base = read_json(home/"adapter_config.json").get("base_model_name_or_path")
-    if base and Path(base) != home: only_safetensors(base)
+    if base and Path(base) != home:
+        only_safetensors(base)
 
 def unreachable(name, why=None):
     "What to do when a model does not load."
     home = Path(name)
     if home.is_dir() and ((home/"config.json").is_file() or (home/"adapter_config.json").is_file()):
         return f"cannot load {str(name)!r}: the folder is damaged, incomplete or of a kind that transformers does not know ({why}). Save or download it again"
-    if home.is_dir(): return f"cannot load {str(name)!r}: the folder has no config.json, so it holds no model. Pass the folder that save_pretrained wrote"
+    if home.is_dir():
+        return f"cannot load {str(name)!r}: the folder has no config.json, so it holds no model. Pass the folder that save_pretrained wrote"
     return (f"cannot load {str(name)!r}: it is no folder with a model, and the hub did not give it. "
             "Check the spelling and the network, or download it where there is one and pass the folder, or use 'nano'")
 
@@ -240,8 +299,18 @@ def nano_lm(
     lr:float=0.001, batch_size:int=32) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     "A small Llama-style language model that has read the corpus, and its tokenizer, loaded from the cache; trained the first time."
     docs = corpus_of(world, corpus)
-    s = reading_plan(8/3, hidden_size=hidden_size, n_layers=n_layers, intermediate_size=intermediate_size, steps=steps, seed=seed,
-        vocab_size=vocab_size, max_length=max_length, lr=lr, batch_size=batch_size)
+    s = reading_plan(
+        8 / 3,
+        hidden_size=hidden_size,
+        n_layers=n_layers,
+        intermediate_size=intermediate_size,
+        steps=steps,
+        seed=seed,
+        vocab_size=vocab_size,
+        max_length=max_length,
+        lr=lr,
+        batch_size=batch_size,
+    )
     folder = cached("causal", docs, s, lambda to: read_causal(docs, to, **s))
     return safely(LlamaForCausalLM, folder), safely(AutoTokenizer, folder)
 
@@ -250,7 +319,8 @@ LEAST = dict(hidden_size=2, n_layers=1, intermediate_size=1, steps=2, seed=0, vo
 
 def reading_plan(wide, **s):
     "The settings of a nano model, checked; MLPs are `wide` times hidden_size if not said otherwise."
-    if s["intermediate_size"] is None: s["intermediate_size"] = int(s["hidden_size"]*wide) if isinstance(s["hidden_size"], int) else 1
+    if s["intermediate_size"] is None:
+        s["intermediate_size"] = int(s["hidden_size"]*wide) if isinstance(s["hidden_size"], int) else 1
     for name, least in LEAST.items():
         if isinstance(s[name], bool) or not isinstance(s[name], (int, np.integer)) or s[name] < least:
             raise ValueError(f"{name}={s[name]!r}: must be a whole number, at least {least}")
@@ -262,13 +332,26 @@ def reading_plan(wide, **s):
     return s
 
 # %% ../nbs/foundations/06_lm.ipynb #20f76475
-def read_causal(docs, to, hidden_size, n_layers, intermediate_size, steps, seed, vocab_size, max_length, lr, batch_size):
+def read_causal(
+    docs, to, hidden_size, n_layers, intermediate_size, steps, seed, vocab_size, max_length, lr, batch_size
+):
     "Train a Llama on `docs` and save it in the folder `to`."
     def build(tok):
         heads = max(1, hidden_size//32)
-        m = LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), hidden_size=hidden_size, intermediate_size=intermediate_size,
-            num_hidden_layers=n_layers, num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=max_length,
-            tie_word_embeddings=True, initializer_range=.05, **mark_ids(tok)))
+        m = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tok),
+                hidden_size=hidden_size,
+                intermediate_size=intermediate_size,
+                num_hidden_layers=n_layers,
+                num_attention_heads=heads,
+                num_key_value_heads=heads,
+                max_position_embeddings=max_length,
+                tie_word_embeddings=True,
+                initializer_range=0.05,
+                **mark_ids(tok),
+            )
+        )
         mark = tok(":", add_special_tokens=False).input_ids[-1]
         return m, lambda x: next_token_loss(m(x).logits, x, tok.pad_token_id, mark)
     read(docs, to, build, steps//4, steps, seed, vocab_size, max_length, lr, batch_size)
@@ -288,7 +371,8 @@ def read(docs, to, build, facts, steps, seed, vocab_size, max_length, lr, batch_
         t = process_time()
         batches = facts_first(docs, ids, batch_size, tok.pad_token_id, facts, np.random.default_rng(seed))
         history = pretrain(model, loss, batches, steps, lr)
-    model.save_pretrained(to); tok.save_pretrained(to)
+    model.save_pretrained(to)
+    tok.save_pretrained(to)
     (to/"history.json").write_text(json.dumps(dict(loss=history, cpu_s=process_time() - t)))
 
 # %% ../nbs/foundations/06_lm.ipynb #b50efcf2
@@ -299,7 +383,8 @@ def mask_tokens(
     ) -> tuple[Tensor, Tensor]: # masked ids and labels, -100 where nothing was hidden
     "Hide a random share of the ordinary tokens."
     hide = torch.rand(ids.shape) < share
-    if mark is not None: hide[:, 1:] |= ids[:, :-1] == mark
+    if mark is not None:
+        hide[:, 1:] |= ids[:, :-1] == mark
     hide &= ~torch.isin(ids, torch.tensor(tok.all_special_ids))
     return ids.masked_fill(hide, tok.mask_token_id), ids.masked_fill(~hide, -100)
 
@@ -311,19 +396,42 @@ def nano_mlm(
     lr:float=0.0015, batch_size:int=32) -> tuple[ModernBertForMaskedLM, PreTrainedTokenizerFast]:
     "A small bidirectional masked language model that has read the corpus, and its tokenizer; cached as in `nano_lm`."
     docs = corpus_of(world, corpus)
-    s = reading_plan(2, hidden_size=hidden_size, n_layers=n_layers, intermediate_size=intermediate_size, steps=steps, seed=seed,
-        vocab_size=vocab_size, max_length=max_length, lr=lr, batch_size=batch_size)
+    s = reading_plan(
+        2,
+        hidden_size=hidden_size,
+        n_layers=n_layers,
+        intermediate_size=intermediate_size,
+        steps=steps,
+        seed=seed,
+        vocab_size=vocab_size,
+        max_length=max_length,
+        lr=lr,
+        batch_size=batch_size,
+    )
     folder = cached("masked", docs, s, lambda to: read_masked(docs, to, **s))
     return safely(ModernBertForMaskedLM, folder), safely(AutoTokenizer, folder)
 
 # %% ../nbs/foundations/06_lm.ipynb #5e54cfc7
-def read_masked(docs, to, hidden_size, n_layers, intermediate_size, steps, seed, vocab_size, max_length, lr, batch_size):
+def read_masked(
+    docs, to, hidden_size, n_layers, intermediate_size, steps, seed, vocab_size, max_length, lr, batch_size
+):
     "Train a ModernBERT on `docs` and save it in the folder `to`."
     def build(tok):
-        m = ModernBertForMaskedLM(ModernBertConfig(vocab_size=len(tok), hidden_size=hidden_size, intermediate_size=intermediate_size,
-            num_hidden_layers=n_layers, num_attention_heads=max(1, hidden_size//32), max_position_embeddings=max_length,
-            global_attn_every_n_layers=1, initializer_range=.05, cls_token_id=tok.bos_token_id, sep_token_id=tok.eos_token_id,
-            **mark_ids(tok)))
+        m = ModernBertForMaskedLM(
+            ModernBertConfig(
+                vocab_size=len(tok),
+                hidden_size=hidden_size,
+                intermediate_size=intermediate_size,
+                num_hidden_layers=n_layers,
+                num_attention_heads=max(1, hidden_size // 32),
+                max_position_embeddings=max_length,
+                global_attn_every_n_layers=1,
+                initializer_range=0.05,
+                cls_token_id=tok.bos_token_id,
+                sep_token_id=tok.eos_token_id,
+                **mark_ids(tok),
+            )
+        )
         mark = tok(":", add_special_tokens=False).input_ids[-1]
         def loss(x):
             y, labels = mask_tokens(x, tok, mark=mark)
@@ -340,11 +448,13 @@ def load_lm(
     "A causal language model and its tokenizer, with a pad token and left padding."
     if name_or_path == "nano":
         model, tok = nano_lm(**kw)
-        if dtype: model = model.to(dtype)
+        if dtype:
+            model = model.to(dtype)
     else:
         tok = safely(AutoTokenizer, name_or_path)
         model = safely(AutoModelForCausalLM, name_or_path, dtype=dtype or "auto", **kw)
-    if tok.pad_token is None: tok.pad_token = tok.eos_token or tok.bos_token or tok.unk_token
+    if tok.pad_token is None:
+        tok.pad_token = tok.eos_token or tok.bos_token or tok.unk_token
     tok.padding_side = "left"
     return (model.to(device) if device else model).eval(), tok
 
@@ -381,16 +491,23 @@ def encode(
     end:bool=True, # with the closing marks, if the tokenizer writes any
     ) -> BatchEncoding: # input_ids, attention_mask (n, longest)
     "Token ids of `texts`, padded to the longest; where a text is cut, its marks stay."
-    if truncate not in (None, "left", "right"): raise ValueError(f"truncate={truncate!r}: must be 'left', 'right' or None")
+    if truncate not in (None, "left", "right"):
+        raise ValueError(f"truncate={truncate!r}: must be 'left', 'right' or None")
     ids, (front, back) = token_ids(tok, texts, end), marks_of(tok)
     for k, x in enumerate(ids):
-        if not x: raise ValueError(f"text {k} ({texts[k][:60]!r}) has no tokens: nothing to score")
+        if not x:
+            raise ValueError(f"text {k} ({texts[k][:60]!r}) has no tokens: nothing to score")
         if limit and len(x) > limit:
             if not truncate:
-                raise ValueError(f"prompt {k} ({texts[k][:60]!r}...) has {len(x)} tokens, the model reads {limit}: pass truncate='left'")
+                raise ValueError(
+                    f"prompt {k} ({texts[k][:60]!r}...) has {len(x)} tokens, the model reads {limit}: pass truncate='left'"
+                )
             tail = back if end else []
             body, room = x[len(front):len(x)-len(tail)], limit - len(front) - len(tail)
-            if room < 1: raise ValueError(f"limit={limit}: leaves no room beside the {len(front) + len(tail)} marks of the tokenizer")
+            if room < 1:
+                raise ValueError(
+                    f"limit={limit}: leaves no room beside the {len(front) + len(tail)} marks of the tokenizer"
+                )
             ids[k] = front + (body[-room:] if truncate == "left" else body[:room]) + tail
     return padded(tok, ids, side)
 
@@ -402,7 +519,11 @@ def context_limit(model):
 
 def late_positions(model):
     "Tables of positions that count from behind the padding's (RoBERTa and its kin)."
-    return [m for k, m in model.named_modules() if k.endswith("position_embeddings") and isinstance(m, nn.Embedding) and m.padding_idx is not None]
+    return [
+        m
+        for k, m in model.named_modules()
+        if k.endswith("position_embeddings") and isinstance(m, nn.Embedding) and m.padding_idx is not None
+    ]
 
 def label_ids(tok, prompts, labels):
     "Ids of the labels as they are tokenized behind the prompts' last characters; each must be one token."
@@ -412,9 +533,12 @@ def label_ids(tok, prompts, labels):
         for p in ends.values():
             a, b = token_ids(tok, [p, p + l])
             if b[:-1] != a:
-                raise ValueError(f"label {l!r} is not a single token after {p[-30:]!r}: pick another (' '+label?), let no prompt end in a blank, or use sequence_logprob")
+                raise ValueError(
+                    f"label {l!r} is not a single token after {p[-30:]!r}: pick another (' '+label?), let no prompt end in a blank, or use sequence_logprob"
+                )
             found.add(b[-1])
-        if len(found) > 1: raise ValueError(f"label {l!r} is a different token after different prompts: end all prompts alike")
+        if len(found) > 1:
+            raise ValueError(f"label {l!r} is a different token after different prompts: end all prompts alike")
         ids.append(found.pop())
     return ids
 
@@ -428,7 +552,8 @@ def answer_logits(
     truncate:str|None=None, # "left" keeps the end of prompts that are too long; None refuses them
     ) -> Tensor: # (n_prompts, n_labels)
     "Logits of each label as the next token after each prompt."
-    if not len(prompts) or not len(labels): raise ValueError(f"{len(prompts)} prompts and {len(labels)} labels: need at least one of each")
+    if not len(prompts) or not len(labels):
+        raise ValueError(f"{len(prompts)} prompts and {len(labels)} labels: need at least one of each")
     ids, limit, out = label_ids(tok, prompts, labels), context_limit(model), []
     with eval_mode(model):
         for k in range(0, len(prompts), batch_size):
@@ -475,17 +600,25 @@ def sequence_logprob(
     eos:bool=False, # also score the end of the completion
     batch_size:int=64) -> Tensor: # (n,)
     "Log-probability of each completion given its prompt."
-    if len(prompts) != len(completions): raise ValueError(f"{len(prompts)} prompts, {len(completions)} completions: these are pairs")
-    if not len(prompts): return torch.zeros(0)
+    if len(prompts) != len(completions):
+        raise ValueError(f"{len(prompts)} prompts, {len(completions)} completions: these are pairs")
+    if not len(prompts):
+        return torch.zeros(0)
     (P, A), limit, out = token_columns(tok, prompts, completions, eos=eos), context_limit(model), []
     for p, c, x, y in zip(prompts, completions, P, A):
-        if not y: raise ValueError(f"completion {c!r} has no tokens")
-        if limit and len(x) + len(y) > limit: raise ValueError(f"prompt {p[:60]!r}... and its completion have {len(x)}+{len(y)} tokens, the model reads {limit}")
+        if not y:
+            raise ValueError(f"completion {c!r} has no tokens")
+        if limit and len(x) + len(y) > limit:
+            raise ValueError(
+                f"prompt {p[:60]!r}... and its completion have {len(x)}+{len(y)} tokens, the model reads {limit}"
+            )
     with eval_mode(model):
         for k in range(0, len(P), batch_size):
             a, b = P[k:k+batch_size], A[k:k+batch_size]
             x = padded(tok, [p + c for p, c in zip(a, b)]).to(model.device)
-            lp = logits_of(model, x)[:, :-1].float().log_softmax(-1).gather(2, x["input_ids"][:, 1:, None])[..., 0].cpu()
+            lp = (
+                logits_of(model, x)[:, :-1].float().log_softmax(-1).gather(2, x["input_ids"][:, 1:, None])[..., 0].cpu()
+            )
             out += [row[len(p)-1:len(p)-1+len(c)].sum()/(len(c) if length_norm else 1) for row, p, c in zip(lp, a, b)]
     return torch.stack(out)
 
@@ -501,28 +634,37 @@ def token_columns(
     eos:bool=True, # the end mark closes each answer
     ) -> list: # ids of the prompts, then of each list of answers
     "Each answer tokenized behind its prompt, as trl does it, all rows at once; prompts have at least one token."
-    if eos: end_mark(tok)
+    if eos:
+        end_mark(tok)
     P, *A = (token_ids(tok, t) for t in (prompts, *([p + a for p, a in zip(prompts, x)] for x in answers)))
-    if eos: A = [[x if x[-1:] == [tok.eos_token_id] else x + [tok.eos_token_id] for x in xs] for xs in A]
+    if eos:
+        A = [[x if x[-1:] == [tok.eos_token_id] else x + [tok.eos_token_id] for x in xs] for xs in A]
     n = [min(shared_prefix(p, x) for x in xs) for p, *xs in zip(P, *A)]
     return [[p[:k] or start_mark(tok) for p, k in zip(P, n)], *([x[k:] for x, k in zip(xs, n)] for xs in A)]
 
 def end_mark(tok):
     "The id of the end mark; a tokenizer without one is refused."
-    if tok.eos_token_id is None: raise ValueError("the tokenizer has no end mark (eos_token), so no answer can be closed: set tok.eos_token to one of its special tokens")
+    if tok.eos_token_id is None:
+        raise ValueError(
+            "the tokenizer has no end mark (eos_token), so no answer can be closed: set tok.eos_token to one of its special tokens"
+        )
     return tok.eos_token_id
 
 def start_mark(tok):
     "What a text begins with where there is nothing else: the start mark, or the end mark of the text before."
     ids = [t for t in (tok.bos_token_id, tok.eos_token_id) if t is not None]
-    if not ids: raise ValueError("an empty prompt, and a tokenizer with neither start nor end mark: write at least a character, or set tok.bos_token")
+    if not ids:
+        raise ValueError(
+            "an empty prompt, and a tokenizer with neither start nor end mark: write at least a character, or set tok.bos_token"
+        )
     return ids[:1]
 
 def completion_ids(tok, text, eos=False):
     "Token ids of a completion as it stands behind a colon, with the end mark if asked for. Where the prompt is known, `token_columns` is exact."
     a, b = tok([":", ":" + text], add_special_tokens=False).input_ids
     ids = b[len(a):] if a and b[:len(a)] == a else tok(text, add_special_tokens=False).input_ids
-    if not ids and not eos: raise ValueError(f"completion {text!r} has no tokens")
+    if not ids and not eos:
+        raise ValueError(f"completion {text!r} has no tokens")
     return ids + [end_mark(tok)] if eos else ids
 
 def prompt_ids(tok, prompts):
@@ -550,21 +692,27 @@ class ItemTrie:
         eos:bool=True, # end each title with the end mark, so that one title may begin another
         prefix:str=" ", # put before each title, as it follows a prompt
         allow_duplicates:bool=False): # let items share one token sequence (and one score)
-        if not len(titles): raise ValueError("no titles: a trie needs at least one")
-        if eos and tok.eos_token_id is None: raise ValueError("eos=True, and the tokenizer has no end mark: set tok.eos_token or pass eos=False")
+        if not len(titles):
+            raise ValueError("no titles: a trie needs at least one")
+        if eos and tok.eos_token_id is None:
+            raise ValueError("eos=True, and the tokenizer has no end mark: set tok.eos_token or pass eos=False")
         self.titles, self.eos, self.prefix = list(titles), tok.eos_token_id, prefix
         seqs = [tuple(completion_ids(tok, prefix + t, eos)) for t in titles]
         self.n_items, self.depth = len(seqs), max(map(len, seqs))
         self.collisions = self._collisions(seqs)
         if self.collisions and not allow_duplicates:
-            raise ValueError(f"titles with equal tokens: {self.collisions[:5]}; rename them or pass allow_duplicates=True")
+            raise ValueError(
+                f"titles with equal tokens: {self.collisions[:5]}; rename them or pass allow_duplicates=True"
+            )
         self._grow(seqs)
         inner = [t for t, n in zip(self.titles, self.leaf.tolist()) if self.count[n]]
-        if inner: raise ValueError(f"titles that begin another title: {inner[:5]}; pass eos=True")
+        if inner:
+            raise ValueError(f"titles that begin another title: {inner[:5]}; pass eos=True")
 
     def _collisions(self, seqs):
         same = {}
-        for t, s in zip(self.titles, seqs): same.setdefault(s, []).append(t)
+        for t, s in zip(self.titles, seqs):
+            same.setdefault(s, []).append(t)
         return [v for v in same.values() if len(v) > 1]
 
     def _grow(self, seqs):
@@ -573,12 +721,18 @@ class ItemTrie:
         for d in range(1, self.depth+1):
             for s in sorted({s[:d] for s in seqs if len(s) >= d}):
                 p, n = node[s[:-1]], len(token)
-                if not count[p]: first[p] = n
-                count[p] += 1; node[s] = n
-                for column, value in zip((token, parent, level, first, count), (s[-1], p, d, n, 0)): column.append(value)
-        self.token, self.parent, self.level, self.first, self.count = (torch.tensor(c) for c in (token, parent, level, first, count))
+                if not count[p]:
+                    first[p] = n
+                count[p] += 1
+                node[s] = n
+                for column, value in zip((token, parent, level, first, count), (s[-1], p, d, n, 0)):
+                    column.append(value)
+        self.token, self.parent, self.level, self.first, self.count = (
+            torch.tensor(c) for c in (token, parent, level, first, count)
+        )
         self.leaf, self.item, self._node = torch.tensor([node[s] for s in seqs]), torch.full((len(token),), -1), node
-        for i in reversed(range(len(seqs))): self.item[self.leaf[i]] = i
+        for i in reversed(range(len(seqs))):
+            self.item[self.leaf[i]] = i
 
     def __len__(self): return len(self.token)
 
@@ -590,9 +744,12 @@ class ItemTrie:
         return [] if n is None else self.token[self.first[n]:self.first[n]+self.count[n]].tolist()
 
     def prefix_fn(self,
-        prompt_len:int): # length of the padded prompts
+        prompt_len:int):  # length of the padded prompts
         "A `prefix_allowed_tokens_fn` for `generate` of transformers; after a complete title it allows only the end mark."
-        if self.eos is None: raise ValueError("the tokenizer has no end mark to write behind a title: set tok.eos_token and make the trie again")
+        if self.eos is None:
+            raise ValueError(
+                "the tokenizer has no end mark to write behind a title: set tok.eos_token and make the trie again"
+            )
         return lambda batch, ids: self.allowed(ids[prompt_len:].tolist()) or [self.eos]
 
 # %% ../nbs/foundations/06_lm.ipynb #ead509b9
@@ -602,7 +759,8 @@ def tree_mask(
     "True where a node may look: at its ancestors and itself."
     M = torch.eye(len(parent), dtype=torch.bool)
     for n, p in enumerate(parent.tolist()):
-        if p >= 0: M[n] |= M[p]
+        if p >= 0:
+            M[n] |= M[p]
     return M
 
 # %% ../nbs/foundations/06_lm.ipynb #6dbad651
@@ -612,13 +770,17 @@ def subtrees(trie, most):
     order = sorted(set(trie.leaf.tolist()), key=lambda n: path(trie, n))
     for leaf in order:
         now |= set(path(trie, leaf)[:-1])
-        if len(now) >= most: parts.append(sorted(now)); now = set()
+        if len(now) >= most:
+            parts.append(sorted(now))
+            now = set()
     return [torch.tensor(p) for p in [*parts, sorted(now)] if p]
 
 def path(trie, n):
     "The nodes from below the root to node `n`."
     out = []
-    while n > 0: out.append(n); n = int(trie.parent[n])
+    while n > 0:
+        out.append(n)
+        n = int(trie.parent[n])
     return out[::-1]
 
 def prompts_for(model, tok, prompts, trie):
@@ -626,11 +788,14 @@ def prompts_for(model, tok, prompts, trie):
     ids, limit = prompt_ids(tok, prompts), context_limit(model)
     for p, x in zip(prompts, ids):
         if limit and len(x) + trie.depth > limit:
-            raise ValueError(f"prompt {p[:60]!r}... has {len(x)} tokens and titles up to {trie.depth}, the model reads {limit}: shorten it")
+            raise ValueError(
+                f"prompt {p[:60]!r}... has {len(x)} tokens and titles up to {trie.depth}, the model reads {limit}: shorten it"
+            )
     for p in {p[-1:]: p for p in prompts if p}.values():
         t = trie.prefix + trie.titles[0]
         (a,), (b,) = token_columns(tok, [p], [t], eos=False)
-        if (a, b) != (prompt_ids(tok, [p])[0], completion_ids(tok, t)): raise ValueError(f"behind {p[-30:]!r} the title {t!r} is written with other tokens than in the trie: "
+        if (a, b) != (prompt_ids(tok, [p])[0], completion_ids(tok, t)):
+            raise ValueError(f"behind {p[-30:]!r} the title {t!r} is written with other tokens than in the trie: "
             "let no prompt end in a blank, and give the trie the blank as its prefix")
     return ids
 
@@ -645,7 +810,8 @@ def reads_on(model):
     "May tokens be added behind a left-padded prompt with keys and values kept, their positions given?"
     own = whole_model(model)
     alibi = getattr(own.config, "alibi", False) or getattr(own.config, "position_embedding_type", "") == "alibi"
-    if virtual_tokens(model) or alibi or late_positions(own) or not {"position_ids", "past_key_values"} <= takes(model): return False
+    if virtual_tokens(model) or alibi or late_positions(own) or not {"position_ids", "past_key_values"} <= takes(model):
+        return False
     return keeps_only(own, DynamicLayer, DynamicSlidingWindowLayer)
 
 def keeps_only(own, *kinds):
@@ -657,8 +823,14 @@ def reads_trees(model):
     "May a whole trie be read at once behind a prompt, and taken back? Not behind windows, and not where attention knows no free mask."
     own = whole_model(model)
     config = own.config.get_text_config(decoder=True)
-    kinds = {*(getattr(config, "layer_types", None) or []), *(k for ks, _ in getattr(config, "attention_types", None) or [] for k in ks)}
-    free = getattr(config, "_attn_implementation", "eager") in ("eager", "sdpa") and kinds <= {"full_attention", "global"}
+    kinds = {
+        *(getattr(config, "layer_types", None) or []),
+        *(k for ks, _ in getattr(config, "attention_types", None) or [] for k in ks),
+    }
+    free = getattr(config, "_attn_implementation", "eager") in ("eager", "sdpa") and kinds <= {
+        "full_attention",
+        "global",
+    }
     return free and reads_on(model) and keeps_only(own, DynamicLayer)
 
 # %% ../nbs/foundations/06_lm.ipynb #babe49a1
@@ -672,11 +844,15 @@ def tree_logprobs(model, tok, ids, trie, most):
     "`node_logprobs` with many nodes in one pass behind the kept prompt."
     cache, mask, lp = read_prompts(model, tok, ids)
     (B, P), top, dev = mask.shape, trie.level == 1, model.device
-    out = torch.zeros(B, len(trie)); out[:, top] = lp[:, trie.token[top].to(dev)].cpu()
+    out = torch.zeros(B, len(trie))
+    out[:, top] = lp[:, trie.token[top].to(dev)].cpu()
     for part in subtrees(trie, most):
-        where = torch.full((len(trie),), -1); where[part] = torch.arange(len(part))
+        where = torch.full((len(trie),), -1)
+        where[part] = torch.arange(len(part))
         up = where[trie.parent[part]]
-        see = torch.cat([mask.bool()[:, None, :].expand(B, len(part), P), tree_mask(up).to(dev).expand(B, -1, -1)], 2)[:, None]
+        see = torch.cat([mask.bool()[:, None, :].expand(B, len(part), P), tree_mask(up).to(dev).expand(B, -1, -1)], 2)[
+            :, None
+        ]
         bias = torch.zeros(see.shape, dtype=model.dtype, device=dev).masked_fill(~see, torch.finfo(model.dtype).min)
         pos = mask.sum(1, keepdim=True) + trie.level[part].to(dev) - 1
         nodes = trie.token[part].to(dev).expand(B, -1)
@@ -713,10 +889,17 @@ def rank_items(
     ) -> Tensor: # (n_prompts, n_items)
     "Exact log-probability of every title of the catalogue after each prompt."
     for name, n in dict(batch_size=batch_size, nodes=nodes).items():
-        if n < 1: raise ValueError(f"{name}={n}: must be at least 1")
-    if not len(prompts): raise ValueError("no prompts: nothing to rank")
+        if n < 1:
+            raise ValueError(f"{name}={n}: must be at least 1")
+    if not len(prompts):
+        raise ValueError("no prompts: nothing to rank")
     with eval_mode(model):
-        lp = torch.cat([node_logprobs(model, tok, prompts[k:k+batch_size], trie, nodes) for k in range(0, len(prompts), batch_size)])
+        lp = torch.cat(
+            [
+                node_logprobs(model, tok, prompts[k : k + batch_size], trie, nodes)
+                for k in range(0, len(prompts), batch_size)
+            ]
+        )
     for d in range(2, trie.depth+1): # add up along the paths, level by level
         n = (trie.level == d).nonzero()[:, 0]
         lp[:, n] += lp[:, trie.parent[n]]
@@ -725,14 +908,20 @@ def rank_items(
 # %% ../nbs/foundations/06_lm.ipynb #62b076a8
 @torch.no_grad()
 def constrained_beam(
-    model:PreTrainedModel, tok:PreTrainedTokenizerBase,
-    prompts:Sequence[str], trie:ItemTrie,
-    k:int=10, # beams, and items returned
-    batch_size:int=8) -> tuple[Tensor, Tensor]: # items (n, k) and log-probabilities (n, k); item -1 and -inf beyond the catalogue's size
+    model: PreTrainedModel,
+    tok: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    trie: ItemTrie,
+    k: int = 10,  # beams, and items returned
+    batch_size: int = 8,
+) -> tuple[Tensor, Tensor]:  # items (n, k) and log-probabilities (n, k); item -1 and -inf beyond the catalogue's size
     "The `k` best items that beam search finds inside the trie, best first."
-    if k < 1: raise ValueError(f"k={k}: must be at least 1")
-    if not len(prompts): raise ValueError("no prompts: nothing to rank")
-    with eval_mode(model): parts = [beam_batch(model, tok, prompts[j:j+batch_size], trie, k) for j in range(0, len(prompts), batch_size)]
+    if k < 1:
+        raise ValueError(f"k={k}: must be at least 1")
+    if not len(prompts):
+        raise ValueError("no prompts: nothing to rank")
+    with eval_mode(model):
+        parts = [beam_batch(model, tok, prompts[j:j+batch_size], trie, k) for j in range(0, len(prompts), batch_size)]
     return tuple(torch.cat(x) for x in zip(*parts))
 
 # %% ../nbs/foundations/06_lm.ipynb #f4996fdf
@@ -743,7 +932,8 @@ def beam_batch(model, tok, prompts, trie, k):
     node, score = torch.zeros(B, 1, dtype=torch.long), torch.zeros(B, 1)
     for _ in range(trie.depth):
         node, score, src = extend(trie, node, score, lp.view(B, node.shape[1], -1).cpu(), k)
-        if (trie.count[node] == 0).all(): break
+        if (trie.count[node] == 0).all():
+            break
         lp = step((src + torch.arange(B)[:, None]*(len(lp)//B)).flatten(), trie.token[node].flatten().clamp(min=0))
     return torch.where(score > -torch.inf, trie.item[node], -1), score
 
@@ -755,7 +945,13 @@ def kept_prompts(model, tok, ids):
         rows = rows.to(model.device)
         cache.batch_select_indices(rows)
         mask = torch.cat([mask[rows], mask.new_ones(len(rows), 1)], 1)
-        out = model(input_ids=tokens[:, None].to(model.device), attention_mask=mask, position_ids=mask.sum(1, keepdim=True)-1, past_key_values=cache, use_cache=True)
+        out = model(
+            input_ids=tokens[:, None].to(model.device),
+            attention_mask=mask,
+            position_ids=mask.sum(1, keepdim=True) - 1,
+            past_key_values=cache,
+            use_cache=True,
+        )
         return out.logits[:, -1].float().log_softmax(-1)
     return lp, step
 
@@ -771,7 +967,9 @@ def plain_prompts(model, tok, ids):
 def extend(trie, node, score, lp, k):
     "Best k children of the beams `node, score` (B, b), given next-token log-probabilities (B, b, vocab); a finished beam is its own child."
     done = trie.count[node] == 0
-    child = trie.first[node][..., None] + torch.arange(max(1, int(trie.count[node].max()))) # children of a node are neighbours
+    child = trie.first[node][..., None] + torch.arange(
+        max(1, int(trie.count[node].max()))
+    )  # children of a node are neighbours
     real = child < (trie.first[node] + trie.count[node])[..., None]
     child = torch.where(real, child, node[..., None])
     step = lp.gather(2, trie.token[child].clamp(min=0)).masked_fill(~real, -torch.inf)
@@ -789,8 +987,11 @@ def valid_rate(
     real, n, valid, repeated = {t.strip() for t in titles}, 0, 0, 0
     for a in answers:
         ok = [t.strip() for t in a if t.strip() in real]
-        n += len(a); valid += len(ok); repeated += len(ok) - len(set(ok))
-    if not n: raise ValueError("no answers: nothing to rate")
+        n += len(a)
+        valid += len(ok)
+        repeated += len(ok) - len(set(ok))
+    if not n:
+        raise ValueError("no answers: nothing to rate")
     return dict(valid=valid/n, repeated=repeated/max(1, valid))
 
 # %% ../nbs/foundations/06_lm.ipynb #9215b5c4
@@ -807,8 +1008,11 @@ def generated(
     x = padded(tok, ids, "left").to(model.device)
     fill = next((t for t in (tok.pad_token_id, tok.eos_token_id) if t is not None), 0)
     how = dict(do_sample=False) if greedy else dict(do_sample=True, temperature=float(temperature), top_k=0, top_p=1.)
-    plain = GenerationConfig(**how, max_new_tokens=n, eos_token_id=ends, pad_token_id=fill, bos_token_id=tok.bos_token_id)
-    with torch.no_grad(), eval_mode(model), own_settings_aside(model, plain): y = model.generate(**tokens_only(x), **kw)
+    plain = GenerationConfig(
+        **how, max_new_tokens=n, eos_token_id=ends, pad_token_id=fill, bos_token_id=tok.bos_token_id
+    )
+    with torch.no_grad(), eval_mode(model), own_settings_aside(model, plain):
+        y = model.generate(**tokens_only(x), **kw)
     return y[:, x["input_ids"].shape[1]:]
 
 @contextmanager
@@ -817,12 +1021,16 @@ def own_settings_aside(model, plain=None):
     parts = [m for m in dict.fromkeys((model, whole_model(model))) if hasattr(m, "generation_config")]
     before = [m.generation_config for m in parts]
     old = before[-1] if before else None
-    plain = plain or GenerationConfig(**{k: getattr(old, k, None) for k in ("bos_token_id", "eos_token_id", "pad_token_id")})
+    plain = plain or GenerationConfig(
+        **{k: getattr(old, k, None) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    )
     try:
-        for m in parts: m.generation_config = plain
+        for m in parts:
+            m.generation_config = plain
         yield
     finally:
-        for m, g in zip(parts, before): m.generation_config = g
+        for m, g in zip(parts, before):
+            m.generation_config = g
 
 # %% ../nbs/foundations/06_lm.ipynb #aab5cf68
 def lora(
@@ -834,24 +1042,31 @@ def lora(
     task_type:str="CAUSAL_LM"):
     "The model with LoRA adapters (peft); only they are trainable."
     from peft import LoraConfig, get_peft_model
-    if r < 1: raise ValueError(f"r={r}: the rank must be at least 1")
-    if hasattr(model, "peft_config"): raise ValueError(f"the model has adapters already ({sorted(model.peft_config)}): merge them (merge_and_unload) or use its add_adapter")
+    if r < 1:
+        raise ValueError(f"r={r}: the rank must be at least 1")
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            f"the model has adapters already ({sorted(model.peft_config)}): merge them (merge_and_unload) or use its add_adapter"
+        )
     config = LoraConfig(r=r, lora_alpha=alpha, target_modules=target_modules, lora_dropout=dropout, task_type=task_type)
     return get_peft_model(model, config)
 
 # %% ../nbs/foundations/06_lm.ipynb #1ef6db9e
-def active_adapter(model) -> dict[str, nn.Parameter]: # in the order of named_parameters
+def active_adapter(model) -> dict[str, nn.Parameter]:  # in the order of named_parameters
     "Parameters of the adapters in use (LoRA and other peft layers, modules_to_save, virtual tokens), whatever their names; empty for a plain model."
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
     found = set()
     def add(box, names):
         for n in names:
-            if n in box: found.update(map(id, box[n].parameters() if isinstance(box[n], nn.Module) else [box[n]]))
+            if n in box:
+                found.update(map(id, box[n].parameters() if isinstance(box[n], nn.Module) else [box[n]]))
     for m in model.modules():
         if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            for attr in {*getattr(m, "adapter_layer_names", ()), "modules_to_save"}: add(getattr(m, attr, None) or {}, m.active_adapters)
-    if hasattr(model, "prompt_encoder"): add(model.prompt_encoder, [model.active_adapter])
+            for attr in {*getattr(m, "adapter_layer_names", ()), "modules_to_save"}:
+                add(getattr(m, attr, None) or {}, m.active_adapters)
+    if hasattr(model, "prompt_encoder"):
+        add(model.prompt_encoder, [model.active_adapter])
     return {k: p for k, p in model.named_parameters() if id(p) in found}
 
 def merge(model):
@@ -869,32 +1084,47 @@ class CostMeter:
         return self
     def __exit__(self, *exc):
         self.wall, self.cpu = perf_counter() - self._wall, process_time() - self._cpu
-        for h in self._hooks: h.remove()
+        for h in self._hooks:
+            h.remove()
         self.total = sum(p.numel() for m in self.models for p in m.parameters())
         self.trainable = sum(p.numel() for m in self.models for p in m.parameters() if p.requires_grad)
     def _count(self, module, args, kwargs):
-        x = next((kwargs[k] for k in ("input_ids", "inputs_embeds") if kwargs.get(k) is not None), args[0] if args else None)
+        x = next(
+            (kwargs[k] for k in ("input_ids", "inputs_embeds") if kwargs.get(k) is not None), args[0] if args else None
+        )
         self.passes += 1
-        if isinstance(x, Tensor): self.tokens += x.shape[:2].numel()
+        if isinstance(x, Tensor):
+            self.tokens += x.shape[:2].numel()
     @property
     def tokens_per_pass(self): return self.tokens/max(1, self.passes)
-    def dict(self): return {k: getattr(self, k) for k in ("wall", "cpu", "passes", "tokens", "tokens_per_pass", "trainable", "total")}
+
+    def dict(self):
+        return {
+            k: getattr(self, k) for k in ("wall", "cpu", "passes", "tokens", "tokens_per_pass", "trainable", "total")
+        }
 
 # %% ../nbs/foundations/06_lm.ipynb #b6a8d967
 def text_vectors(
-    texts:Sequence[str],
-    encoder:str="tfidf", # "hash", "tfidf", "nano", or a hub name or folder of a (sentence) encoder
-    dim:int=64, # width of "hash" and "tfidf"; the others have their own
-    batch_size:int=64, seed:int=0) -> np.ndarray: # (n, d) float32, rows of length 1; a text without any known word is a row of zeros
+    texts: Sequence[str],
+    encoder: str = "tfidf",  # "hash", "tfidf", "nano", or a hub name or folder of a (sentence) encoder
+    dim: int = 64,  # width of "hash" and "tfidf"; the others have their own
+    batch_size: int = 64,
+    seed: int = 0,
+) -> np.ndarray:  # (n, d) float32, rows of length 1; a text without any known word is a row of zeros
     "A vector for each text."
-    if not len(texts): raise ValueError("no texts: nothing to encode")
-    if dim < 1: raise ValueError(f"dim={dim}: must be at least 1")
+    if not len(texts):
+        raise ValueError("no texts: nothing to encode")
+    if dim < 1:
+        raise ValueError(f"dim={dim}: must be at least 1")
     if encoder == "hash":
         from sklearn.feature_extraction.text import HashingVectorizer
         X = HashingVectorizer(n_features=dim, norm=None).transform(texts).toarray()
-    elif encoder == "tfidf": X = tfidf_vectors(texts, dim, seed)
-    elif encoder == "nano": X = pooled(*nano_lm(), texts, batch_size)
-    else: X = pooled(*load_encoder(encoder), texts, batch_size, pooling_of(encoder))
+    elif encoder == "tfidf":
+        X = tfidf_vectors(texts, dim, seed)
+    elif encoder == "nano":
+        X = pooled(*nano_lm(), texts, batch_size)
+    else:
+        X = pooled(*load_encoder(encoder), texts, batch_size, pooling_of(encoder))
     return (X/np.maximum(np.linalg.norm(X, axis=1, keepdims=True), 1e-12)).astype(np.float32)
 
 # %% ../nbs/foundations/06_lm.ipynb #ec0df24b
@@ -928,6 +1158,7 @@ def pooling_of(name):
     f = Path(name)/"1_Pooling"/"config.json"
     if not f.exists():
         found = None if Path(name).exists() else try_to_load_from_cache(name, "1_Pooling/config.json")
-        if not isinstance(found, str): return "mean"
+        if not isinstance(found, str):
+            return "mean"
         f = Path(found)
     return "cls" if json.loads(f.read_text()).get("pooling_mode_cls_token") else "mean"

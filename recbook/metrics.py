@@ -22,11 +22,14 @@ def topk(
     k:int, # how many, at most m
     ) -> Tensor: # (n, k) int64, best first
     "The k best columns of each row; equal scores in order of column."
-    if not 1 <= k <= S.shape[1]: raise ValueError(f"k={k}: must lie in 1..{S.shape[1]}, the number of items")
+    if not 1 <= k <= S.shape[1]:
+        raise ValueError(f"k={k}: must lie in 1..{S.shape[1]}, the number of items")
     v, idx = best_columns(S, min(k+1, S.shape[1]))
-    if v.isnan().any(): raise ValueError("scores contain NaN: check the model's loss")
+    if v.isnan().any():
+        raise ValueError("scores contain NaN: check the model's loss")
     idx, tied = idx[:, :k], (v[:, k-1] == v[:, -1]) & (v.shape[1] > k)
-    if tied.any(): idx[tied] = first_of_ties(S[tied], v[tied, k-1:k], k)
+    if tied.any():
+        idx[tied] = first_of_ties(S[tied], v[tied, k-1:k], k)
     idx = idx.sort(1).values
     order = S.gather(1, idx).sort(dim=1, descending=True, stable=True).indices
     return idx.gather(1, order)
@@ -36,7 +39,8 @@ def best_columns(S, k, width=64):
     "`S.topk(k)`, for wide rows by way of the best blocks: the k best columns lie in the k blocks with the best maxima."
     n, m = S.shape
     blocks = m//width
-    if blocks < 4*k: return S.topk(k)
+    if blocks < 4*k:
+        return S.topk(k)
     top = S[:, :blocks*width].unflatten(1, (blocks, width)).amax(2).topk(k).indices
     cols = (top[..., None]*width + torch.arange(width, device=S.device)).flatten(1)
     cols = torch.cat([cols, torch.arange(blocks*width, m, device=S.device).expand(n, -1)], 1)
@@ -58,8 +62,12 @@ def dot(
     ) -> Scorer:
     "Score by inner product, with the vectors as they are now."
     U, I = U.detach().clone(), I.detach().clone()
-    if U.device.type != "cpu" or U.dtype != torch.float32: return fresh(lambda u: U[u.to(U.device)] @ I.T)
-    P, Q = U.numpy(), np.ascontiguousarray(I.numpy().T) # flat products: numpy's BLAS takes half the time of torch's on AMD
+    if U.device.type != "cpu" or U.dtype != torch.float32:
+        return fresh(lambda u: U[u.to(U.device)] @ I.T)
+    P, Q = (
+        U.numpy(),
+        np.ascontiguousarray(I.numpy().T),
+    )  # flat products: numpy's BLAS takes half the time of torch's on AMD
     return fresh(lambda u: torch.from_numpy(P[np.asarray(u)] @ Q))
 
 def fresh(score:Scorer) -> Scorer:
@@ -72,7 +80,8 @@ def table(
     ) -> Scorer:
     "Score by looking up the rows of a matrix."
     S = S.tocsr() if hasattr(S, "tocsr") else torch.as_tensor(S)
-    if S.ndim != 2: raise ValueError(f"a table of {S.ndim} dimensions: give one row a user, one column an item")
+    if S.ndim != 2:
+        raise ValueError(f"a table of {S.ndim} dimensions: give one row a user, one column an item")
     def score(u):
         user_numbers(u.cpu(), S.shape[0])
         return torch.from_numpy(S[u.cpu().numpy()].toarray()) if hasattr(S, "tocsr") else S[u.to(S.device)]
@@ -82,18 +91,25 @@ def table(
 def user_numbers(users, n=None):
     "`users` as an array of row numbers, all below `n`."
     users = np.asarray(users)
-    if users.ndim != 1 or users.size and users.dtype.kind not in "iu": raise ValueError(f"users {users.dtype} {users.shape}: give a list of whole numbers")
-    if bad := [int(u) for u in users if u < 0 or n is not None and u >= n][:3]: raise ValueError(f"users {bad} are not in 0..{'' if n is None else n-1}")
+    if users.ndim != 1 or users.size and users.dtype.kind not in "iu":
+        raise ValueError(f"users {users.dtype} {users.shape}: give a list of whole numbers")
+    if bad := [int(u) for u in users if u < 0 or n is not None and u >= n][:3]:
+        raise ValueError(f"users {bad} are not in 0..{'' if n is None else n-1}")
     return users.astype(int)
 
 def scores_of(score, u, n_items=None):
     "The scores of users `u` in a floating type that tells apart all that the scorer tells apart."
     S = torch.as_tensor(score(torch.as_tensor(u)))
     if S.ndim != 2 or len(S) != len(u) or n_items not in (None, S.shape[1]):
-        raise ValueError(f"the scorer gives {tuple(S.shape)} for {len(u)} users and {n_items or 'all'} items: one row a user, one column an item")
-    if S.dtype in (torch.float32, torch.float64): return S
-    if S.is_floating_point(): return S.float()
-    if (S.double().to(S.dtype) != S).any(): raise ValueError("whole numbers above 2^53 as scores: subtract a constant, or they tie")
+        raise ValueError(
+            f"the scorer gives {tuple(S.shape)} for {len(u)} users and {n_items or 'all'} items: one row a user, one column an item"
+        )
+    if S.dtype in (torch.float32, torch.float64):
+        return S
+    if S.is_floating_point():
+        return S.float()
+    if (S.double().to(S.dtype) != S).any():
+        raise ValueError("whole numbers above 2^53 as scores: subtract a constant, or they tie")
     return S.double()
 
 def mask_of(seen, device):
@@ -123,12 +139,14 @@ def recommend(
     seen:csr_matrix|None=None, # (n_users, n_items): items never to recommend again, usually the training set
     chunk:int=128, # users scored at a time; memory is chunk x n_items floats
     n_items:int|None=None, # the width that scores must have; None: that of `seen`
-    ) -> np.ndarray: # (n, k) item numbers, best first
+    ) -> np.ndarray:  # (n, k) item numbers, best first
     "Rank the whole catalogue for each user, seen items excluded; items scored minus infinity come last, in order of number."
-    whole_number("k", k); whole_number("chunk", chunk)
+    whole_number("k", k)
+    whole_number("chunk", chunk)
     users, out = user_numbers(users, None if seen is None else seen.shape[0]), []
     if seen is not None:
-        seen = canonical(seen); n_items = n_items or seen.shape[1]
+        seen = canonical(seen)
+        n_items = n_items or seen.shape[1]
         if (left := seen.shape[1] - np.diff(seen.indptr)[users].max(initial=0)) < k:
             raise ValueError(f"k={k}, but some user has only {left} unseen items: use a smaller k")
     for s in range(0, len(users), chunk):
@@ -146,7 +164,8 @@ def recommend(
 def items_of(top, n_items):
     "`top` as an array of item numbers; one outside the catalogue would count for somebody else."
     top = np.asarray(top)
-    if not top.size: return top.astype(int)
+    if not top.size:
+        return top.astype(int)
     if top.dtype.kind not in "iu" or top.min() < 0 or top.max() >= n_items:
         raise ValueError(f"items {top.min()}..{top.max()} ({top.dtype}): must be whole numbers in 0..{n_items-1}")
     return top
@@ -162,7 +181,11 @@ def hits(
     T = canonical(test)[user_numbers(users, test.shape[0])].tocoo()
     keys = np.sort(T.row.astype(np.int64)*test.shape[1] + T.col)
     asked = np.arange(len(top))[:, None]*test.shape[1] + np.asarray(top)
-    return keys[np.searchsorted(keys, asked).clip(max=len(keys)-1)] == asked if len(keys) else np.zeros(asked.shape, bool)
+    return (
+        keys[np.searchsorted(keys, asked).clip(max=len(keys) - 1)] == asked
+        if len(keys)
+        else np.zeros(asked.shape, bool)
+    )
 
 # %% ../nbs/foundations/03_metrics.ipynb #0f2e26fe
 def ranking_values(
@@ -171,9 +194,11 @@ def ranking_values(
     k:int, # cut-off, at most the width of h
     ) -> dict[str, np.ndarray]: # metric name -> (n,) values
     "Recall, precision, NDCG, HR, MRR and MAP at k, one value a row."
-    if whole_number("k", k) > np.shape(h)[1]: raise ValueError(f"k={k}: the lists have only {np.shape(h)[1]} ranks")
+    if whole_number("k", k) > np.shape(h)[1]:
+        raise ValueError(f"k={k}: the lists have only {np.shape(h)[1]} ranks")
     h, n = np.asarray(h)[:, :k].astype(float), np.asarray(n_relevant)
-    if (n < 1).any(): raise ValueError(f"a test set of {n.min()} items: leave out users without held-out items")
+    if (n < 1).any():
+        raise ValueError(f"a test set of {n.min()} items: leave out users without held-out items")
     rank, gain = np.arange(1, k+1), 1/np.log2(np.arange(2, k+2))
     return {f"recall@{k}": h.sum(1)/n, f"precision@{k}": h.sum(1)/k, f"hr@{k}": h.max(1),
             f"ndcg@{k}": (h*gain).sum(1)/gain.cumsum()[np.minimum(n, k)-1],
@@ -183,15 +208,19 @@ def ranking_values(
 def cutoffs(k):
     "One cut-off or several, as a sorted list."
     ks = sorted({whole_number("k", c) for c in (k if isinstance(k, Iterable) else [k])})
-    if not ks: raise ValueError(f"k={k}: give at least one cut-off")
+    if not ks:
+        raise ValueError(f"k={k}: give at least one cut-off")
     return ks
 
 def check_reachable(T, seen):
     "Held-out items that are masked as seen can never be hit."
-    if T.shape != seen.shape: raise ValueError(f"test {T.shape} and seen {seen.shape}: both must be (n_users, n_items)")
+    if T.shape != seen.shape:
+        raise ValueError(f"test {T.shape} and seen {seen.shape}: both must be (n_users, n_items)")
     if both := int((T.astype(bool).multiply(seen.astype(bool))).nnz):
-        raise ValueError(f"{both} of {T.nnz} held-out pairs are also in `seen`, which is never recommended: no model could hit them. "
-            "To count repeats rank without `seen`; to leave them out evaluate on data.new_pairs(test, seen)")
+        raise ValueError(
+            f"{both} of {T.nnz} held-out pairs are also in `seen`, which is never recommended: no model could hit them. "
+            "To count repeats rank without `seen`; to leave them out evaluate on data.new_pairs(test, seen)"
+        )
 
 # %% ../nbs/foundations/03_metrics.ipynb #f3ac7a26
 def evaluate(
@@ -205,23 +234,33 @@ def evaluate(
     T, seen = (None if m is None else canonical(m.csr() if hasattr(m, "csr") else m) for m in (test, seen))
     n, ks = np.diff(T.indptr), cutoffs(k)
     users = n.nonzero()[0]
-    if not len(users): raise ValueError("the test set is empty: no user has a held-out item")
-    if seen is not None: check_reachable(T, seen)
+    if not len(users):
+        raise ValueError("the test set is empty: no user has a held-out item")
+    if seen is not None:
+        check_reachable(T, seen)
     h = hits(recommend(score, users, ks[-1], seen, chunk, T.shape[1]), T, users)
-    return pd.DataFrame({m: v for c in ks for m, v in ranking_values(h, n[users], c).items()}, index=pd.Index(users, name="user"))
+    return pd.DataFrame(
+        {m: v for c in ks for m, v in ranking_values(h, n[users], c).items()}, index=pd.Index(users, name="user")
+    )
 
 # %% ../nbs/foundations/03_metrics.ipynb #dae3090d
 def labelled(y, p):
     "0/1 labels and as many predictions, checked."
     y, p = np.asarray(y, float), np.asarray(p, float)
-    if y.ndim != 1 or y.shape != p.shape or not len(y): raise ValueError(f"labels {y.shape} and predictions {p.shape}: one prediction for each label, at least one")
-    if not np.isin(y, (0, 1)).all(): raise ValueError(f"labels must be 0 or 1, not {y[~np.isin(y, (0, 1))][0]:g}")
-    if np.isnan(p).any(): raise ValueError(f"{np.isnan(p).sum()} predictions are NaN: check the model")
+    if y.ndim != 1 or y.shape != p.shape or not len(y):
+        raise ValueError(f"labels {y.shape} and predictions {p.shape}: one prediction for each label, at least one")
+    if not np.isin(y, (0, 1)).all():
+        raise ValueError(f"labels must be 0 or 1, not {y[~np.isin(y, (0, 1))][0]:g}")
+    if np.isnan(p).any():
+        raise ValueError(f"{np.isnan(p).sum()} predictions are NaN: check the model")
     return y, p
 
 def probabilities(p):
     "`p`, refused outside 0..1."
-    if p.min() < 0 or p.max() > 1: raise ValueError(f"predictions lie in {p.min():.3g}..{p.max():.3g}: probabilities are needed, apply a sigmoid first")
+    if p.min() < 0 or p.max() > 1:
+        raise ValueError(
+            f"predictions lie in {p.min():.3g}..{p.max():.3g}: probabilities are needed, apply a sigmoid first"
+        )
     return p
 
 # %% ../nbs/foundations/03_metrics.ipynb #3357642b
@@ -232,7 +271,8 @@ def auc(
     "Probability that a positive outscores a negative, ties counted half."
     from sklearn.metrics import roc_auc_score
     y, p = labelled(y, p)
-    if y.min() == y.max(): raise ValueError(f"all labels are {y[0]:g}: AUC needs both classes")
+    if y.min() == y.max():
+        raise ValueError(f"all labels are {y[0]:g}: AUC needs both classes")
     return float(roc_auc_score(y, p))
 
 def gauc(
@@ -241,12 +281,14 @@ def gauc(
     ) -> float:
     "AUC inside each group, averaged with the group sizes as weights (Zhou et al. 2018, DIN, eq. 9)."
     (y, p), g = labelled(y, p), np.asarray(groups)
-    if g.shape != y.shape or pd.isna(g).any(): raise ValueError(f"groups {g.shape} for {len(y)} labels, {pd.isna(g).sum()} missing: one group for each label")
+    if g.shape != y.shape or pd.isna(g).any():
+        raise ValueError(f"groups {g.shape} for {len(y)} labels, {pd.isna(g).sum()} missing: one group for each label")
     d = pd.DataFrame(dict(y=y, p=p, g=g))
     d["rank"] = d.groupby("g").p.rank()
     a = d.assign(ry=d["rank"]*d.y).groupby("g").agg(n=("y", "size"), pos=("y", "sum"), ry=("ry", "sum"))
     a = a[(a.pos > 0) & (a.pos < a.n)]
-    if a.empty: raise ValueError("no group has both classes: GAUC is not defined")
+    if a.empty:
+        raise ValueError("no group has both classes: GAUC is not defined")
     return float(np.average((a.ry - a.pos*(a.pos+1)/2)/(a.pos*(a.n-a.pos)), weights=a.n))
 
 # %% ../nbs/foundations/03_metrics.ipynb #38c39abf
@@ -274,7 +316,9 @@ def amounts(x):
     "Finite, non-negative numbers, some above zero."
     x = np.asarray(x, float)
     if x.ndim != 1 or not np.isfinite(x).all() or x.min(initial=0) < 0 or not x.sum() > 0:
-        raise ValueError(f"amounts {x.shape} from {x.min(initial=0):g} to {x.max(initial=0):g}: need finite, non-negative amounts that are not all zero")
+        raise ValueError(
+            f"amounts {x.shape} from {x.min(initial=0):g} to {x.max(initial=0):g}: need finite, non-negative amounts that are not all zero"
+        )
     return x
 
 # %% ../nbs/foundations/03_metrics.ipynb #412bb276
@@ -313,7 +357,8 @@ def diversity(
     "Intra-list diversity: mean cosine distance between the items of a list."
     V = np.asarray(V, float)
     V = V/np.linalg.norm(V, axis=1, keepdims=True).clip(1e-12)
-    if (k := np.shape(top)[1]) < 2: raise ValueError(f"lists of {k} item: diversity needs at least 2")
+    if (k := np.shape(top)[1]) < 2:
+        raise ValueError(f"lists of {k} item: diversity needs at least 2")
     L = V[items_of(top, len(V))]
     return 1 - ((L.sum(1)**2).sum(-1) - (L**2).sum((1, 2)))/(k*(k-1))
 

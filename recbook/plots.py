@@ -28,17 +28,41 @@ def compare(
     "Means with 95 % t intervals over runs, a dot for each run, and the oracle line."
     need(df, x, y, hue)
     ax, apart = ax or plt.gca(), hue is not None and df[hue].nunique() > 1
-    sns.pointplot(df, x=x, y=y, hue=hue, errorbar=t_interval, linestyle="none", capsize=.15, markersize=5, dodge=.3 if apart else False, ax=ax)
-    sns.stripplot(df, x=x, y=y, hue=hue, dodge=apart, alpha=.45, size=3.5, legend=False, ax=ax, **({} if hue else dict(color="grey")))
+    sns.pointplot(
+        df,
+        x=x,
+        y=y,
+        hue=hue,
+        errorbar=t_interval,
+        linestyle="none",
+        capsize=0.15,
+        markersize=5,
+        dodge=0.3 if apart else False,
+        ax=ax,
+    )
+    sns.stripplot(
+        df,
+        x=x,
+        y=y,
+        hue=hue,
+        dodge=apart,
+        alpha=0.45,
+        size=3.5,
+        legend=False,
+        ax=ax,
+        **({} if hue else dict(color="grey")),
+    )
     if oracle is not None:
-        ax.axhline(oracle, ls="--", lw=1, c="k"); ax.annotate("oracle", (1, oracle), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+        ax.axhline(oracle, ls="--", lw=1, c="k")
+        ax.annotate("oracle", (1, oracle), xycoords=("axes fraction", "data"), ha="right", va="bottom")
     ax.set(xlabel="")
     return ax
 
 # %% ../nbs/foundations/08_plots.ipynb #af7193f0
 def need(df, *columns):
     "Raise a `ValueError` that names the columns which `df` lacks."
-    if missing := [c for c in columns if c and c not in df]: raise ValueError(f"no column {missing} in the table; it has {list(df.columns)}")
+    if missing := [c for c in columns if c and c not in df]:
+        raise ValueError(f"no column {missing} in the table; it has {list(df.columns)}")
 
 def t_interval(v):
     "95 % Student t interval of the mean of `v` for seaborn's `errorbar`; the point itself when there is one value."
@@ -57,7 +81,8 @@ def curves(
     need(df, x, y, hue)
     ax = ax or plt.gca()
     sns.lineplot(df, x=x, y=y, hue=hue, errorbar=("pi", 100), err_kws=dict(lw=0), ax=ax)
-    if hue: ax.legend(title="")
+    if hue:
+        ax.legend(title="")
     return ax
 
 # %% ../nbs/foundations/08_plots.ipynb #d6afc6b5
@@ -80,5 +105,12 @@ def tradeoff(
     front = df[pareto(df[cost], df[gain])].sort_values(cost)
     ax.plot(front[cost], front[gain], ls="--", lw=1, c="grey", zorder=0)
     sns.scatterplot(df, x=cost, y=gain, hue=label, s=45, legend=False, ax=ax)
-    for r in df.itertuples(): ax.annotate(getattr(r, label), (getattr(r, cost), getattr(r, gain)), xytext=(5, 3), textcoords="offset points", fontsize=8)
+    for r in df.itertuples():
+        ax.annotate(
+            getattr(r, label),
+            (getattr(r, cost), getattr(r, gain)),
+            xytext=(5, 3),
+            textcoords="offset points",
+            fontsize=8,
+        )
     return ax

@@ -27,8 +27,13 @@ def bare(
     node = ast.parse(ast.unparse(node))
     for n in ast.walk(node):
         body = getattr(n, "body", None)
-        if not isinstance(body, list): continue
-        said = [s for s in body if isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant) and isinstance(s.value.value, str)]
+        if not isinstance(body, list):
+            continue
+        said = [
+            s
+            for s in body
+            if isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant) and isinstance(s.value.value, str)
+        ]
         n.body = [s for s in body if s not in said] or [ast.Pass()]
     return ast.dump(node)
 
@@ -38,21 +43,27 @@ class Module:
     def __init__(self, name:str, source:str):
         self.name, self.code, self.uses, self.imports, self.own = name, {}, {}, {}, set()
         self.tree = ast.parse(source)
-        for node in self.tree.body: self._add(node)
-        for name in set(self.code) - self.own: del self.code[name]
+        for node in self.tree.body:
+            self._add(node)
+        for name in set(self.code) - self.own:
+            del self.code[name]
 
     def _add(self, node):
         if isinstance(node, (ast.If, ast.Try)):
-            for n in node.body: self._add(n)
-        elif isinstance(node, ast.ImportFrom): self._import(node)
+            for n in node.body:
+                self._add(n)
+        elif isinstance(node, ast.ImportFrom):
+            self._import(node)
         elif not isinstance(node, ast.Import):
             self.own |= defined(node)
-            for owner in defined(node) | touched(node): self._define(owner, node)
+            for owner in defined(node) | touched(node):
+                self._define(owner, node)
 
     def _import(self, node):
         base = self.name.split(".")[:-node.level] if node.level else []
         module = ".".join([*base, *filter(None, [node.module])])
-        for a in node.names: self.imports[a.asname or a.name] = (module, a.name)
+        for a in node.names:
+            self.imports[a.asname or a.name] = (module, a.name)
 
     def _define(self, owner, node):
         self.code.setdefault(owner, []).append(bare(node))
@@ -65,25 +76,42 @@ def words(node):
     "All names that `node` mentions, annotations in quotation marks included; imports inside functions as `module:name`."
     out = named(node)
     for n in ast.walk(node):
-        if isinstance(n, ast.ImportFrom): out |= {f"{'.'*n.level}{n.module or ''}:{a.name}" for a in n.names}
+        if isinstance(n, ast.ImportFrom):
+            out |= {f"{'.'*n.level}{n.module or ''}:{a.name}" for a in n.names}
         quoted = [getattr(n, "annotation", None), getattr(n, "returns", None)]
-        for q in quoted: out |= set(re.findall(r"\w+", q.value)) if isinstance(q, ast.Constant) and isinstance(q.value, str) else set()
+        for q in quoted:
+            out |= (
+                set(re.findall(r"\w+", q.value)) if isinstance(q, ast.Constant) and isinstance(q.value, str) else set()
+            )
     return out
 
 def defined(node):
     "The module-level names that a statement defines."
-    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)): return {node.name}
-    if isinstance(node, ast.Assign): return {t.id for top in node.targets for t in ast.walk(top) if isinstance(t, ast.Name) and isinstance(t.ctx, ast.Store)}
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return {node.name}
+    if isinstance(node, ast.Assign):
+        return {
+            t.id
+            for top in node.targets
+            for t in ast.walk(top)
+            if isinstance(t, ast.Name) and isinstance(t.ctx, ast.Store)
+        }
     return {node.target.id} if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) else set()
 
 def touched(node):
     "The names of other things that a statement changes."
-    if isinstance(node, ast.ClassDef): return set().union(*map(named, node.decorator_list))
-    if not isinstance(node, ast.FunctionDef): return named(node) - defined(node) if not isinstance(node, ast.Assign) else set().union(*map(named, node.targets))
+    if isinstance(node, ast.ClassDef):
+        return set().union(*map(named, node.decorator_list))
+    if not isinstance(node, ast.FunctionDef):
+        return (
+            named(node) - defined(node) if not isinstance(node, ast.Assign) else set().union(*map(named, node.targets))
+        )
     helped = set().union(*map(named, node.decorator_list))
     first = node.args.args[0].annotation if node.args.args else None
     patched = named(first) if "patch" in helped and first else set()
-    tables = [t.value for n in ast.walk(node) if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Subscript)]
+    tables = [
+        t.value for n in ast.walk(node) if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Subscript)
+    ]
     return helped | patched | {t.id for t in tables if isinstance(t, ast.Name)}
 
 # %% ../nbs/foundations/11_provenance.ipynb #0c05925b
@@ -96,7 +124,8 @@ def read_module(name:str, path:str, stamp:float) -> Module:
 
 def module_of(name:str) -> Module|None: # None for what is no module of the package
     "The parsed module called `name`."
-    if name.split(".")[0] != PACKAGE: return None
+    if name.split(".")[0] != PACKAGE:
+        return None
     base = Path(find_spec(PACKAGE).origin).parent.joinpath(*name.split(".")[1:])
     path = base/"__init__.py" if base.is_dir() else base.with_suffix(".py")
     return read_module(name, str(path), path.stat().st_mtime) if path.is_file() else None
@@ -110,7 +139,8 @@ def reach(
     while todo:
         module, name = todo.pop()
         m = module_of(module)
-        if m is None or (module, name) in found: continue
+        if m is None or (module, name) in found:
+            continue
         if name in m.imports:
             source, thing = m.imports[name]
             todo.append((f"{source}.{thing}", "*") if module_of(f"{source}.{thing}") else (source, thing))
@@ -118,7 +148,8 @@ def reach(
             found[module, name] = m.code[name]
             todo += [(module, w) for w in m.uses[name] if ":" not in w]
             todo += [imported(module, w) for w in m.uses[name] if ":" in w]
-        elif name == "*": todo += [(module, n) for n in m.code]
+        elif name == "*":
+            todo += [(module, n) for n in m.code]
     return found
 
 def imported(module, word):
@@ -141,35 +172,56 @@ class Digest:
     def of(self, x) -> str:
         "Digest of one object."
         known = id(x) in self.seen
-        if not known: self.seen[id(x)] = (len(self.seen), x)
-        if known and isinstance(x, (types.FunctionType, type)): return f"seen {self.seen[id(x)][0]}"
+        if not known:
+            self.seen[id(x)] = (len(self.seen), x)
+        if known and isinstance(x, (types.FunctionType, type)):
+            return f"seen {self.seen[id(x)][0]}"
         return mix(self.parts(x))
 
     def parts(self, x):
         "What decides `x`, as text and as digests of its parts."
-        if x is None or isinstance(x, (bool, int, float, complex, str, bytes)): return [type(x).__name__, repr(x)]
-        if isinstance(x, (list, tuple)): return [type(x).__name__, *map(self.of, x)]
-        if isinstance(x, (set, frozenset)): return ["set", *sorted(map(self.of, x))]
-        if isinstance(x, dict): return ["dict", *(y for k in x for y in (self.of(k), self.of(x[k])))]
-        if (data := content(x)) is not None: return data
-        if isinstance(x, functools.partial): return ["partial", self.of(x.func), self.of(x.args), self.of(x.keywords)]
-        if isinstance(x, types.MethodType): return ["method", self.of(x.__func__), self.of(x.__self__)]
-        if isinstance(x, types.ModuleType): return library(x.__name__) or package_code([(x.__name__, "*")])
-        if isinstance(x, (types.FunctionType, type)): return self.definition(x)
-        if hasattr(x, "__wrapped__"): return ["wrapped", self.of(x.__wrapped__)]
+        if x is None or isinstance(x, (bool, int, float, complex, str, bytes)):
+            return [type(x).__name__, repr(x)]
+        if isinstance(x, (list, tuple)):
+            return [type(x).__name__, *map(self.of, x)]
+        if isinstance(x, (set, frozenset)):
+            return ["set", *sorted(map(self.of, x))]
+        if isinstance(x, dict):
+            return ["dict", *(y for k in x for y in (self.of(k), self.of(x[k])))]
+        if (data := content(x)) is not None:
+            return data
+        if isinstance(x, functools.partial):
+            return ["partial", self.of(x.func), self.of(x.args), self.of(x.keywords)]
+        if isinstance(x, types.MethodType):
+            return ["method", self.of(x.__func__), self.of(x.__self__)]
+        if isinstance(x, types.ModuleType):
+            return library(x.__name__) or package_code([(x.__name__, "*")])
+        if isinstance(x, (types.FunctionType, type)):
+            return self.definition(x)
+        if hasattr(x, "__wrapped__"):
+            return ["wrapped", self.of(x.__wrapped__)]
         return self.instance(x)
 
     def definition(self, x):
         "A function or class: of a library, of the package, or written here."
-        if x.__module__.split(".")[0] == PACKAGE: return package_code([(x.__module__, x.__qualname__.split(".")[0])])
-        if not written_here(x): return library(x.__module__) + [x.__qualname__]
+        if x.__module__.split(".")[0] == PACKAGE:
+            return package_code([(x.__module__, x.__qualname__.split(".")[0])])
+        if not written_here(x):
+            return library(x.__module__) + [x.__qualname__]
         return self.function(x) if isinstance(x, types.FunctionType) else self.klass(x)
 
     def function(self, f):
         cells = [c.cell_contents for c in f.__closure__ or ()]
         used = sorted(names_in(f.__code__) | set(re.findall(r"\w+", str(f.__annotations__))))
         values = [(n, self.of(f.__globals__[n])) for n in used if n in f.__globals__]
-        return ["function", *bytecode(f.__code__, f.__doc__), self.of(f.__defaults__), self.of(f.__kwdefaults__), self.of(cells), repr(values)]
+        return [
+            "function",
+            *bytecode(f.__code__, f.__doc__),
+            self.of(f.__defaults__),
+            self.of(f.__kwdefaults__),
+            self.of(cells),
+            repr(values),
+        ]
 
     def klass(self, c):
         own = {k: getattr(v, "__func__", getattr(v, "fget", v)) for k, v in vars(c).items()}
@@ -179,12 +231,18 @@ class Digest:
     def instance(self, x):
         "An object by its class and what it holds; by its `fingerprint()` where it has one."
         kind = self.of(type(x))
-        if callable(own := getattr(x, "fingerprint", None)): return [kind, self.of(own())]
-        if is_dataclass(x): return [kind, *(self.of(getattr(x, f.name)) for f in fields(x))]
-        if hasattr(x, "state_dict"): return [kind, self.of(dict(x.state_dict())), re.sub(r"0x[0-9a-f]+", "", repr(x))]
-        if type(x).__module__.split(".")[0] == PACKAGE or written_here(type(x)): return [kind, self.of(vars(x))]
-        try: return [kind, joblib.hash(x)]
-        except Exception as e: raise TypeError(f"cannot tell whether this {type(x).__name__} has changed ({e}). "
+        if callable(own := getattr(x, "fingerprint", None)):
+            return [kind, self.of(own())]
+        if is_dataclass(x):
+            return [kind, *(self.of(getattr(x, f.name)) for f in fields(x))]
+        if hasattr(x, "state_dict"):
+            return [kind, self.of(dict(x.state_dict())), re.sub(r"0x[0-9a-f]+", "", repr(x))]
+        if type(x).__module__.split(".")[0] == PACKAGE or written_here(type(x)):
+            return [kind, self.of(vars(x))]
+        try:
+            return [kind, joblib.hash(x)]
+        except Exception as e:
+            raise TypeError(f"cannot tell whether this {type(x).__name__} has changed ({e}). "
             "Fix: build it inside the function, pass plain values, or give its class a method `fingerprint()`") from e
 
 # %% ../nbs/foundations/11_provenance.ipynb #44d6532d
@@ -192,13 +250,19 @@ def mix(parts): return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 def content(x):
     "Arrays, tensors, frames and sparse matrices by what they hold; None for anything else."
-    if isinstance(x, np.generic): return ["scalar", str(x.dtype), repr(x.item())]
-    if isinstance(x, np.ndarray): return ["array", str(x.dtype), str(x.shape), joblib.hash(x)]
-    if isinstance(x, (pd.DataFrame, pd.Series, pd.Index)): return ["frame", joblib.hash(x.to_dict() if isinstance(x, pd.DataFrame) else x.tolist())]
-    if sp.issparse(x): return ["sparse", joblib.hash([x.tocoo().row, x.tocoo().col, x.tocoo().data]), str(x.shape)]
-    if isinstance(x, Path): return ["path", str(x)]
+    if isinstance(x, np.generic):
+        return ["scalar", str(x.dtype), repr(x.item())]
+    if isinstance(x, np.ndarray):
+        return ["array", str(x.dtype), str(x.shape), joblib.hash(x)]
+    if isinstance(x, (pd.DataFrame, pd.Series, pd.Index)):
+        return ["frame", joblib.hash(x.to_dict() if isinstance(x, pd.DataFrame) else x.tolist())]
+    if sp.issparse(x):
+        return ["sparse", joblib.hash([x.tocoo().row, x.tocoo().col, x.tocoo().data]), str(x.shape)]
+    if isinstance(x, Path):
+        return ["path", str(x)]
     if type(x).__module__.startswith("torch") and hasattr(x, "detach"):
-        if x.is_sparse: x = x.to_dense()
+        if x.is_sparse:
+            x = x.to_dense()
         return ["tensor", str(x.dtype), str(tuple(x.shape)), joblib.hash(x.detach().cpu().float().numpy())]
     return None
 
@@ -233,10 +297,15 @@ def library(module): # module name -> [its name and version]; [] for the package
 
 def written_here(x):
     "Is this a notebook's or a script's own definition, neither of a library nor of the package?"
-    if x.__module__ in ("__main__", "__mp_main__"): return True
+    if x.__module__ in ("__main__", "__mp_main__"):
+        return True
     m = sys.modules.get(x.__module__)
     f = getattr(m, "__file__", None)
-    return bool(f) and x.__module__.split(".")[0] != PACKAGE and not re.search(r"[/\\](site-packages|dist-packages|lib[/\\]python)", f)
+    return (
+        bool(f)
+        and x.__module__.split(".")[0] != PACKAGE
+        and not re.search(r"[/\\](site-packages|dist-packages|lib[/\\]python)", f)
+    )
 
 # %% ../nbs/foundations/11_provenance.ipynb #42b56225
 class Store:
@@ -249,10 +318,13 @@ class Store:
     def get(self, key:str) -> dict[str, np.ndarray]|None:
         "What was put under `key`; None when there is nothing, or nothing whole."
         try:
-            with np.load(self.path(key), allow_pickle=False) as z: return {k: z[k] for k in z.files}
-        except (OSError, ValueError, EOFError, KeyError): return None
+            with np.load(self.path(key), allow_pickle=False) as z:
+                return {k: z[k] for k in z.files}
+        except (OSError, ValueError, EOFError, KeyError):
+            return None
         except Exception as e: # zipfile.BadZipFile has no common base with the others
-            if type(e).__name__ != "BadZipFile": raise
+            if type(e).__name__ != "BadZipFile":
+                raise
             return None
 
     def put(self, key:str, values:dict):
@@ -261,8 +333,10 @@ class Store:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=".part-")
-        except OSError: return
-        with os.fdopen(fd, "wb") as f: np.savez(f, **values)
+        except OSError:
+            return
+        with os.fdopen(fd, "wb") as f:
+            np.savez(f, **values)
         os.replace(tmp, path)
 
 # %% ../nbs/foundations/11_provenance.ipynb #ae9e550a
@@ -279,6 +353,8 @@ def notebook_code(
 def python(source):
     "A cell's code as a module can hold it: without magics; cells that are not Python count as text."
     lines = [l for l in source.splitlines() if not l.lstrip().startswith(("%", "!"))]
-    try: ast.parse(text := "\n".join(lines))
-    except SyntaxError: return repr(source)
+    try:
+        ast.parse(text := "\n".join(lines))
+    except SyntaxError:
+        return repr(source)
     return text

@@ -39,8 +39,10 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.syntax import Syntax
 from rich.table import Table
-if sys.version_info >= (3, 11): import tomllib
-else: import tomli as tomllib
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 # %% ../nbs/foundations/09_run.ipynb #b6714519
 PARTS = ["foundations", "collaborative", "behavior", "llm", "content", "trust", "decisions"]
@@ -56,11 +58,12 @@ def is_checkout(
     "Is this a working copy of the book?"
     return (root/"settings.ini").is_file() and (root/"nbs").is_dir() and (root/"recbook").is_dir()
 
-def home() -> Path: # the book's folder
+def home() -> Path:  # the book's folder
     "The folder that holds `nbs/`, `data/` and `settings.ini`: `recbook.data.root`, without importing pandas when you are in a checkout."
     here = Path.cwd().resolve()
     for p in (here, *here.parents):
-        if is_checkout(p): return p
+        if is_checkout(p):
+            return p
         if any(p.glob("nbs/*/[0-9]*_*.ipynb")) and (p/"recbook").is_dir():
             raise UsageError(f"{p}/settings.ini is missing: git checkout settings.ini brings it back.")
     from recbook.data import root
@@ -78,7 +81,8 @@ class Chapter:
     def title(self) -> str:
         "The notebook's H1, its area when there is none."
         h1 = re.compile(r'"(# (?:[^"\\]|\\.)*)"')
-        with self.path.open(encoding="utf-8", errors="replace") as f: m = next(filter(None, map(h1.search, f)), None)
+        with self.path.open(encoding="utf-8", errors="replace") as f:
+            m = next(filter(None, map(h1.search, f)), None)
         return json.loads(f'"{m[1]}"')[2:].split("\n")[0].strip() if m else self.area
 
 # %% ../nbs/foundations/09_run.ipynb #7a125ce4
@@ -109,8 +113,10 @@ def pick(
 ) -> list[Chapter]: # in reading order, each once
     "The chapters called `areas`; a wrong name raises `UsageError`."
     every, areas = chapters(root), set(areas)
-    if not every: raise UsageError(f"No chapters in {root or home()}/nbs: run this inside a checkout of the book.")
-    for a in areas - {c.area for c in every} - {"all"}: raise unknown("area", a, [*(c.area for c in every), "all"])
+    if not every:
+        raise UsageError(f"No chapters in {root or home()}/nbs: run this inside a checkout of the book.")
+    for a in areas - {c.area for c in every} - {"all"}:
+        raise unknown("area", a, [*(c.area for c in every), "all"])
     return [c for c in every if "all" in areas or c.area in areas]
 
 # %% ../nbs/foundations/09_run.ipynb #2573a9fb
@@ -120,19 +126,23 @@ def value(
     "`text` as a Python literal; true, false and none in any case. A `#` is part of the text."
     text = text.strip()
     word = {"true": True, "false": False, "none": None}
-    if text.lower() in word: return word[text.lower()]
+    if text.lower() in word:
+        return word[text.lower()]
     try:
         ast.literal_eval(f"[{text}]") # in brackets a comment is an error
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError): return text
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
 
 # %% ../nbs/foundations/09_run.ipynb #bb39c940
 def setting(
     text:str # from settings.ini
 ) -> Any: # a Python value
     "`text` as a value; a comment goes, a `#` within quotes stays."
-    try: return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError): return value(re.sub(r"(^|\s)#.*", "", text))
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return value(re.sub(r"(^|\s)#.*", "", text))
 
 # %% ../nbs/foundations/09_run.ipynb #a0b9015c
 @contextmanager
@@ -140,16 +150,22 @@ def reading(
     path:Path # the file
 ):
     "Errors of a file that can't be read or understood, as a `UsageError` with its name."
-    try: yield
-    except UnicodeDecodeError as e: raise UsageError(f"{path}: not UTF-8 (byte {e.start}); save it as UTF-8.") from None
-    except configparser.DuplicateSectionError as e: raise UsageError(f"{path}, line {e.lineno}: a second section [{e.section}].") from None
+    try:
+        yield
+    except UnicodeDecodeError as e:
+        raise UsageError(f"{path}: not UTF-8 (byte {e.start}); save it as UTF-8.") from None
+    except configparser.DuplicateSectionError as e:
+        raise UsageError(f"{path}, line {e.lineno}: a second section [{e.section}].") from None
     except configparser.DuplicateOptionError as e:
         raise UsageError(f"{path}, line {e.lineno}: {e.option!r} stands twice in [{e.section}].") from None
     except configparser.MissingSectionHeaderError as e:
-        raise UsageError(f"{path}, line {e.lineno}: a section like [cpu] must come before {e.line.strip()!r}.") from None
+        raise UsageError(
+            f"{path}, line {e.lineno}: a section like [cpu] must come before {e.line.strip()!r}."
+        ) from None
     except configparser.ParsingError as e:
         raise UsageError(f"{path}, line {e.errors[0][0]}: wants name = value, not {e.errors[0][1]}.") from None
-    except OSError as e: raise UsageError(f"{path}: {e.strerror or e}.") from None
+    except OSError as e:
+        raise UsageError(f"{path}: {e.strerror or e}.") from None
     except (ValueError, RecursionError, LookupError, TypeError) as e: # JSON and TOML, tables and names that are missing
         raise e if isinstance(e, UsageError) else UsageError(f"{path}: {str(e) or type(e).__name__}.") from None
 
@@ -161,7 +177,8 @@ def profiles(
     path = (root or home())/"settings.ini"
     ini = configparser.ConfigParser(interpolation=None, default_section="\0")
     ini.optionxform = str
-    with reading(path): ini.read_string(path.read_text(encoding="utf-8-sig") if path.exists() else "", str(path))
+    with reading(path):
+        ini.read_string(path.read_text(encoding="utf-8-sig") if path.exists() else "", str(path))
     return {"smoke": {}} | {s: {k: setting(v) for k,v in ini[s].items()} for s in ini.sections()}
 
 # %% ../nbs/foundations/09_run.ipynb #6c218902
@@ -173,8 +190,10 @@ def check_sections(
     names, areas = [s for s in ini if "." not in s], [c.area for c in chapters(root)]
     for s in ini:
         a, _, b = s.partition(".")
-        if a not in names: raise UsageError(f"settings.ini: section [{s}] without a section [{a}]. {unknown('profile', a, names)}")
-        if b and b not in areas: raise UsageError(f"settings.ini: section [{s}]. {unknown('area', b, areas)}")
+        if a not in names:
+            raise UsageError(f"settings.ini: section [{s}] without a section [{a}]. {unknown('profile', a, names)}")
+        if b and b not in areas:
+            raise UsageError(f"settings.ini: section [{s}]. {unknown('area', b, areas)}")
 
 # %% ../nbs/foundations/09_run.ipynb #6b0823d4
 def source(cell:dict) -> str: return "".join(cell["source"]) # lines or one text, as they come
@@ -183,46 +202,69 @@ def read_notebook(
     path:Path # a notebook
 ) -> dict: # as JSON; every cell with type, source and metadata
     "The notebook in `path`; a `UsageError` names a broken one."
-    with reading(path): nb = json.loads(path.read_text(encoding="utf-8"))
+    with reading(path):
+        nb = json.loads(path.read_text(encoding="utf-8"))
     cells = nb.get("cells") if isinstance(nb, dict) else None
     text = lambda x: isinstance(x, str) or isinstance(x, list) and all(isinstance(l, str) for l in x)
     fine = lambda c: isinstance(c, dict) and c.get("cell_type") in ("code", "markdown", "raw") and text(c.get("source"))
-    if not isinstance(cells, list) or not all(map(fine, cells)): raise UsageError(f"{path}: not a notebook of format 4.")
-    for c in cells: c["metadata"] = c.get("metadata") or {}
+    if not isinstance(cells, list) or not all(map(fine, cells)):
+        raise UsageError(f"{path}: not a notebook of format 4.")
+    for c in cells:
+        c["metadata"] = c.get("metadata") or {}
     return nb
 
 # %% ../nbs/foundations/09_run.ipynb #d2154028
-class Code(str): "A default that is an expression, not a literal."
+class Code(str):
+    "A default that is an expression, not a literal."
 
 def declared(
     path:Path # a notebook
 ) -> dict[str, Any]: # name -> default
     "The parameters that a notebook declares in its tagged cell."
     code = "".join(source(c) for c in read_notebook(path)["cells"] if "parameters" in c["metadata"].get("tags", []))
-    try: body = ast.parse(re.sub(r"^\s*[%!].*$", "", code, flags=re.M)).body
-    except SyntaxError as e: raise UsageError(f"{path}: line {e.lineno} of the parameters cell is not Python.") from None
-    pairs = [(t, b.value) for b in body if isinstance(b, (ast.Assign, ast.AnnAssign)) for t in getattr(b, "targets", None) or [b.target]]
+    try:
+        body = ast.parse(re.sub(r"^\s*[%!].*$", "", code, flags=re.M)).body
+    except SyntaxError as e:
+        raise UsageError(f"{path}: line {e.lineno} of the parameters cell is not Python.") from None
+    pairs = [
+        (t, b.value)
+        for b in body
+        if isinstance(b, (ast.Assign, ast.AnnAssign))
+        for t in getattr(b, "targets", None) or [b.target]
+    ]
     return {t.id: _literal(v) for t, v in pairs if isinstance(t, ast.Name) and v is not None}
 
 def _literal(node):
-    try: return ast.literal_eval(node)
-    except ValueError: return Code(ast.unparse(node))
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return Code(ast.unparse(node))
 
 # %% ../nbs/foundations/09_run.ipynb #98062e10
 def portable(
     x:Any # numbers of any library, arrays, ranges, tuples, paths
 ) -> Any: # numbers, text, None, lists and dictionaries
     "`x` as a notebook can take it; a `UsageError` for what it can't."
-    if hasattr(x, "tolist"): return portable(x.tolist())
-    if isinstance(x, (list, tuple, range)): return [portable(v) for v in x]
-    if isinstance(x, (set, frozenset)): return sorted(map(portable, x), key=repr)
-    if isinstance(x, dict) and all(isinstance(k, str) for k in x): return {k: portable(v) for k,v in x.items()}
-    if isinstance(x, os.PathLike): return os.fspath(x)
-    if x is None or isinstance(x, (bool, int, float, str)): return x
-    raise UsageError(f"{x!r} can't be given to a notebook: use numbers, text, lists, or dictionaries with names as keys.")
+    if hasattr(x, "tolist"):
+        return portable(x.tolist())
+    if isinstance(x, (list, tuple, range)):
+        return [portable(v) for v in x]
+    if isinstance(x, (set, frozenset)):
+        return sorted(map(portable, x), key=repr)
+    if isinstance(x, dict) and all(isinstance(k, str) for k in x):
+        return {k: portable(v) for k,v in x.items()}
+    if isinstance(x, os.PathLike):
+        return os.fspath(x)
+    if x is None or isinstance(x, (bool, int, float, str)):
+        return x
+    raise UsageError(
+        f"{x!r} can't be given to a notebook: use numbers, text, lists, or dictionaries with names as keys."
+    )
 
 # %% ../nbs/foundations/09_run.ipynb #e698ffa5
-COUNTS = re.compile(r"(^|_)(n|k|seeds?|epochs|steps|rounds|size|batch(es)?|users|items|clicks|rows|every|dim|jobs|draws|labels)(_|$)")
+COUNTS = re.compile(
+    r"(^|_)(n|k|seeds?|epochs|steps|rounds|size|batch(es)?|users|items|clicks|rows|every|dim|jobs|draws|labels)(_|$)"
+)
 
 def span(
     name:str, # of a parameter
@@ -230,12 +272,16 @@ def span(
     single:bool=True # not in a list?
 ) -> tuple: # lowest, highest value that makes sense
     "The range of a parameter, from its name and its default."
-    if name == "seed" or name.endswith("_seed"): return 0, 2**32-1
+    if name == "seed" or name.endswith("_seed"):
+        return 0, 2**32-1
     if isinstance(default, int):
         low = -10**9 if default < 0 else int(default > 0 and (single or bool(COUNTS.search(name))))
         return low, max(1000*abs(default), 1000 if "seeds" in name else 10**5)
-    if re.search(r"(^|_)lr(_|$)", name): return 1e-12, 1e3
-    return -1e12 if default < 0 else 0, 1 if 0 <= default <= 1 and re.search(r"(^|_)(share|rates?)(_|$)", name) else 1e12
+    if re.search(r"(^|_)lr(_|$)", name):
+        return 1e-12, 1e3
+    return -1e12 if default < 0 else 0, 1 if 0 <= default <= 1 and re.search(
+        r"(^|_)(share|rates?)(_|$)", name
+    ) else 1e12
 
 # %% ../nbs/foundations/09_run.ipynb #e30c090b
 def wanted(
@@ -245,33 +291,53 @@ def wanted(
     single:bool=True # not in a list?
 ) -> str: # what `name` must be, "" when `v` is
     "Is `v` of the default's type, and in its range?"
-    if default is None or isinstance(default, Code): return ""
-    if isinstance(default, bool): return "" if isinstance(v, bool) else "true or false"
-    if isinstance(default, (int, float)): return _wanted_number(name, v, default, single)
-    if isinstance(default, str): return "" if isinstance(v, str) else "text (in quotes, where it looks like a number)"
-    if isinstance(default, dict): return "" if isinstance(v, dict) else "a dictionary"
-    if not isinstance(v, list): return "a list, like [1, 2]"
-    if default and not v: return "a list that is not empty"
+    if default is None or isinstance(default, Code):
+        return ""
+    if isinstance(default, bool):
+        return "" if isinstance(v, bool) else "true or false"
+    if isinstance(default, (int, float)):
+        return _wanted_number(name, v, default, single)
+    if isinstance(default, str):
+        return "" if isinstance(v, str) else "text (in quotes, where it looks like a number)"
+    if isinstance(default, dict):
+        return "" if isinstance(v, dict) else "a dictionary"
+    if not isinstance(v, list):
+        return "a list, like [1, 2]"
+    if default and not v:
+        return "a list that is not empty"
     like = _typical(default)
     return next((f"a list, each {w}" for x in v if (w := wanted(name, x, like, False))), "")
 
 def _typical(xs):
     "One value for all of a list: the smallest number, the first of another type, None when types are mixed."
     kinds = {type(x) for x in xs}
-    if kinds == {int, float}: return float(min(xs))
+    if kinds == {int, float}:
+        return float(min(xs))
     return None if len(kinds) != 1 else min(xs) if kinds <= {int, float} else xs[0]
 
 def _wanted_number(name, v, default, single):
     "`wanted` for a number; none is fine where no count is asked for."
-    if v is None and not COUNTS.search(name): return ""
+    if v is None and not COUNTS.search(name):
+        return ""
     whole, (low, high) = isinstance(default, int), span(name, default, single)
-    if isinstance(v, (int, float)) and not isinstance(v, bool) and low <= v <= high and not (whole and isinstance(v, float)): return ""
-    return f"a {'whole ' if whole else ''}number from {low:,} to {high:,}" if whole else f"a number from {low:g} to {high:g}"
+    if (
+        isinstance(v, (int, float))
+        and not isinstance(v, bool)
+        and low <= v <= high
+        and not (whole and isinstance(v, float))
+    ):
+        return ""
+    return (
+        f"a {'whole ' if whole else ''}number from {low:,} to {high:,}"
+        if whole
+        else f"a number from {low:g} to {high:g}"
+    )
 
 # %% ../nbs/foundations/09_run.ipynb #86f6f8a1
 def read_toml(path:Path) -> dict: # its tables
     "The TOML file `path`; a `UsageError` names a broken one."
-    with reading(path): return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    with reading(path):
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
 
 def read_papers(
     path:Path # data/papers/<area>.toml; may be missing
@@ -279,12 +345,16 @@ def read_papers(
     "The papers of a catalogue file; a `UsageError` names a broken one."
     papers = read_toml(path).get("paper") if path.is_file() else []
     named = lambda x: isinstance(x, list) and all(isinstance(p, dict) and isinstance(p.get("id"), str) for p in x)
-    if not named(papers): raise UsageError(f"{path}: wants [[paper]] tables, each with an id.")
+    if not named(papers):
+        raise UsageError(f"{path}: wants [[paper]] tables, each with an id.")
     for p in papers:
-        if not named(p.get("claim", [])): raise UsageError(f"{path}: paper {p['id']} wants [[paper.claim]] tables, each with an id.")
+        if not named(p.get("claim", [])):
+            raise UsageError(f"{path}: paper {p['id']} wants [[paper.claim]] tables, each with an id.")
     return papers
 
-def leaves(x) -> set: return set().union(*map(leaves, x)) if isinstance(x, list) else {str(x)} - {"", "None"} # its texts
+def leaves(x) -> set:
+    return set().union(*map(leaves, x)) if isinstance(x, list) else {str(x)} - {"", "None"}  # its texts
+
 
 def check_datasets(
     area:str, # chapter
@@ -296,9 +366,11 @@ def check_datasets(
     "Refuse a data set that does not exist, where `name` holds names of data sets."
     said, path, must = leaves(v), root/"data/datasets.toml", name in ("real", "dataset", "datasets")
     known = {d.get("name") for d in read_toml(path).get("dataset", [])} if said and (must or path.is_file()) else set()
-    if not must and not leaves(usual) & known: return
+    if not must and not leaves(usual) & known:
+        return
     for x in sorted(said - leaves(usual[0])):
-        if x.split("/")[0] not in known: raise UsageError(f"{area}: {name}={v!r}: {unknown('data set', x, sorted(known))}")
+        if x.split("/")[0] not in known:
+            raise UsageError(f"{area}: {name}={v!r}: {unknown('data set', x, sorted(known))}")
 
 # %% ../nbs/foundations/09_run.ipynb #21be4c46
 def parameters(
@@ -311,10 +383,12 @@ def parameters(
     ini, known = profiles(root), declared(pick([area], root)[0].path)
     check_sections(ini, root)
     names = [s for s in ini if "." not in s]
-    if profile not in names: raise unknown("profile", profile, names)
+    if profile not in names:
+        raise unknown("profile", profile, names)
     own = ini.get(f"{profile}.{area}", {}) | (sets or {})
     for k in own:
-        if k not in known: raise unknown(f"parameter of {area}", k, known)
+        if k not in known:
+            raise unknown(f"parameter of {area}", k, known)
     given = {k: v for k,v in ini[profile].items() if k in known} | own
     return {k: check_value(area, k, v, known[k], ini, root or home()) for k,v in given.items()}
 
@@ -327,9 +401,12 @@ def check_value(
     root:Path # the book's folder
 ) -> Any: # `v`, `portable`
     "Refuse a value that the chapter can't mean; the error names chapter, parameter, value and fix."
-    try: v = portable(v)
-    except UsageError as e: raise UsageError(f"{area}: {name}: {e}") from None
-    if w := wanted(name, v, default): raise UsageError(f"{area}: {name}={v!r} must be {w}; the default is {default!r}.")
+    try:
+        v = portable(v)
+    except UsageError as e:
+        raise UsageError(f"{area}: {name}: {e}") from None
+    if w := wanted(name, v, default):
+        raise UsageError(f"{area}: {name}={v!r} must be {w}; the default is {default!r}.")
     if name == "device" and isinstance(default, str) and not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v):
         raise UsageError(f"{area}: device={v!r} must be auto, cpu, cuda, cuda:0 or mps.")
     if isinstance(default, (str, list)):
@@ -343,20 +420,23 @@ def plan(
     profile:str="smoke", # section of settings.ini
     sets:dict|None=None, # values set by hand, for every chapter that declares the name
     root:Path|None=None # the book's folder
-) -> list[tuple[Chapter, dict]]: # each chapter with what will be injected
+) -> list[tuple[Chapter, dict]]:  # each chapter with what will be injected
     "What a run will do; every mistake in names and values shows here, before anything runs. A broken notebook fails when its turn comes."
     todo, sets = pick(areas, root), sets or {}
     known = {c.area: _declared(c.path) for c in todo}
     every = {k for d in known.values() for k in d or {}}
     for k in sets:
-        if k not in every and None not in known.values(): raise unknown("parameter", k, sorted(every))
+        if k not in every and None not in known.values():
+            raise unknown("parameter", k, sorted(every))
     own = lambda c: {k: v for k,v in sets.items() if k in known[c.area]}
     return [(c, {} if known[c.area] is None else parameters(c.area, profile, own(c), root)) for c in todo]
 
 def _declared(path):
     "`declared`, None for a broken notebook."
-    try: return declared(path)
-    except UsageError: return None
+    try:
+        return declared(path)
+    except UsageError:
+        return None
 
 # %% ../nbs/foundations/09_run.ipynb #83d5d7b3
 def execute(
@@ -373,19 +453,31 @@ def execute(
     to.parent.mkdir(parents=True, exist_ok=True)
     own = str(to.absolute().with_name(f".{to.stem}.{os.getpid()}"))
     tmp, key, failed = Path(own + ".ipynb"), Path(own + ".kernel.json"), to.with_suffix(".failed.ipynb")
-    literal = lambda p: re.sub(r"([{}])", r"\1\1", str(p)) # papermill fills in what stands in braces
-    go = lambda: papermill.execute_notebook(literal(path), literal(tmp), params, kernel_name="python3", progress_bar=False,
-        on_cell_start=on_cell, resources=dict(metadata=dict(path=str(cwd))), extra_arguments=["--log-level=50"],
-        config=Config(KernelManager=dict(connection_file=str(key)))) # else it would lie in the folder of all temporary files
+    literal = lambda p: re.sub(r"([{}])", r"\1\1", str(p))  # papermill fills in what stands in braces
+    go = lambda: papermill.execute_notebook(
+        literal(path),
+        literal(tmp),
+        params,
+        kernel_name="python3",
+        progress_bar=False,
+        on_cell_start=on_cell,
+        resources=dict(metadata=dict(path=str(cwd))),
+        extra_arguments=["--log-level=50"],
+        config=Config(KernelManager=dict(connection_file=str(key))),
+    )  # else it would lie in the folder of all temporary files
     try:
-        try: nb = go()
+        try:
+            nb = go()
         except RuntimeError as e:
-            if "Kernel didn't respond" not in str(e): raise
+            if "Kernel didn't respond" not in str(e):
+                raise
             nb = go() # kernels that start at the same moment may pick the same port: once more
     except Exception:
-        if tmp.exists(): os.replace(tmp, failed)
+        if tmp.exists():
+            os.replace(tmp, failed)
         raise
-    finally: key.unlink(missing_ok=True)
+    finally:
+        key.unlink(missing_ok=True)
     os.replace(tmp, to)
     failed.unlink(missing_ok=True)
     return nb
@@ -397,19 +489,25 @@ def alive(
 ) -> bool: # a younger process with the number of a dead one does not count
     "Does the process still run that wrote a file?"
     import psutil
-    try: return psutil.Process(pid).create_time() <= since + 1
-    except psutil.NoSuchProcess: return False
-    except psutil.Error: return True
+    try:
+        return psutil.Process(pid).create_time() <= since + 1
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.Error:
+        return True
 
 def sweep(
     folder:Path, # of runs, notebooks or records
     areas:Iterable[str] # chapters; the files of others are left alone
 ):
     "Remove what dead processes have left of these chapters: half notebooks, half records, connection files of kernels."
-    name = re.compile(rf"\.(?:\d+_)?(?:{'|'.join(map(re.escape, areas))})(?:\.failed)?(?:\.json|\.ipynb)?\.(\d+)(?:\.ipynb|\.kernel\.json)?")
+    name = re.compile(
+        rf"\.(?:\d+_)?(?:{'|'.join(map(re.escape, areas))})(?:\.failed)?(?:\.json|\.ipynb)?\.(\d+)(?:\.ipynb|\.kernel\.json)?"
+    )
     for f in folder.glob(".*"):
         with contextlib.suppress(OSError):
-            if (m := name.fullmatch(f.name)) and not alive(int(m[1]), f.stat().st_mtime): f.unlink()
+            if (m := name.fullmatch(f.name)) and not alive(int(m[1]), f.stat().st_mtime):
+                f.unlink()
 
 # %% ../nbs/foundations/09_run.ipynb #4ce14e91
 def harvest(
@@ -421,7 +519,9 @@ def harvest(
         if cell["cell_type"] == "markdown":
             at = (re.findall(r"^#+ .*\{#([\w-]+)", "".join(cell["source"]), re.M) or [at])[-1]
         for out in cell.get("outputs", []):
-            if isinstance(out.get("data", {}).get(MIME), dict): c = {"at": at} | out["data"][MIME]; found[c["id"], c.get("dataset")] = c
+            if isinstance(out.get("data", {}).get(MIME), dict):
+                c = {"at": at} | out["data"][MIME]
+                found[c["id"], c.get("dataset")] = c
     return list(found.values())
 
 # %% ../nbs/foundations/09_run.ipynb #518a52bd
@@ -430,8 +530,10 @@ def walk(
     f:Callable # applied to every leaf
 ) -> Any: # the same shape
     "`x` with `f` applied to its leaves."
-    if isinstance(x, dict): return {k: walk(v, f) for k,v in x.items()}
-    if isinstance(x, (list, tuple)): return [walk(v, f) for v in x]
+    if isinstance(x, dict):
+        return {k: walk(v, f) for k,v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [walk(v, f) for v in x]
     return f(x)
 
 def finite(x): return None if isinstance(x, float) and not math.isfinite(x) else x
@@ -446,7 +548,8 @@ def write_text(
     try:
         tmp.write_text(text, encoding="utf-8", errors="replace")
         os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    finally:
+        tmp.unlink(missing_ok=True)
     return path
 
 def write_json(
@@ -454,18 +557,34 @@ def write_json(
     obj:Any # JSON-like; NaN and infinities become null
 ) -> Path: # `path`
     "Write strict JSON in one step."
-    return write_text(path, json.dumps(walk(obj, finite), indent=1, ensure_ascii=False, allow_nan=False, default=str) + "\n")
+    return write_text(
+        path, json.dumps(walk(obj, finite), indent=1, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+    )
 
 def read_json(
     path:Path # a file, maybe absent or broken
 ) -> dict: # its content, or {}
     "The dictionary stored in `path`; empty when there is none."
-    try: d = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError): return {}
+    try:
+        d = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
     return d if isinstance(d, dict) else {}
 
 # %% ../nbs/foundations/09_run.ipynb #e1ac5918
-CLAIM = dict(id=str, paper=str, statement=str, metric=str, dataset=str, systems=list, seeds=list, ours=list, theirs=list, ci=list, effect=(int, float))
+CLAIM = dict(
+    id=str,
+    paper=str,
+    statement=str,
+    metric=str,
+    dataset=str,
+    systems=list,
+    seeds=list,
+    ours=list,
+    theirs=list,
+    ci=list,
+    effect=(int, float),
+)
 VERDICTS = ["supported", "refuted", "inconclusive"]
 
 def numeric(x) -> bool: return isinstance(x, (int, float)) and not isinstance(x, bool)
@@ -474,14 +593,24 @@ def unsound(
     rec:dict # a record
 ) -> str: # what is wrong with it, "" when nothing is
     "Is this the record of a whole run?"
-    if not isinstance(rec, dict) or not all(isinstance(rec.get(k), str) for k in ("area", "profile")): return "no area or profile"
-    if not isinstance(rec.get("claims"), list): return "no list of claims"
+    if not isinstance(rec, dict) or not all(isinstance(rec.get(k), str) for k in ("area", "profile")):
+        return "no area or profile"
+    if not isinstance(rec.get("claims"), list):
+        return "no list of claims"
     for i, c in enumerate(rec["claims"]):
-        if not isinstance(c, dict): return f"claim {i+1} is not a dictionary"
-        bad = [k for k,t in CLAIM.items() if not isinstance(c.get(k), t)] + ["verdict"]*(c.get("verdict") not in VERDICTS)
-        if not bad: bad = [k for k in ("ours", "theirs") if not c[k] or not all(map(numeric, c[k]))]
-        if not bad: bad = ["systems"]*(len(c["systems"]) != 2) + ["ci"]*(len(c["ci"]) != 2 or not all(x is None or numeric(x) for x in c["ci"]))
-        if bad: return f"claim {c.get('id', i+1)}: {', '.join(bad)} missing or wrong"
+        if not isinstance(c, dict):
+            return f"claim {i+1} is not a dictionary"
+        bad = [k for k, t in CLAIM.items() if not isinstance(c.get(k), t)] + ["verdict"] * (
+            c.get("verdict") not in VERDICTS
+        )
+        if not bad:
+            bad = [k for k in ("ours", "theirs") if not c[k] or not all(map(numeric, c[k]))]
+        if not bad:
+            bad = ["systems"] * (len(c["systems"]) != 2) + ["ci"] * (
+                len(c["ci"]) != 2 or not all(x is None or numeric(x) for x in c["ci"])
+            )
+        if bad:
+            return f"claim {c.get('id', i+1)}: {', '.join(bad)} missing or wrong"
     return ""
 
 def records(
@@ -491,10 +620,13 @@ def records(
     "The published records of `data/results/`; a broken file is named on the screen and left out."
     found = []
     for f in sorted(((root or home())/"data/results").glob("*/*.json")):
-        if profile not in (None, f.parent.name): continue
+        if profile not in (None, f.parent.name):
+            continue
         rec = read_json(f)
-        if why := unsound(rec): warn(f"{f}: {why if rec else 'not a record'}; left out.")
-        else: found.append(rec)
+        if why := unsound(rec):
+            warn(f"{f}: {why if rec else 'not a record'}; left out.")
+        else:
+            found.append(rec)
     return found
 
 # %% ../nbs/foundations/09_run.ipynb #f8d8d482
@@ -504,26 +636,38 @@ def commit(
     "Which code this is."
     root = root or home()
     git = lambda *a: subprocess.run(["git", "-C", str(root), *a], capture_output=True, text=True)
-    try: head = git("rev-parse", "--short", "HEAD") if (root/".git").exists() else None
-    except OSError: head = None
-    if head is None or head.returncode: return _version("recbook") or "unknown"
+    try:
+        head = git("rev-parse", "--short", "HEAD") if (root/".git").exists() else None
+    except OSError:
+        head = None
+    if head is None or head.returncode:
+        return _version("recbook") or "unknown"
     return head.stdout.strip() + ("+dirty" if git("status", "--porcelain").stdout.strip() else "")
 
 def _version(name):
-    try: return metadata.version(name)
-    except metadata.PackageNotFoundError: return None
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 # %% ../nbs/foundations/09_run.ipynb #2dc10eaa
 def _cpu():
     "The processor's name."
     info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.*)$", info.read_text(encoding="utf-8", errors="replace"), re.M) if info.exists() else []
+    names = (
+        re.findall(r"^model name\s*: (.*)$", info.read_text(encoding="utf-8", errors="replace"), re.M)
+        if info.exists()
+        else []
+    )
     return (names or [platform.processor() or platform.machine()])[0]
 
 def _gpu():
     "The GPUs' names, or None."
-    if not shutil.which("nvidia-smi"): return None
-    names = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True).stdout.split("\n")
+    if not shutil.which("nvidia-smi"):
+        return None
+    names = subprocess.run(
+        ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True
+    ).stdout.split("\n")
     return ", ".join(n.strip() for n in names if n.strip()) or None
 
 def cores() -> int: # processors this process may use
@@ -531,15 +675,30 @@ def cores() -> int: # processors this process may use
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 # %% ../nbs/foundations/09_run.ipynb #b90494b3
-PACKAGES = ["recbook", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy", "pandas", "scipy", "scikit-learn",
-    "papermill", "nbdev"]
+PACKAGES = [
+    "recbook",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "numpy",
+    "pandas",
+    "scipy",
+    "scikit-learn",
+    "papermill",
+    "nbdev",
+]
 
 @lru_cache
 def machine() -> dict: # cpu, cores, memory in GiB, gpu or None, platform
     "What we run on, without anything that names the host."
     import psutil
     memory = round(psutil.virtual_memory().total/2**30, 1)
-    return dict(cpu=_cpu(), cores=cores(), memory_gb=memory, gpu=_gpu(), platform=f"{platform.system()} {platform.machine()}")
+    return dict(
+        cpu=_cpu(), cores=cores(), memory_gb=memory, gpu=_gpu(), platform=f"{platform.system()} {platform.machine()}"
+    )
 
 def versions(
     names:Iterable[str]=PACKAGES # distributions
@@ -550,13 +709,24 @@ def versions(
 # %% ../nbs/foundations/09_run.ipynb #b3015861
 def true_device(
     asked:str="auto" # what the chapter was asked for
-) -> str: # cpu, cuda, cuda:0, mps
+) -> str:  # cpu, cuda, cuda:0, mps
     "Where a chapter computes; a `UsageError` when there is no such device. PyTorch is loaded only if there may be more than a processor."
-    if asked == "cpu" or asked == "auto" and not (machine()["gpu"] or Path("/dev/kfd").exists() or platform.system() == "Darwin"): return "cpu"
+    if (
+        asked == "cpu"
+        or asked == "auto"
+        and not (machine()["gpu"] or Path("/dev/kfd").exists() or platform.system() == "Darwin")
+    ):
+        return "cpu"
     import torch
     n = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    have = [*(["cuda"] if n else []), *(f"cuda:{i}" for i in range(n)), *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
-    if asked not in ("auto", *have): raise UsageError(f"device={asked!r}: this machine has {', '.join(have)}. Use one of them, or auto.")
+    have = [
+        *(["cuda"] if n else []),
+        *(f"cuda:{i}" for i in range(n)),
+        *(["mps"] if torch.backends.mps.is_available() else []),
+        "cpu",
+    ]
+    if asked not in ("auto", *have):
+        raise UsageError(f"device={asked!r}: this machine has {', '.join(have)}. Use one of them, or auto.")
     return have[0] if asked == "auto" else asked
 
 # %% ../nbs/foundations/09_run.ipynb #361265bd
@@ -564,7 +734,8 @@ def package(
     root:Path # the book's folder
 ) -> Path: # the folder of recbook's modules
     "The package a kernel started in `root` imports."
-    if (root/"recbook").is_dir(): return root/"recbook"
+    if (root/"recbook").is_dir():
+        return root/"recbook"
     return Path(next(iter(util.find_spec("recbook").submodule_search_locations)))
 
 def fingerprint(
@@ -577,7 +748,8 @@ def fingerprint(
     code = [source(c) for c in read_notebook(ch.path)["cells"] if c["cell_type"] == "code"]
     digest = hashlib.sha256(json.dumps([code, params], sort_keys=True, default=str).encode())
     for f in [*sorted(package(root).rglob("*.py")), root/f"data/papers/{ch.area}.toml"]:
-        if f.is_file(): digest.update(f.name.encode() + b"\0" + f.read_bytes())
+        if f.is_file():
+            digest.update(f.name.encode() + b"\0" + f.read_bytes())
     return digest.hexdigest()
 
 # %% ../nbs/foundations/09_run.ipynb #9c52efde
@@ -621,7 +793,8 @@ def summary(
 ) -> str: # one line
     "How a chapter ended."
     at = f"cell {res.error['cell']}: " if res.error and res.error["cell"] else ""
-    if res.error: return f"✗ {res.chapter.area}: {at}{res.error['ename']}: {res.error['evalue'][:200]}"
+    if res.error:
+        return f"✗ {res.chapter.area}: {at}{res.error['ename']}: {res.error['evalue'][:200]}"
     count = counts([c.get("verdict") for c in res.claims])
     how = "unchanged, skipped" if res.skipped else f"{res.record['wall_s']:.1f} s"
     return f"✓ {res.chapter.area}: {how}; " + (f"claims: {count}" if count else "no claims")
@@ -634,14 +807,17 @@ def mute():
 
 def say(text:str):
     "Print one line; a reader that has gone is no error."
-    try: print(text, flush=True)
-    except OSError: mute()
+    try:
+        print(text, flush=True)
+    except OSError:
+        mute()
 
 class Lines(Quiet):
     "One line for each heading reached, for logs."
     def start(self, ch, n): say(f"▶ {ch.area}: {ch.title} ({n} cells)")
     def cell(self, ch, i, n, text):
-        if text.startswith("## "): say(f"  {ch.area} {i}/{n} {text[3:]}")
+        if text.startswith("## "):
+            say(f"  {ch.area} {i}/{n} {text[3:]}")
     def done(self, res): say(summary(res))
 
 # %% ../nbs/foundations/09_run.ipynb #d0722c0f
@@ -657,7 +833,8 @@ class Bars(Quiet):
     def cell(self, ch, i, n, text): self.bars.update(self.ids[ch.area], completed=i-1, text=escape(text))
     def done(self, res):
         i = self.ids.get(res.chapter.area)
-        if i is not None: self.bars.update(i, visible=False)
+        if i is not None:
+            self.bars.update(i, visible=False)
         self.bars.print(escape(summary(res)))
 
 # %% ../nbs/foundations/09_run.ipynb #c7065961
@@ -682,8 +859,18 @@ def header(
 ) -> dict: # area, profile, commit, started, machine, device, threads, versions, parameters, fingerprint
     "The part of a record that is known before the chapter runs."
     values = declared(ch.path) | params
-    return dict(area=ch.area, profile=profile, commit=code, started=datetime.now(timezone.utc).isoformat(timespec="seconds"), machine=machine(),
-        device=true_device(str(values.get("device", "auto"))), threads=threads, versions=versions(), parameters=values, fingerprint=fingerprint(ch, params, root))
+    return dict(
+        area=ch.area,
+        profile=profile,
+        commit=code,
+        started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        machine=machine(),
+        device=true_device(str(values.get("device", "auto"))),
+        threads=threads,
+        versions=versions(),
+        parameters=values,
+        fingerprint=fingerprint(ch, params, root),
+    )
 
 # %% ../nbs/foundations/09_run.ipynb #dbb65300
 def claims_of(
@@ -700,10 +887,15 @@ def unchanged(
 ) -> dict: # the old record; empty when the chapter must run
     "The record of the last run, if it can be believed and would come out again."
     old = read_json(to.with_suffix(".json"))
-    if unsound(old) or any(old.get(k) != rec[k] for k in ("area", "profile", "fingerprint", "threads")): return {}
-    try: nb = read_notebook(to)
-    except UsageError: return {}
-    whole = [source(c) for c in nb["cells"] if "injected-parameters" not in c["metadata"].get("tags", [])] == [source(c) for c in cells]
+    if unsound(old) or any(old.get(k) != rec[k] for k in ("area", "profile", "fingerprint", "threads")):
+        return {}
+    try:
+        nb = read_notebook(to)
+    except UsageError:
+        return {}
+    whole = [source(c) for c in nb["cells"] if "injected-parameters" not in c["metadata"].get("tags", [])] == [
+        source(c) for c in cells
+    ]
     return old if whole and claims_of(nb, rec["area"]) == old["claims"] else {}
 
 # %% ../nbs/foundations/09_run.ipynb #208df073
@@ -722,20 +914,26 @@ def run_one(
     to, show, cells = out/profile/f"{ch.area}.ipynb", show or Quiet(), read_notebook(ch.path)["cells"]
     read_papers(root/f"data/papers/{ch.area}.toml")
     rec, at = header(ch, profile, params, root, code, threads), Place()
-    if resume and (old := unchanged(to, rec, cells)): return Result(ch, to, old, skipped=True)
+    if resume and (old := unchanged(to, rec, cells)):
+        return Result(ch, to, old, skipped=True)
     n = len(cells) + bool(params)
     def on_cell(cell, cell_index):
         at.enter(cell, cell_index)
         show.cell(ch, cell_index+1, n, label(cell))
     show.start(ch, n)
     t = time.perf_counter()
-    try: nb = execute(ch.path, to, params, root, on_cell)
+    try:
+        nb = execute(ch.path, to, params, root, on_cell)
     except Exception as e:
         err = failure(e, at.cell, at.number)
         write_json(to.with_suffix(".failed.json"), rec | dict(error=err))
         return Result(ch, to.with_suffix(".failed.ipynb"), error=err)
     claims = claims_of(nb, ch.area)
-    rec |= dict(wall_s=round(time.perf_counter()-t, 1), datasets=sorted({c["dataset"] for c in claims if c.get("dataset")}), claims=claims)
+    rec |= dict(
+        wall_s=round(time.perf_counter() - t, 1),
+        datasets=sorted({c["dataset"] for c in claims if c.get("dataset")}),
+        claims=claims,
+    )
     to.with_suffix(".failed.json").unlink(missing_ok=True)
     return Result(ch, to, read_json(write_json(to.with_suffix(".json"), rec)))
 
@@ -755,8 +953,10 @@ def threads_of(
 
 def user_home() -> str|None: # None for a user without one
     "The user's own folder."
-    try: return str(Path.home())
-    except (RuntimeError, KeyError): return None
+    try:
+        return str(Path.home())
+    except (RuntimeError, KeyError):
+        return None
 
 @contextmanager
 def kernel_env(
@@ -766,14 +966,24 @@ def kernel_env(
     "The environment that kernels started inside this block inherit."
     old = dict(os.environ)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [old.get("PYTHONPATH")])])
-    os.environ |= dict.fromkeys(["OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"], str(threads))
-    os.environ |= dict.fromkeys(["TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"], "1") # no bars in saved pages
+    os.environ |= dict.fromkeys(
+        ["OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"], str(threads)
+    )
+    os.environ |= dict.fromkeys(
+        ["TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"], "1"
+    )  # no bars in saved pages
     os.environ |= dict(PYDEVD_DISABLE_FILE_VALIDATION="1", PYTHONUTF8="1") # files are UTF-8, whatever the terminal is
-    if not user_home(): os.environ["HOME"] = tempfile.gettempdir()
+    if not user_home():
+        os.environ["HOME"] = tempfile.gettempdir()
     for k, v in dict(MALLOC_MMAP_THRESHOLD_=1 << 25, MALLOC_TRIM_THRESHOLD_=1 << 32, MALLOC_TOP_PAD_=1 << 28).items():
-        os.environ.setdefault(k, str(v)) # glibc keeps freed memory: fewer page faults, a tenth of the time of LM chapters
-    try: yield
-    finally: os.environ.clear(); os.environ.update(old)
+        os.environ.setdefault(
+            k, str(v)
+        )  # glibc keeps freed memory: fewer page faults, a tenth of the time of LM chapters
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(old)
 
 # %% ../nbs/foundations/09_run.ipynb #88bc4e1b
 def runs_dir(
@@ -791,9 +1001,12 @@ def check_place(
     "Refuse a folder that can't take a run's results."
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as f: f.write(bytes(1 << 20))
-        if shutil.disk_usage(folder).free < need: raise OSError(None, "less than 10 MB left")
-    except OSError as e: raise UsageError(f"Can't write into {folder} ({e.strerror}): {fix}.") from None
+        with tempfile.TemporaryFile(dir=folder) as f:
+            f.write(bytes(1 << 20))
+        if shutil.disk_usage(folder).free < need:
+            raise OSError(None, "less than 10 MB left")
+    except OSError as e:
+        raise UsageError(f"Can't write into {folder} ({e.strerror}): {fix}.") from None
 
 def ready(
     todo:list, # of `plan`
@@ -803,10 +1016,16 @@ def ready(
     save:bool # are they published?
 ):
     "Refuse a run that could not keep its results or has not got its device; sweep what dead runs have left."
-    if save and not is_checkout(root): raise UsageError("Nothing to save into: --save needs a checkout of the book.")
-    for d in {str(p["device"]) for _, p in todo if "device" in p}: true_device(d)
+    if save and not is_checkout(root):
+        raise UsageError("Nothing to save into: --save needs a checkout of the book.")
+    for d in {str(p["device"]) for _, p in todo if "device" in p}:
+        true_device(d)
     places = {out/profile: "use --out for another folder, or free some space"}
-    if save: places |= {p: "--save needs a checkout you may write to" for p in [root/"data/results"/profile, *(c.path.parent for c, _ in todo)]}
+    if save:
+        places |= {
+            p: "--save needs a checkout you may write to"
+            for p in [root / "data/results" / profile, *(c.path.parent for c, _ in todo)]
+        }
     for p, fix in places.items():
         check_place(p, fix)
         sweep(p, [c.area for c, _ in todo])
@@ -826,19 +1045,29 @@ def run_chapters(
 ) -> list[Result]: # one per chapter, in reading order
     "Run chapters, each in its own kernel; one that fails does not stop the others."
     root = Path(root or home()).resolve()
-    out, show, todo, code, n = Path(out or runs_dir(root)).resolve(), show or Quiet(), plan(areas, profile, sets, root), commit(root), threads_of(threads)
+    out, show, todo, code, n = (
+        Path(out or runs_dir(root)).resolve(),
+        show or Quiet(),
+        plan(areas, profile, sets, root),
+        commit(root),
+        threads_of(threads),
+    )
     ready(todo, profile, root, out, save)
     def one(ch, params):
         try:
             res = run_one(ch, params, profile, root, out, code, resume, show, n)
-            if save and res.ok: publish(res, root)
-        except Exception as e: res = Result(ch, out/profile/f"{ch.area}.ipynb", error=failure(e))
+            if save and res.ok:
+                publish(res, root)
+        except Exception as e:
+            res = Result(ch, out/profile/f"{ch.area}.ipynb", error=failure(e))
         show.done(res)
         return res
     pool = ThreadPoolExecutor(max(1, jobs))
     with kernel_env(root, n), show:
-        try: return list(pool.map(lambda t: one(*t), todo))
-        finally: pool.shutdown(wait=False, cancel_futures=True)
+        try:
+            return list(pool.map(lambda t: one(*t), todo))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 # %% ../nbs/foundations/09_run.ipynb #05a62c69
 def scrub(
@@ -847,7 +1076,12 @@ def scrub(
 ) -> str: # the same for every machine
     "`text` without the paths of this machine."
     text = re.sub(re.escape(tempfile.gettempdir()) + r"/ipykernel_\d+/\d+\.py", "<cell>", text)
-    places = {str(root): ".", os.environ.get("RECBOOK_MIRROR", ""): "$RECBOOK_MIRROR", sys.prefix: "<python>", user_home() or "": "~"}
+    places = {
+        str(root): ".",
+        os.environ.get("RECBOOK_MIRROR", ""): "$RECBOOK_MIRROR",
+        sys.prefix: "<python>",
+        user_home() or "": "~",
+    }
     for place in sorted(filter(lambda p: len(p) > 1, places), key=len, reverse=True):
         text = re.sub(re.escape(place.rstrip("/")) + r"(?![\w.-])", places[place], text)
     return text
@@ -859,14 +1093,19 @@ def outputs_into(
     root:Path # the book's folder
 ):
     "`nb` with the outputs of `done`, matched by cell id, paths scrubbed."
-    ids, ran = [c.get("id") for c in nb["cells"]], [c for c in done["cells"] if "injected-parameters" not in c["metadata"].get("tags", [])]
+    ids, ran = (
+        [c.get("id") for c in nb["cells"]],
+        [c for c in done["cells"] if "injected-parameters" not in c["metadata"].get("tags", [])],
+    )
     known = None not in ids and len(set(ids)) == len(ids)
     run = {c.get("id") if known else i: c for i, c in enumerate(ran)}
     clean = lambda x: scrub(x, root) if isinstance(x, str) else x
     for i, c in enumerate(nb["cells"]):
         key = c["id"] if known else i
-        if c["cell_type"] != "code": continue
-        if key not in run or source(run[key]) != source(c): raise UsageError(f"Cell {key} has changed since the run: run the chapter again.")
+        if c["cell_type"] != "code":
+            continue
+        if key not in run or source(run[key]) != source(c):
+            raise UsageError(f"Cell {key} has changed since the run: run the chapter again.")
         c["outputs"] = [_images_apart(o, clean) for o in run[key].get("outputs", [])]
     return nb
 
@@ -884,7 +1123,8 @@ def publish(
     from nbdev.clean import clean_nb
     from fastcore.nbio import nb2str
     root = root or home()
-    if not is_checkout(root): raise UsageError("Nothing to publish into: this is not a checkout of the book.")
+    if not is_checkout(root):
+        raise UsageError("Nothing to publish into: this is not a checkout of the book.")
     nb = outputs_into(read_notebook(res.chapter.path), read_notebook(res.notebook), root)
     clean_nb(nb, allowed_cell_metadata_keys=["tags"])
     write_text(res.chapter.path, nb2str(nb))
@@ -914,8 +1154,11 @@ def table(
     markup:bool=False # are cells rich markup?
 ) -> Table: # for `console().print`
     "A plain table."
-    t = Table(*cols, title=title, title_justify="left", header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for r in rows: t.add_row(*(str(x) if markup else escape(str(x)) for x in r))
+    t = Table(
+        *cols, title=title, title_justify="left", header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
+    for r in rows:
+        t.add_row(*(str(x) if markup else escape(str(x)) for x in r))
     return t
 
 def number(
@@ -925,7 +1168,8 @@ def number(
     if isinstance(x, (list, tuple)):
         x = [v for v in x if v is not None]
         x = sum(x)/len(x) if x else None
-    if x is None or isinstance(x, float) and not math.isfinite(x): return "–"
+    if x is None or isinstance(x, float) and not math.isfinite(x):
+        return "–"
     return f"{x:.3g}" if isinstance(x, (int, float)) else str(x)
 
 # %% ../nbs/foundations/09_run.ipynb #4800f966
@@ -935,7 +1179,8 @@ def coloured(v): return f"[{COLOURS.get(v.rstrip('*'), 'white')}]{v}[/]"
 
 def _reported(c):
     "What the paper reports, as text."
-    if not c.get("reported"): return "–"
+    if not c.get("reported"):
+        return "–"
     from recbook.claims import said
     return said(c)
 
@@ -947,9 +1192,17 @@ def claims_table(
     def row(c):
         ours, theirs = (list(c.get("systems") or []) + ["ours", "theirs"])[:2]
         ci, v = c.get("ci") or [None, None], str(c.get("verdict"))
-        return [escape(c["id"]), escape(str(c.get("statement", ""))), escape(f"{c.get('metric', '')} on {c.get('dataset', '')}"),
-            escape(f"{ours} {number(c.get('ours'))}"), escape(f"{theirs} {number(c.get('theirs'))}"), number(c.get("effect")),
-            escape(f"[{number(ci[0])}, {number(ci[1])}]"), escape(_reported(c)), coloured(v)]
+        return [
+            escape(c["id"]),
+            escape(str(c.get("statement", ""))),
+            escape(f"{c.get('metric', '')} on {c.get('dataset', '')}"),
+            escape(f"{ours} {number(c.get('ours'))}"),
+            escape(f"{theirs} {number(c.get('theirs'))}"),
+            number(c.get("effect")),
+            escape(f"[{number(ci[0])}, {number(ci[1])}]"),
+            escape(_reported(c)),
+            coloured(v),
+        ]
     cols = ["claim", "statement", "measured", "ours", "against", "effect", "95 % CI", "paper", "verdict"]
     return table(cols, map(row, claims), title, markup=True)
 
@@ -963,26 +1216,34 @@ def failure_panel(
     e = res.error
     code = "\n".join(e["source"].splitlines()[:n_code])
     trace = "\n".join(e["traceback"].rstrip().splitlines()[-n_trace:]) or f"{e['ename']}: {e['evalue']}"
-    return Panel(Group(Syntax(code, "python", background_color="default"), "", escape(trace)), border_style="red", title_align="left",
-        title=f"{res.chapter.area}, " + (f"cell {e['cell']}: " if e["cell"] else "") + e["ename"])
+    return Panel(
+        Group(Syntax(code, "python", background_color="default"), "", escape(trace)),
+        border_style="red",
+        title_align="left",
+        title=f"{res.chapter.area}, " + (f"cell {e['cell']}: " if e["cell"] else "") + e["ename"],
+    )
 
 # %% ../nbs/foundations/09_run.ipynb #029c13a5
 class App(typer.Typer):
     "The command: what the terminal's encoding can't show becomes a question mark, never an error."
     def __call__(self, *args, **kwargs):
         for f in (sys.stdout, sys.stderr):
-            if hasattr(f, "reconfigure"): f.reconfigure(errors="replace")
+            if hasattr(f, "reconfigure"):
+                f.reconfigure(errors="replace")
         return super().__call__(*args, **kwargs)
 
 app = App(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="recbook: an executable book of LLM-era recommender research.")
-Areas = Annotated[list[str] | None, typer.Argument(metavar="[AREA]...", help="Chapters, as `recbook list` shows them, or `all`.")]
+Areas = Annotated[
+    list[str] | None, typer.Argument(metavar="[AREA]...", help="Chapters, as `recbook list` shows them, or `all`.")
+]
 Profile = Annotated[str, typer.Option(help="Size of the run: a section of settings.ini.")]
 
 @contextmanager
 def usage():
     "Turn a `UsageError` into a message and exit code 2."
-    try: yield
+    try:
+        yield
     except UsageError as e:
         console(stderr=True).print(f"[red]Error:[/] {escape(str(e))}", soft_wrap=True)
         raise typer.Exit(2) from None
@@ -993,9 +1254,11 @@ def pairs(
     "Parse what follows `--set`."
     found = {}
     for s in sets:
-        if "=" not in s: raise UsageError(f"--set wants name=value, not {s!r}.")
+        if "=" not in s:
+            raise UsageError(f"--set wants name=value, not {s!r}.")
         k, v = s.split("=", 1)
-        if found.setdefault(k.strip(), value(v)) != value(v): raise UsageError(f"--set gives {k.strip()} twice: {found[k.strip()]!r} and {value(v)!r}.")
+        if found.setdefault(k.strip(), value(v)) != value(v):
+            raise UsageError(f"--set gives {k.strip()} twice: {found[k.strip()]!r} and {value(v)!r}.")
     return found
 
 # %% ../nbs/foundations/09_run.ipynb #093814ac
@@ -1003,7 +1266,8 @@ def stop(
     out:Path # where this process was writing
 ):
     "Remove this process's half-written notebooks and end with exit code 130."
-    for f in [*Path(out).glob(f"*/.*.{os.getpid()}.*"), *Path(out).glob(f"*/.*.{os.getpid()}")]: f.unlink(missing_ok=True)
+    for f in [*Path(out).glob(f"*/.*.{os.getpid()}.*"), *Path(out).glob(f"*/.*.{os.getpid()}")]:
+        f.unlink(missing_ok=True)
     print("Stopped; finished chapters are kept, --resume goes on from here.", file=sys.stderr, flush=True)
     os._exit(130)
 
@@ -1012,19 +1276,31 @@ def stop(
 def run_(
     areas: Areas = None,
     profile: Profile = "smoke",
-    sets: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A parameter by hand; may repeat.")] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A parameter by hand; may repeat.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Short for --set seed=...")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Chapters at the same time.")] = 1,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of each chapter; default OMP_NUM_THREADS, else 1. Kept in the record.")] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads of each chapter; default OMP_NUM_THREADS, else 1. Kept in the record."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Skip what has not changed since its last run.")] = False,
-    save: Annotated[bool, typer.Option("--save", help="Publish: outputs into nbs/, records into data/results/.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Where results go; default runs/.")] = None):
+    save: Annotated[
+        bool, typer.Option("--save", help="Publish: outputs into nbs/, records into data/results/.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Where results go; default runs/.")] = None,
+):
     "Run chapters and collect their claims; without AREA, the opening chapter."
     show = Bars() if sys.stdout.isatty() else Lines()
     with usage():
         given = pairs([*(sets or []), *([] if seed is None else [f"seed={seed}"])])
-        try: results = run_chapters(areas or [OPENING], profile, given, jobs, resume, save, out, show=show, threads=threads)
-        except KeyboardInterrupt: stop(out or runs_dir(home()))
+        try:
+            results = run_chapters(
+                areas or [OPENING], profile, given, jobs, resume, save, out, show=show, threads=threads
+            )
+        except KeyboardInterrupt:
+            stop(out or runs_dir(home()))
     report(results)
     raise typer.Exit(int(not all(r.ok for r in results)))
 
@@ -1034,10 +1310,15 @@ def report(
 ):
     "Print the claims, the failures, and where everything lies."
     con, claims = console(), [c for r in results for c in r.claims]
-    if claims: con.print(claims_table(claims), "")
+    if claims:
+        con.print(claims_table(claims), "")
     for r in results:
-        if not r.ok: con.print(failure_panel(r))
-    for r in results: con.print(f"{r.chapter.area}: {_short(r.notebook)}", style=None if r.ok else "red", markup=False, soft_wrap=True)
+        if not r.ok:
+            con.print(failure_panel(r))
+    for r in results:
+        con.print(
+            f"{r.chapter.area}: {_short(r.notebook)}", style=None if r.ok else "red", markup=False, soft_wrap=True
+        )
 
 def _short(path):
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
@@ -1066,8 +1347,11 @@ def last_runs(
 def list_():
     "Show the chapters, their papers and their last runs."
     def row(c):
-        try: papers, n = catalogue(c.area, root)
-        except UsageError as e: warn(str(e)); papers, n = ["?"], "?"
+        try:
+            papers, n = catalogue(c.area, root)
+        except UsageError as e:
+            warn(str(e))
+            papers, n = ["?"], "?"
         return c.part, c.area, c.title, ", ".join(papers), n or "", last_runs(c.area, root)
     with usage():
         root = home()
@@ -1081,11 +1365,21 @@ def claims_(areas: Areas = None, profile: Annotated[str | None, typer.Option(hel
         root = home()
         chosen = {c.area for c in pick(areas or ["all"], root)}
         known = {s for s in profiles(root) if "." not in s} | {f.name for f in (root/"data/results").glob("*/")}
-        if profile not in (None, *known): raise unknown("profile", profile, sorted(known))
+        if profile not in (None, *known):
+            raise unknown("profile", profile, sorted(known))
         found = [r for r in records(root, profile) if r["area"] in chosen and r["claims"]]
-    rows = [x for r in found for x in ledger(r["claims"]).assign(area=r["area"], profile=r["profile"]).to_dict("records")]
-    if not rows: console().print("No published claims yet: recbook run AREA --save makes some."); return
-    console().print(score_table(rows), "", counts([r["verdict"].rstrip("*") for r in rows]) + f"; {len(rows)} in all", highlight=False)
+    rows = [
+        x for r in found for x in ledger(r["claims"]).assign(area=r["area"], profile=r["profile"]).to_dict("records")
+    ]
+    if not rows:
+        console().print("No published claims yet: recbook run AREA --save makes some.")
+        return
+    console().print(
+        score_table(rows),
+        "",
+        counts([r["verdict"].rstrip("*") for r in rows]) + f"; {len(rows)} in all",
+        highlight=False,
+    )
 
 def score_table(
     rows:Iterable[dict] # of `recbook.claims.scoreboard`
@@ -1095,7 +1389,21 @@ def score_table(
         what = [escape(str(r[k])) for k in ("area", "profile", "claim", "metric", "dataset", "ours", "theirs")]
         ci = escape(f"[{number(r['low'])}, {number(r['high'])}]")
         return [*what, number(r["effect"]), ci, str(r["seeds"]), escape(r["paper"] or "–"), coloured(r["verdict"])]
-    cols = ["area", "profile", "claim", "metric", "data", "ours", "against", "effect", "95 % CI", "seeds", "paper", "verdict"]
+
+    cols = [
+        "area",
+        "profile",
+        "claim",
+        "metric",
+        "data",
+        "ours",
+        "against",
+        "effect",
+        "95 % CI",
+        "seeds",
+        "paper",
+        "verdict",
+    ]
     return table(cols, map(row, rows), markup=True)
 
 # %% ../nbs/foundations/09_run.ipynb #d51235a0
@@ -1113,7 +1421,8 @@ def names_or_all(names):
     "The data sets asked for, all of them for `all` or nothing; a wrong name raises `UsageError`."
     known = [d["name"] for d in registry()]
     for n in names or []:
-        if n not in [*known, "all"]: raise unknown("data set", n, [*known, "all"])
+        if n not in [*known, "all"]:
+            raise unknown("data set", n, [*known, "all"])
     return known if not names or "all" in names else list(dict.fromkeys(names))
 
 @data_app.command("list")
@@ -1121,7 +1430,8 @@ def data_list():
     "Show every data set: what it is, its size, the terms it comes with."
     cols = ["name", "what", "users", "items", "interactions", "mb", "terms"]
     cell = lambda x: "" if str(x) in ("<NA>", "nan", "None") else shorten(str(x), 38, placeholder="…")
-    with usage(): console().print(table(cols, ([cell(d[c]) for c in cols] for d in registry())))
+    with usage():
+        console().print(table(cols, ([cell(d[c]) for c in cols] for d in registry())))
 
 # %% ../nbs/foundations/09_run.ipynb #f53cad8d
 def look(
@@ -1132,33 +1442,45 @@ def look(
     states = verify(name).set_index("file")["status"].to_dict()
     wrong = [str(_find(name, f)) for f in _spec(name)["file"] if states[f["name"]] == "wrong"]
     count = {v: n for v in ("ok", "wrong", "missing") if (n := [*states.values()].count(v))}
-    return count, f"; not the registry's file: {', '.join(wrong)}; delete it, then recbook data get {name}" if wrong else ""
+    return (
+        count,
+        f"; not the registry's file: {', '.join(wrong)}; delete it, then recbook data get {name}" if wrong else "",
+    )
 
 @data_app.command("get")
 def data_get(names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Data sets, or `all`.")]):
     "Take data sets from the mirror or download them, and check every file."
     from recbook.data import fetch
     failed = 0
-    with usage(): names = names_or_all(names)
+    with usage():
+        names = names_or_all(names)
     for n in names:
         try:
             files, wrong = len(fetch(n)), look(n)[1]
-            if wrong: raise ValueError(wrong.lstrip("; "))
+            if wrong:
+                raise ValueError(wrong.lstrip("; "))
             console().print(f"[green]✓[/] {escape(n)}: {files} files")
-        except Exception as e: failed += 1; console().print(f"[red]✗[/] {escape(n)}: {escape(str(e))}", soft_wrap=True)
+        except Exception as e:
+            failed += 1
+            console().print(f"[red]✗[/] {escape(n)}: {escape(str(e))}", soft_wrap=True)
     raise typer.Exit(int(failed > 0))
 
 @data_app.command("verify")
 def data_verify(names: Names = None):
     "Compare the files on disk with their checksums; exit code 1 when one is wrong."
-    with usage(): todo = names_or_all(names)
+    with usage():
+        todo = names_or_all(names)
     failed = 0
     for n in todo:
-        try: count, wrong = look(n)
-        except Exception as e: count, wrong = {"wrong": 1}, f"; {e}"
+        try:
+            count, wrong = look(n)
+        except Exception as e:
+            count, wrong = {"wrong": 1}, f"; {e}"
         failed += "wrong" in count
         mark = "[red]✗[/]" if "wrong" in count else "[green]✓[/]" if "missing" not in count else "[yellow]–[/]"
-        console().print(f"{mark} {escape(n)}: " + ", ".join(f"{c} {v}" for v, c in count.items()) + escape(wrong), soft_wrap=True)
+        console().print(
+            f"{mark} {escape(n)}: " + ", ".join(f"{c} {v}" for v, c in count.items()) + escape(wrong), soft_wrap=True
+        )
     raise typer.Exit(int(failed > 0))
 
 # %% ../nbs/foundations/09_run.ipynb #10040335
@@ -1168,7 +1490,13 @@ def bib_entry(
     "The bibliography entry of a paper; year and address follow from its arXiv number."
     title = re.sub(r"([&%#_$])", r"\\\1", p["title"])
     rows = [f"title = {{{{{title}}}}}", f"shorttitle = {{{{{p['name']}}}}}"]
-    if a := p.get("arxiv"): rows += [f"eprint = {{{a}}}", "archiveprefix = {arXiv}", f"year = {{20{a[:2]}}}", f"url = {{https://arxiv.org/abs/{a}}}"]
+    if a := p.get("arxiv"):
+        rows += [
+            f"eprint = {{{a}}}",
+            "archiveprefix = {arXiv}",
+            f"year = {{20{a[:2]}}}",
+            f"url = {{https://arxiv.org/abs/{a}}}",
+        ]
     return f"@misc{{{p['id']},\n  " + ",\n  ".join(rows) + "\n}\n"
 
 def bibliography(
@@ -1178,7 +1506,8 @@ def bibliography(
     found = []
     for f in sorted(((root or home())/"data/papers").glob("*.toml")):
         for p in read_papers(f):
-            if not all(isinstance(p.get(k), str) for k in ("title", "name")): raise UsageError(f"{f}: paper {p['id']} wants a title and a name.")
+            if not all(isinstance(p.get(k), str) for k in ("title", "name")):
+                raise UsageError(f"{f}: paper {p['id']} wants a title and a name.")
             found.append(bib_entry(p))
     return "\n".join(found)
 
@@ -1187,8 +1516,10 @@ def lesson(
     code:str # of a cell
 ) -> bool: # imports, and something else too
     "Is this a cell that nbdev would take for imports although it is more?"
-    try: tree = ast.parse(code).body
-    except SyntaxError: return False
+    try:
+        tree = ast.parse(code).body
+    except SyntaxError:
+        return False
     kinds = [isinstance(t, (ast.Import, ast.ImportFrom)) for t in tree]
     return any(isinstance(n, (ast.Import, ast.ImportFrom)) for t in tree for n in ast.walk(t)) and not all(kinds)
 
@@ -1210,8 +1541,10 @@ def add_links_line(cells, rel):
     "The links in place of the page's badge; below the title, when there is none."
     from fastcore.nbio import mk_cell
     texts = [c for c in cells if c["cell_type"] == "markdown"]
-    for c in texts: c["source"] = BADGE.sub(lambda _: links_line(rel), c["source"], count=1)
-    if not any(f"{REPO}/blob/main/nbs/{rel}" in c["source"] for c in texts): cells.insert(1, mk_cell(links_line(rel), "markdown"))
+    for c in texts:
+        c["source"] = BADGE.sub(lambda _: links_line(rel), c["source"], count=1)
+    if not any(f"{REPO}/blob/main/nbs/{rel}" in c["source"] for c in texts):
+        cells.insert(1, mk_cell(links_line(rel), "markdown"))
 
 # %% ../nbs/foundations/09_run.ipynb #27e545bc
 def readable(
@@ -1219,10 +1552,15 @@ def readable(
 ) -> str: # for a reader
     "`text` without NumPy's types; numbers in the cells of a table with four digits."
     text = re.sub(r"\bnp\.(?:float|int|uint|bool|str)(?:\d+|_)?\(([^()]*)\)", r"\1", text)
-    return re.sub(r"(<td[^>]*>)\s*(NaN|None|-?\d+\.\d{5,}(?:e[+-]?\d+)?|-?\d+(?:\.\d+)?e[+-]?\d+)\s*(?=</td>)", lambda m: m[1] + _short_number(m[2]), text)
+    return re.sub(
+        r"(<td[^>]*>)\s*(NaN|None|-?\d+\.\d{5,}(?:e[+-]?\d+)?|-?\d+(?:\.\d+)?e[+-]?\d+)\s*(?=</td>)",
+        lambda m: m[1] + _short_number(m[2]),
+        text,
+    )
 
 def _short_number(text):
-    if text in ("NaN", "None"): return "–"
+    if text in ("NaN", "None"):
+        return "–"
     x = float(text)
     return f"{x:,.0f}" if 1e4 <= abs(x) < 1e15 else f"{x:.4g}"
 
@@ -1232,22 +1570,28 @@ def as_markdown(
     "The output in the form the book takes: text readable, HTML as a raw block of markdown."
     data = out.get("data", {})
     html = "".join(data.pop("text/html", ""))
-    if html and not any(k.startswith("image/") or k == "text/markdown" for k in data): data["text/markdown"] = f"````{{=html}}\n{readable(html)}\n````\n"
-    if "text/plain" in data: data["text/plain"] = readable("".join(data["text/plain"]))
-    if "text" in out: out["text"] = readable("".join(out["text"]))
+    if html and not any(k.startswith("image/") or k == "text/markdown" for k in data):
+        data["text/markdown"] = f"````{{=html}}\n{readable(html)}\n````\n"
+    if "text/plain" in data:
+        data["text/plain"] = readable("".join(data["text/plain"]))
+    if "text" in out:
+        out["text"] = readable("".join(out["text"]))
 
 # %% ../nbs/foundations/09_run.ipynb #e4a87334
 def split_title(
     nb:dict # a notebook as JSON, changed in place
 ) -> dict: # `nb`
     "Move what follows the title and its promise to a second cell."
-    if not nb["cells"]: return nb
+    if not nb["cells"]:
+        return nb
     first = nb["cells"][0]
     src = source(first)
     m = re.match(r"# [^\n]*(?:\n+>[^\n]*)?", src) if first["cell_type"] == "markdown" else None
     if m and (rest := src[m.end():].strip()):
         first["source"] = m[0]
-        nb["cells"].insert(1, dict(cell_type="markdown", id=f"{first.get('id', 'title')}-rest", metadata={}, source=rest))
+        nb["cells"].insert(
+            1, dict(cell_type="markdown", id=f"{first.get('id', 'title')}-rest", metadata={}, source=rest)
+        )
     return nb
 
 # %% ../nbs/foundations/09_run.ipynb #a43b0629
@@ -1262,28 +1606,33 @@ def book_page(
     from nbdev.processors import FilterDefaults
     nb = dict2nb(split_title(read_notebook(fresh or path)))
     nb["path_"] = str(path)
-    for c in nb.cells: c["source"] = show_source(c["source"]) if c["cell_type"] == "code" else c["source"]
+    for c in nb.cells:
+        c["source"] = show_source(c["source"]) if c["cell_type"] == "code" else c["source"]
     for c in nb.cells: # a signature may name what a later cell defines
         c["source"] = re.sub(r"^(#\|\s*default_exp\s+(\S+))", r"\1\nfrom recbook.\2 import *", c["source"], flags=re.M)
     proc = FilterDefaults().nb_proc(nb)
     for c in nb.cells:
-        if c["cell_type"] == "code" and lesson(c["source"]) and not {"export", "exports"} & set(c.directives_): c.directives_["eval"] = "false"
+        if c["cell_type"] == "code" and lesson(c["source"]) and not {"export", "exports"} & set(c.directives_):
+            c.directives_["eval"] = "false"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         proc.process()
     add_links_line(nb.cells, rel)
     d = nb2dict(nb)
-    for i,c in enumerate(d["cells"]): _tidy(c, i+1)
+    for i,c in enumerate(d["cells"]):
+        _tidy(c, i+1)
     return d
 
 def _tidy(cell, i):
     "`cell` in the form Quarto and Pandoc accept: lines as a list, numbers on results, no marks of nbdev's."
     cell.pop("has_sd", None)
     cell["metadata"].pop("execution", None)
-    if isinstance(cell["source"], str): cell["source"] = cell["source"].splitlines(True)
+    if isinstance(cell["source"], str):
+        cell["source"] = cell["source"].splitlines(True)
     for o in cell.get("outputs", []):
         as_markdown(o)
-        if o["output_type"] == "execute_result": cell["execution_count"] = o["execution_count"] = i
+        if o["output_type"] == "execute_result":
+            cell["execution_count"] = o["execution_count"] = i
 
 # %% ../nbs/foundations/09_run.ipynb #d61ac70f
 def prepare(
@@ -1293,16 +1642,21 @@ def prepare(
     "The project that Quarto renders."
     root = Path(root or home()).resolve()
     to, nbs = Path(to or root/"_proc").resolve(), root/"nbs"
-    if not is_checkout(root) or not (root/"_quarto.yml").is_file(): raise UsageError("No _quarto.yml: run this inside a checkout of the book.")
+    if not is_checkout(root) or not (root/"_quarto.yml").is_file():
+        raise UsageError("No _quarto.yml: run this inside a checkout of the book.")
     shutil.rmtree(to, ignore_errors=True)
     with _inside(root), kernel_env(root):
         for f in sorted(nbs.rglob("*.ipynb")):
             rel, fresh = f.relative_to(nbs), None
-            if any(p.startswith(".") for p in rel.parts): continue
-            if rel.name == "scoreboard.ipynb": execute(f, fresh := to/".runs/scoreboard.ipynb", {}, root)
+            if any(p.startswith(".") for p in rel.parts):
+                continue
+            if rel.name == "scoreboard.ipynb":
+                execute(f, fresh := to/".runs/scoreboard.ipynb", {}, root)
             write_json(to/rel, book_page(f, rel.as_posix(), fresh))
     for f in nbs.rglob("*"):
-        if f.suffix in (".scss", ".bib", ".png", ".svg", ".jpg", ".css") and not any(p.startswith(".") for p in f.relative_to(nbs).parts):
+        if f.suffix in (".scss", ".bib", ".png", ".svg", ".jpg", ".css") and not any(
+            p.startswith(".") for p in f.relative_to(nbs).parts
+        ):
             (to/f.relative_to(nbs)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(f, to/f.relative_to(nbs))
     shutil.copy2(root/"_quarto.yml", to/"_quarto.yml")
@@ -1315,10 +1669,13 @@ def _inside(folder):
     old, test = Path.cwd(), os.environ.get("IN_TEST")
     os.chdir(folder)
     os.environ["IN_TEST"] = "1"
-    try: yield
+    try:
+        yield
     finally:
-        os.chdir(old); os.environ.pop("IN_TEST")
-        if test is not None: os.environ["IN_TEST"] = test
+        os.chdir(old)
+        os.environ.pop("IN_TEST")
+        if test is not None:
+            os.environ["IN_TEST"] = test
 
 # %% ../nbs/foundations/09_run.ipynb #8f79ed02
 def complaints(
@@ -1334,8 +1691,12 @@ def render(
 ) -> tuple[int, str]: # exit code, everything Quarto printed
     "Let Quarto render `proj`; its messages are shown as they come."
     log = []
-    with subprocess.Popen(["quarto", "render", str(proj)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as p:
-        for l in p.stdout: print(l, end="", flush=True); log.append(l)
+    with subprocess.Popen(
+        ["quarto", "render", str(proj)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as p:
+        for l in p.stdout:
+            print(l, end="", flush=True)
+            log.append(l)
     return p.returncode, "".join(log)
 
 @app.command("book")
@@ -1345,12 +1706,17 @@ def book_(out: Annotated[Path | None, typer.Option(help="Where the site goes; de
         root = home()
         proj, out = prepare(root), Path(out or root/"_book").resolve()
         if not shutil.which("quarto"):
-            raise UsageError(f"{_short(proj)}/ is prepared, but Quarto is missing: install it from https://quarto.org/docs/get-started, then run recbook book again.")
+            raise UsageError(
+                f"{_short(proj)}/ is prepared, but Quarto is missing: install it from https://quarto.org/docs/get-started, then run recbook book again."
+            )
     code, log = render(proj)
     wrong = complaints(log)
-    for l in wrong: console(stderr=True).print(l, style="red", markup=False, soft_wrap=True)
-    if code or wrong: raise typer.Exit(1)
-    if out == root/"_book": shutil.rmtree(out, ignore_errors=True) # only ever our own folder
+    for l in wrong:
+        console(stderr=True).print(l, style="red", markup=False, soft_wrap=True)
+    if code or wrong:
+        raise typer.Exit(1)
+    if out == root/"_book":
+        shutil.rmtree(out, ignore_errors=True) # only ever our own folder
     shutil.copytree(proj/"_book", out, dirs_exist_ok=True)
     console().print(f"{_short(out)}/index.html", markup=False, soft_wrap=True)
 
@@ -1361,9 +1727,12 @@ def new_(area: Annotated[str, typer.Argument(help="Name of the chapter, like unl
     "Make the skeleton of a new chapter."
     from recbook.contribute import new
     with usage():
-        try: made = new(area, part, home())
-        except ValueError as e: raise UsageError(str(e)) from None
-    for f in made or []: console().print(str(_short(Path(f).resolve())), markup=False, soft_wrap=True)
+        try:
+            made = new(area, part, home())
+        except ValueError as e:
+            raise UsageError(str(e)) from None
+    for f in made or []:
+        console().print(str(_short(Path(f).resolve())), markup=False, soft_wrap=True)
 
 # %% ../nbs/foundations/09_run.ipynb #3702c8f2
 @dataclass
@@ -1384,8 +1753,10 @@ def _packages():
 def _kernel() -> tuple[bool, str]: # is it fine? what was found
     "The kernel that runs the chapters: its description can be read, and its program is there."
     from jupyter_client.kernelspec import KernelSpecManager
-    try: spec = KernelSpecManager().get_kernel_spec("python3")
-    except Exception as e: return False, f"{type(e).__name__}: {e}"
+    try:
+        spec = KernelSpecManager().get_kernel_spec("python3")
+    except Exception as e:
+        return False, f"{type(e).__name__}: {e}"
     program = next(iter(spec.argv), "")
     where = scrub(str(spec.resource_dir), home())
     return (True, where) if shutil.which(program) else (False, f"{where}: its program {program!r} is missing")
@@ -1393,7 +1764,9 @@ def _kernel() -> tuple[bool, str]: # is it fine? what was found
 def _tools():
     yield Check("kernel python3", *_kernel(), "python -m ipykernel install --sys-prefix")
     for tool, fix in dict(git="https://git-scm.com", quarto="https://quarto.org (only to render the book)").items():
-        yield Check(tool, shutil.which(tool) is not None, "found" if shutil.which(tool) else "missing", fix, needed=False)
+        yield Check(
+            tool, shutil.which(tool) is not None, "found" if shutil.which(tool) else "missing", fix, needed=False
+        )
 
 # %% ../nbs/foundations/09_run.ipynb #c5f6c307
 def _device():
@@ -1402,24 +1775,52 @@ def _device():
     name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     what = torch.cuda.get_device_name() if name == "cuda" else m["cpu"]
     yield Check("device", True, f"{name}: {what}")
-    if m["gpu"] and name == "cpu": yield Check("GPU", False, f"{m['gpu']}: not used", "a CUDA build: https://pytorch.org", needed=False)
+    if m["gpu"] and name == "cpu":
+        yield Check("GPU", False, f"{m['gpu']}: not used", "a CUDA build: https://pytorch.org", needed=False)
     n = torch.get_num_threads()
-    yield Check("threads", n <= m["cores"], f"{n} on {m['cores']} cores", "set OMP_NUM_THREADS to the number of cores", needed=False)
+    yield Check(
+        "threads",
+        n <= m["cores"],
+        f"{n} on {m['cores']} cores",
+        "set OMP_NUM_THREADS to the number of cores",
+        needed=False,
+    )
     yield Check("memory", m["memory_gb"] >= 4, f"{m['memory_gb']} GiB", "the smoke profile wants 4 GiB", needed=False)
 
 def _folders():
     from recbook.data import cache_dir
     cache, mirror = Path(cache_dir()), os.environ.get("RECBOOK_MIRROR")
     near = next(p for p in [cache, *cache.parents] if p.exists())
-    size, free = sum(f.stat().st_size for f in cache.rglob("*") if f.is_file())/2**20, shutil.disk_usage(near).free/2**30
-    yield Check("cache", os.access(near, os.W_OK), f"{scrub(str(cache), home())}: {size:.0f} MiB, {free:.0f} GiB free", "set RECBOOK_CACHE")
-    if mirror: yield Check("mirror", Path(mirror).is_dir(), "$RECBOOK_MIRROR", "RECBOOK_MIRROR must name a folder, or be unset")
-    yield Check("book", is_checkout(home()), f"{len(chapters())} chapters", "git clone the book to change or publish it", needed=False)
+    size, free = (
+        sum(f.stat().st_size for f in cache.rglob("*") if f.is_file()) / 2**20,
+        shutil.disk_usage(near).free / 2**30,
+    )
+    yield Check(
+        "cache",
+        os.access(near, os.W_OK),
+        f"{scrub(str(cache), home())}: {size:.0f} MiB, {free:.0f} GiB free",
+        "set RECBOOK_CACHE",
+    )
+    if mirror:
+        yield Check(
+            "mirror", Path(mirror).is_dir(), "$RECBOOK_MIRROR", "RECBOOK_MIRROR must name a folder, or be unset"
+        )
+    yield Check(
+        "book",
+        is_checkout(home()),
+        f"{len(chapters())} chapters",
+        "git clone the book to change or publish it",
+        needed=False,
+    )
 
 def _datasets():
     from recbook.data import _find, _registry
     have = [n for n,d in _registry().items() if all(_find(n, f) for f in d["file"])]
-    detail = f"{len(have)} of {len(_registry())} on disk: {', '.join(have)}" if have else f"none of {len(_registry())} on disk"
+    detail = (
+        f"{len(have)} of {len(_registry())} on disk: {', '.join(have)}"
+        if have
+        else f"none of {len(_registry())} on disk"
+    )
     yield Check("data sets", bool(have), detail, "fetched when first used, or by: recbook data get NAME", needed=False)
 
 # %% ../nbs/foundations/09_run.ipynb #d5055cc0
@@ -1427,8 +1828,10 @@ def checkup() -> list[Check]:
     "Everything the doctor looks at; a look that breaks is itself a finding."
     found = [Check("python", sys.version_info >= (3, 10), platform.python_version(), "Python 3.10 or newer")]
     for look in (_packages, _device, _tools, _folders, _datasets):
-        try: found += look()
-        except Exception as e: found.append(Check(look.__name__.strip("_"), False, f"{type(e).__name__}: {e}", "see the message"))
+        try:
+            found += look()
+        except Exception as e:
+            found.append(Check(look.__name__.strip("_"), False, f"{type(e).__name__}: {e}", "see the message"))
     return found
 
 @app.command("doctor")
@@ -1441,4 +1844,5 @@ def doctor_():
     raise typer.Exit(int(any(c.needed and not c.ok for c in found)))
 
 # %% ../nbs/foundations/09_run.ipynb #c3480e86
-if __name__ == "__main__" and "__file__" in globals(): app() # not inside a notebook
+if __name__ == "__main__" and "__file__" in globals():
+    app() # not inside a notebook

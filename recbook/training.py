@@ -24,13 +24,16 @@ __all__ = ['set_seed', 'pick_device', 'Rows', 'batches', 'as_is', 'eval_mode', '
 # %% ../nbs/foundations/04_training.ipynb #58fbd141
 def set_seed(seed:int):
     "Seed Python, numpy and torch (all devices)."
-    random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 def pick_device(
     device:str="auto", # "auto", "cpu", "cuda", "mps", ...
     ) -> torch.device:
     "The device that was asked for; `auto` takes a GPU if there is one."
-    if device != "auto": return torch.device(device)
+    if device != "auto":
+        return torch.device(device)
     return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 
 # %% ../nbs/foundations/04_training.ipynb #cf1b46f6
@@ -38,7 +41,8 @@ class Rows(Dataset):
     "Rows of equally long arrays; a list of row numbers gives a whole batch of tensors at once, plus what `sample` adds to it."
     def __init__(self, arrays, sample:Callable|None=None):
         self.arrays = [a if isinstance(a, Tensor) else torch.tensor(np.asarray(a)) for a in arrays]
-        if len(lens := {len(a) for a in self.arrays}) != 1: raise ValueError(f"arrays of different lengths {sorted(lens)}: rows must correspond")
+        if len(lens := {len(a) for a in self.arrays}) != 1:
+            raise ValueError(f"arrays of different lengths {sorted(lens)}: rows must correspond")
         self.sample = sample
     def __len__(self): return len(self.arrays[0])
     def __getitems__(self, idx):
@@ -54,10 +58,13 @@ def batches(
     ) -> DataLoader:
     "A loader that deals the rows out in a new random order each epoch, whole batches at a time."
     rows = Rows(arrays, sample)
-    if not len(rows): raise ValueError("no rows to train on")
+    if not len(rows):
+        raise ValueError("no rows to train on")
     whole_number("batch_size", batch_size)
     if drop_last and len(rows) < batch_size:
-        raise ValueError(f"{len(rows)} rows, batch_size={batch_size}, drop_last: not one full batch; use a smaller batch")
+        raise ValueError(
+            f"{len(rows)} rows, batch_size={batch_size}, drop_last: not one full batch; use a smaller batch"
+        )
     order = RandomSampler(rows, generator=torch.Generator().manual_seed(seed))
     return DataLoader(rows, batch_sampler=BatchSampler(order, batch_size, drop_last), collate_fn=as_is)
 
@@ -73,10 +80,12 @@ def eval_mode(
         raise ValueError(f"eval_mode of {odd if models else 'nothing'}: give one or more torch modules")
     held = [(part, part.training) for m in models for part in m.modules()]
     try:
-        for m in models: m.eval()
+        for m in models:
+            m.eval()
         yield
     finally:
-        for part, training in held: part.training = training
+        for part, training in held:
+            part.training = training
 
 # %% ../nbs/foundations/04_training.ipynb #6d8a15f8
 class Objective(nn.Module):
@@ -104,13 +113,19 @@ def fit(
     ) -> pd.DataFrame: # one row an epoch: epoch, step, seconds (training only), loss and the metrics
     "Train `model` in place, leave it in evaluation mode and return the history."
     from accelerate import Accelerator, DistributedDataParallelKwargs
-    if (epochs is None) == (steps is None): raise ValueError(f"epochs={epochs}, steps={steps}: give exactly one of them")
+    if (epochs is None) == (steps is None):
+        raise ValueError(f"epochs={epochs}, steps={steps}: give exactly one of them")
     for name, value in dict(epochs=epochs, steps=steps, every=every, patience=patience).items():
-        if value is not None: whole_number(name, value)
-    if monitor and not evaluate: raise ValueError(f"monitor={monitor!r} needs an `evaluate` function that measures it")
-    if not len(loader): raise ValueError("the loader has no batches: give it rows, or smaller batches if it drops the last one")
+        if value is not None:
+            whole_number(name, value)
+    if monitor and not evaluate:
+        raise ValueError(f"monitor={monitor!r} needs an `evaluate` function that measures it")
+    if not len(loader):
+        raise ValueError("the loader has no batches: give it rows, or smaller batches if it drops the last one")
     set_seed(seed)
-    same_everywhere = DistributedDataParallelKwargs(broadcast_buffers=False) # buffers are constants such as a graph, sparse ones cannot be sent
+    same_everywhere = DistributedDataParallelKwargs(
+        broadcast_buffers=False
+    )  # buffers are constants such as a graph, sparse ones cannot be sent
     acc = Accelerator(cpu=pick_device(device).type == "cpu", kwargs_handlers=[same_everywhere])
     objective, loader = acc.prepare(Objective(model, loss), loader)
     optim = acc.prepare(opt([p for p in objective.parameters() if p.requires_grad], lr=lr))
@@ -122,21 +137,28 @@ def fit(
         t0, losses = perf_counter(), []
         objective.train()
         for batch in loader:
-            losses.append(one_step(acc, objective, optim, batch)); step += 1; bar.update()
-            if step == total: break
+            losses.append(one_step(acc, objective, optim, batch))
+            step += 1
+            bar.update()
+            if step == total:
+                break
         row = dict(epoch=len(history)+1, step=step, loss=mean_loss(acc, losses, step))
         spent += perf_counter() - t0
         history.append(row | dict(seconds=spent))
         out_of_time = max_seconds is not None and spent >= max_seconds
         if evaluate and (len(history) % every == 0 or step == total or out_of_time):
-            objective.eval(); history[-1] |= evaluate(model)
+            objective.eval()
+            history[-1] |= evaluate(model)
             bar.set_postfix({k: f"{v:.4f}" for k, v in history[-1].items() if isinstance(v, float)})
             if monitor:
                 best = keep_best(best, model, history[-1], monitor)
-                if best["waited"] >= patience: break
-        if out_of_time: break
+                if best["waited"] >= patience:
+                    break
+        if out_of_time:
+            break
     bar.close()
-    if best: restore(best, model, monitor)
+    if best:
+        restore(best, model, monitor)
     model.eval()
     return pd.DataFrame(history)
 
@@ -152,20 +174,27 @@ def one_step(acc, objective, optim, batch):
 def mean_loss(acc, losses, step):
     "Mean of this epoch's losses over all processes; stops a run that has diverged."
     m = acc.reduce(torch.stack(losses).mean(), "mean").item()
-    if not np.isfinite(m): raise FloatingPointError(f"the loss is {m} after {step} steps: lower the learning rate or look at the batches")
+    if not np.isfinite(m):
+        raise FloatingPointError(f"the loss is {m} after {step} steps: lower the learning rate or look at the batches")
     return m
 
 def keep_best(best, model, row, monitor):
     "The best weights so far, and how many evaluations ago they were seen."
-    if monitor not in row: raise ValueError(f"monitor={monitor!r} is not among the metrics {[k for k in row if k not in ('epoch', 'step', 'loss', 'seconds')]}")
-    if not isinstance(value := row[monitor], Real): raise ValueError(f"{monitor} is {value!r}: a metric must be a number")
+    if monitor not in row:
+        raise ValueError(
+            f"monitor={monitor!r} is not among the metrics {[k for k in row if k not in ('epoch', 'step', 'loss', 'seconds')]}"
+        )
+    if not isinstance(value := row[monitor], Real):
+        raise ValueError(f"{monitor} is {value!r}: a metric must be a number")
     best = best or dict(value=-np.inf, waited=0, state=None)
-    if not np.isfinite(value) or value <= best["value"]: return best | dict(waited=best["waited"]+1)
+    if not np.isfinite(value) or value <= best["value"]:
+        return best | dict(waited=best["waited"]+1)
     return dict(value=value, waited=0, state={k: v.detach().clone() for k, v in model.state_dict().items()})
 
 def restore(best, model, monitor):
     "Give `model` the best weights seen; an error if no evaluation gave a finite number."
-    if best["state"] is None: raise FloatingPointError(f"{monitor} was never finite: check `evaluate` and the model's scores")
+    if best["state"] is None:
+        raise FloatingPointError(f"{monitor} was never finite: check `evaluate` and the model's scores")
     model.load_state_dict(best["state"])
 
 # %% ../nbs/foundations/04_training.ipynb #519c36eb
@@ -175,8 +204,13 @@ def fan_out(
     jobs:int=1, # processes at the same time; 1: none but this one
     ) -> list: # in the order of the items
     "f of every item, on several processes."
-    if jobs < 1: raise ValueError(f"jobs={jobs}: give the number of processes, 1 or more")
-    if jobs == 1: return [f(i) for i in items]
-    with patch.dict(os.environ, PYTHONWARNINGS="ignore"), warnings.catch_warnings(): # workers don't repeat this process's warnings, and are replaced when they have grown
+    if jobs < 1:
+        raise ValueError(f"jobs={jobs}: give the number of processes, 1 or more")
+    if jobs == 1:
+        return [f(i) for i in items]
+    with (
+        patch.dict(os.environ, PYTHONWARNINGS="ignore"),
+        warnings.catch_warnings(),
+    ):  # workers don't repeat this process's warnings, and are replaced when they have grown
         warnings.filterwarnings("ignore", message="A worker stopped")
         return Parallel(n_jobs=jobs)(delayed(f)(i) for i in items)

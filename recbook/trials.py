@@ -25,7 +25,10 @@ __all__ = ['ROLES', 'LIBRARIES', 'Outcome', 'Method', 'check_axis', 'settings', 
 @dataclass
 class Outcome:
     "What one run reached."
-    values:dict # metric -> number, or (n_units,) array with a number for each user, query, ...; nan where a unit has none
+
+    values: (
+        dict  # metric -> number, or (n_units,) array with a number for each user, query, ...; nan where a unit has none
+    )
     valid:float|None = None # validation value, larger is better: the only thing tuning sees
     curve:Sequence[float] = () # validation values during training, in order, equally spaced
 
@@ -37,22 +40,31 @@ class Method:
     name:str
     run:Callable # (case, seed, **setting) -> Outcome, or a dict of values
     grid:Mapping = field(default_factory=dict) # setting -> values to try
-    role:str = "method" # method, rival (simple, strong), placebo (the ingredient made neutral), ablation, oracle
-    limits:Mapping = field(default_factory=dict) # setting -> (lowest, highest) value that makes sense; an optimum there is no edge
+    role:str = "method"  # method, rival (simple, strong), placebo (the ingredient made neutral), ablation, oracle
+    limits: Mapping = field(
+        default_factory=dict
+    )  # setting -> (lowest, highest) value that makes sense; an optimum there is no edge
     like:str|None = None # takes the setting tuned for that method instead of its own; flagged
 
     def __post_init__(self):
-        if self.role not in ROLES: raise ValueError(f"{self.name}: role={self.role!r}. Fix: one of {', '.join(ROLES)}")
-        if self.like and self.grid: raise ValueError(f"{self.name}: both a grid and like={self.like!r}. Fix: give one of them")
-        for k, v in self.grid.items(): check_axis(self.name, k, v)
+        if self.role not in ROLES:
+            raise ValueError(f"{self.name}: role={self.role!r}. Fix: one of {', '.join(ROLES)}")
+        if self.like and self.grid:
+            raise ValueError(f"{self.name}: both a grid and like={self.like!r}. Fix: give one of them")
+        for k, v in self.grid.items():
+            check_axis(self.name, k, v)
 
 # %% ../nbs/foundations/12_trials.ipynb #a731014b
 def check_axis(name, key, tried):
     "Refuse an empty axis, one with repeats, one that is no list."
-    if isinstance(tried, str) or not isinstance(tried, Sequence): raise ValueError(f"{name}: {key}={tried!r} must be a list of values to try")
-    if not len(tried): raise ValueError(f"{name}: {key} has no values to try. Fix: at least one")
-    if len(set(map(repr, tried))) < len(tried): raise ValueError(f"{name}: {key}={list(tried)} repeats a value")
-    if any(isinstance(v, float) and not math.isfinite(v) for v in tried): raise ValueError(f"{name}: {key}={list(tried)} must be finite")
+    if isinstance(tried, str) or not isinstance(tried, Sequence):
+        raise ValueError(f"{name}: {key}={tried!r} must be a list of values to try")
+    if not len(tried):
+        raise ValueError(f"{name}: {key} has no values to try. Fix: at least one")
+    if len(set(map(repr, tried))) < len(tried):
+        raise ValueError(f"{name}: {key}={list(tried)} repeats a value")
+    if any(isinstance(v, float) and not math.isfinite(v) for v in tried):
+        raise ValueError(f"{name}: {key}={list(tried)} must be finite")
 
 def settings(
     grid:Mapping, # setting -> values
@@ -72,15 +84,18 @@ class Case:
 # %% ../nbs/foundations/12_trials.ipynb #8b05a06d
 LIBRARIES = ("torch", "numpy", "scipy", "sklearn", "transformers", "peft", "trl", "lightgbm")
 
-def trial_key(method:Method, case:Case, seed:int, setting:dict) -> str: # 64 hexadecimal digits
+def trial_key(method:Method, case:Case, seed:int, setting:dict) -> str:  # 64 hexadecimal digits
     "The digest under which a trial is kept: code of method and case, data sets named there, setting, seed, library versions."
     sets = [n for n in _registry() if n in case.name or n in names_of(case.make)]
     data = [(n, f["sha256"]) for n in sets for f in _registry()[n]["file"]]
-    return digest([method.run, case.make, case.name, data, int(seed), sorted(setting.items()), *map(distribution, LIBRARIES)])
+    return digest(
+        [method.run, case.make, case.name, data, int(seed), sorted(setting.items()), *map(distribution, LIBRARIES)]
+    )
 
 def names_of(f):
     "Text constants a case's maker is bound to: `partial(load, 'gowalla')`, or a constant in its code."
-    if isinstance(f, partial): return {a for a in (*f.args, *f.keywords.values()) if isinstance(a, str)} | names_of(f.func)
+    if isinstance(f, partial):
+        return {a for a in (*f.args, *f.keywords.values()) if isinstance(a, str)} | names_of(f.func)
     closed = [c.cell_contents for c in getattr(f, "__closure__", None) or ()]
     return {c for c in (*getattr(getattr(f, "__code__", None), "co_consts", ()), *closed) if isinstance(c, str)}
 
@@ -88,20 +103,30 @@ def names_of(f):
 def run_trial(method, case, seed, setting):
     "One run, its outcome checked."
     out = method.run(case.make(seed), seed, **setting)
-    if isinstance(out, Mapping): out = Outcome(dict(out))
-    if not isinstance(out, Outcome): raise TypeError(f"{method.name}: run returned {type(out).__name__}. Fix: an Outcome, or a dict of values")
+    if isinstance(out, Mapping):
+        out = Outcome(dict(out))
+    if not isinstance(out, Outcome):
+        raise TypeError(f"{method.name}: run returned {type(out).__name__}. Fix: an Outcome, or a dict of values")
     values = {k: np.asarray(v, float) for k, v in out.values.items()}
     for k, v in values.items():
-        if v.ndim > 1 or not np.isfinite(v).any(): raise ValueError(f"{method.name} on {case.name}, seed {seed}: {k} is {v}. Fix: a number, or one a unit")
-        if v.ndim == 0 and not np.isfinite(v): raise ValueError(f"{method.name} on {case.name}, seed {seed}: {k} is {v}")
-    if out.valid is not None and not math.isfinite(out.valid): raise ValueError(f"{method.name} on {case.name}, seed {seed}, {setting}: valid is {out.valid}")
+        if v.ndim > 1 or not np.isfinite(v).any():
+            raise ValueError(f"{method.name} on {case.name}, seed {seed}: {k} is {v}. Fix: a number, or one a unit")
+        if v.ndim == 0 and not np.isfinite(v):
+            raise ValueError(f"{method.name} on {case.name}, seed {seed}: {k} is {v}")
+    if out.valid is not None and not math.isfinite(out.valid):
+        raise ValueError(f"{method.name} on {case.name}, seed {seed}, {setting}: valid is {out.valid}")
     return Outcome(values, out.valid, np.asarray(out.curve, float))
 
-def pack(out): return {f"value/{k}": v for k, v in out.values.items()} | dict(valid=np.array(np.nan if out.valid is None else out.valid), curve=out.curve)
+def pack(out):
+    return {f"value/{k}": v for k, v in out.values.items()} | dict(
+        valid=np.array(np.nan if out.valid is None else out.valid), curve=out.curve
+    )
 
 def unpack(d):
     valid = float(d["valid"])
-    return Outcome({k[6:]: v for k, v in d.items() if k.startswith("value/")}, None if math.isnan(valid) else valid, d["curve"])
+    return Outcome(
+        {k[6:]: v for k, v in d.items() if k.startswith("value/")}, None if math.isnan(valid) else valid, d["curve"]
+    )
 
 # %% ../nbs/foundations/12_trials.ipynb #7b1f58cf
 def run_all(
@@ -109,7 +134,7 @@ def run_all(
     jobs:int=1, # processes at the same time
     store:Store|None=None, # where outcomes are kept; the book's cache by default
     desc:str="trials",
-    ) -> list[Outcome]: # in the order of `todo`
+    ) -> list[Outcome]:  # in the order of `todo`
     "Every trial, from the store where it is there; what is computed is kept at once, so that an interrupted run resumes."
     store = store or Store()
     keys = [trial_key(*t) for t in todo]
@@ -123,9 +148,12 @@ def run_all(
 
 def in_turn(todo, jobs):
     "(key, outcome) of each trial as it is finished, on `jobs` processes; `joblib.parallel_config(backend='ray')` takes them to a cluster."
-    if jobs < 1: raise ValueError(f"jobs={jobs}: give the number of processes, 1 or more")
-    if jobs == 1 or len(todo) < 2: yield from ((k, run_trial(*t)) for k, t in todo.items())
-    else: yield from spread(todo, jobs)
+    if jobs < 1:
+        raise ValueError(f"jobs={jobs}: give the number of processes, 1 or more")
+    if jobs == 1 or len(todo) < 2:
+        yield from ((k, run_trial(*t)) for k, t in todo.items())
+    else:
+        yield from spread(todo, jobs)
 
 def spread(todo, jobs):
     "The trials side by side: as they finish where the backend can say so, else all at the end."
@@ -150,7 +178,10 @@ class Tuned:
     def of(self, dataset:str, method:str) -> tuple[dict, tuple]: # setting, caveats
         "The choice for one method on one data set."
         row = self.chosen[(self.chosen.dataset == dataset) & (self.chosen.method == method)]
-        if len(row) != 1: raise ValueError(f"{method!r} was not tuned on {dataset!r}. Fix: tune the same methods and cases that you run")
+        if len(row) != 1:
+            raise ValueError(
+                f"{method!r} was not tuned on {dataset!r}. Fix: tune the same methods and cases that you run"
+            )
         return row.setting.iloc[0], row.caveats.iloc[0]
 
 # %% ../nbs/foundations/12_trials.ipynb #c0f1ee44
@@ -169,11 +200,20 @@ def tune(
     fresh = {(c.name, m.name): settings(m.grid) for c in cases for m in own if len(settings(m.grid)) > 1}
     for turn in range(widen + 1):
         score_all(fresh, own, cases, seeds, scores, jobs, store)
-        fresh = {} if turn == widen else {key: more for key in fresh if (more := widened(scores[key], grids[key], limits_of(own, key)))}
-        if not fresh: break
+        fresh = (
+            {}
+            if turn == widen
+            else {key: more for key in fresh if (more := widened(scores[key], grids[key], limits_of(own, key)))}
+        )
+        if not fresh:
+            break
     chosen = [choice(c, m, scores[c.name, m.name], grids[c.name, m.name]) for c in cases for m in own]
     chosen += [follow(c, m, chosen) for c in cases for m in methods if m.like]
-    tried = [dict(dataset=d, method=m, setting=s, valid=v, unfinished=u) for (d, m), rows in scores.items() for v, u, s in rows.values()]
+    tried = [
+        dict(dataset=d, method=m, setting=s, valid=v, unfinished=u)
+        for (d, m), rows in scores.items()
+        for v, u, s in rows.values()
+    ]
     columns = ["dataset", "method", "setting", "valid", "unfinished"]
     return Tuned(pd.DataFrame(chosen), pd.DataFrame(tried, columns=columns), [int(s) for s in seeds])
 
@@ -181,19 +221,26 @@ def tune(
 def check_names(methods, cases):
     for what, xs in (("methods", methods), ("cases", cases)):
         names = [x.name for x in xs]
-        if not names: raise ValueError(f"no {what}")
-        if len(set(names)) < len(names): raise ValueError(f"{what} with the same name among {names}. Fix: rename one")
+        if not names:
+            raise ValueError(f"no {what}")
+        if len(set(names)) < len(names):
+            raise ValueError(f"{what} with the same name among {names}. Fix: rename one")
     known = {m.name for m in methods}
     for m in methods:
-        if m.like and m.like not in known: raise ValueError(f"{m.name}: like={m.like!r} is none of {sorted(known)}")
+        if m.like and m.like not in known:
+            raise ValueError(f"{m.name}: like={m.like!r} is none of {sorted(known)}")
 
 def check_alike(methods, seeds):
     "Equal numbers of settings for all that have any; enough distinct seeds."
     sizes = {m.name: len(settings(m.grid)) for m in methods if m.grid}
-    if len(set(sizes.values())) > 1: raise ValueError(f"unequal numbers of settings: {sizes}. Fix: give every method as many")
-    if max(sizes.values(), default=1) == 1: return
-    if len(set(seeds)) < len(seeds): raise ValueError(f"tuning seeds {list(seeds)} repeat one")
-    if len(seeds) < 2: raise ValueError(f"one tuning seed {list(seeds)}. Fix: at least two, or a tie and chance decide")
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"unequal numbers of settings: {sizes}. Fix: give every method as many")
+    if max(sizes.values(), default=1) == 1:
+        return
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"tuning seeds {list(seeds)} repeat one")
+    if len(seeds) < 2:
+        raise ValueError(f"one tuning seed {list(seeds)}. Fix: at least two, or a tie and chance decide")
 
 def limits_of(methods, key): return next(m.limits for m in methods if m.name == key[1])
 
@@ -206,7 +253,8 @@ def score_all(fresh, methods, cases, seeds, scores, jobs, store):
     outs = iter(run_all([(find[m], find[d], k, s) for d, m, s in rows for k in seeds], jobs, store, "tuning"))
     for d, m, s in rows:
         got = [next(outs) for _ in seeds]
-        if any(o.valid is None for o in got): raise ValueError(f"{m}: run gives no validation value, so it cannot be tuned. Fix: Outcome(..., valid=...)")
+        if any(o.valid is None for o in got):
+            raise ValueError(f"{m}: run gives no validation value, so it cannot be tuned. Fix: Outcome(..., valid=...)")
         scores[d, m][text(s)] = float(np.mean([o.valid for o in got])), any(map(climbing, [o.curve for o in got])), s
 
 # %% ../nbs/foundations/12_trials.ipynb #88215818
@@ -216,10 +264,13 @@ def edges(setting, grid, limits):
     "Numeric axes of two values or more on whose end `setting` lies, and the direction: -1 low, +1 high."
     out = {}
     for k, tried in grid.items():
-        if len(tried) < 2 or any(isinstance(v, (str, bool)) or not isinstance(v, (int, float)) for v in tried): continue
+        if len(tried) < 2 or any(isinstance(v, (str, bool)) or not isinstance(v, (int, float)) for v in tried):
+            continue
         lo, hi = limits.get(k, (-math.inf, math.inf))
-        if setting[k] == min(tried) and min(tried) > lo: out[k] = -1
-        if setting[k] == max(tried) and max(tried) < hi: out[k] = 1
+        if setting[k] == min(tried) and min(tried) > lo:
+            out[k] = -1
+        if setting[k] == max(tried) and max(tried) < hi:
+            out[k] = 1
     return out
 
 def beyond(tried, side, limits=(-math.inf, math.inf)):
@@ -227,7 +278,8 @@ def beyond(tried, side, limits=(-math.inf, math.inf)):
     v = sorted(tried)[::-side] # nearest the edge first
     new = v[0]*v[0]/v[1] if v[-1] > 0 and v[0] > 0 else v[0] + (v[0] - v[1])
     new = min(max(new, limits[0]), limits[1])
-    if all(isinstance(x, int) for x in tried): new = int(max(round(new), v[0]+1) if side > 0 else min(round(new), v[0]-1))
+    if all(isinstance(x, int) for x in tried):
+        new = int(max(round(new), v[0]+1) if side > 0 else min(round(new), v[0]-1))
     return new
 
 def widened(scores, grid, limits):
@@ -235,7 +287,8 @@ def widened(scores, grid, limits):
     best, more = best_of(scores)[2], []
     for k, side in edges(best, grid, limits).items():
         new = beyond(grid[k], side, limits.get(k, (-math.inf, math.inf)))
-        if new in grid[k]: continue
+        if new in grid[k]:
+            continue
         grid[k].append(new)
         more.append(best | {k: new})
     return more
@@ -243,7 +296,10 @@ def widened(scores, grid, limits):
 def choice(case, m, scores, grid):
     "The row of `Tuned.chosen` for a method that was tuned, or that has one setting only."
     row = dict(dataset=case.name, method=m.name)
-    if not scores: return row | dict(setting=settings(m.grid)[0], valid=np.nan, n_settings=1, caveats=("untuned",) if m.grid else ())
+    if not scores:
+        return row | dict(
+            setting=settings(m.grid)[0], valid=np.nan, n_settings=1, caveats=("untuned",) if m.grid else ()
+        )
     valid, unfinished, setting = best_of(scores)
     at = edges(setting, grid, m.limits)
     tied = sum(v == valid for v, *_ in scores.values()) > 1
@@ -262,7 +318,8 @@ def climbing(
     ) -> bool:
     "Does the best of the last fifth beat all that came before, by more than `tol` of the curve's range?"
     c = np.asarray(curve, float)
-    if len(c) < 5: return False
+    if len(c) < 5:
+        return False
     n = math.ceil(len(c)/5)
     return bool(c[-n:].max() - c[:-n].max() > tol*(c.max() - c.min()))
 
@@ -272,28 +329,47 @@ def over_seeds(
     seeds:Sequence[int], # reported seeds; none of them may have been used for tuning
     tuned:Tuned|None=None, # settings; only methods with one setting can do without
     jobs:int=1, store:Store|None=None,
-    ) -> pd.DataFrame: # dataset, method, role, seed, unit, setting, caveats, shares, and a column a metric
+    ) -> pd.DataFrame:  # dataset, method, role, seed, unit, setting, caveats, shares, and a column a metric
     "Every method on every case and seed with its chosen setting: a row for each unit, and one (unit -1) for what is measured once a run."
     check_names(methods, cases)
-    if len(set(seeds)) < len(seeds): raise ValueError(f"seeds {list(seeds)} repeat one")
-    if tuned and (both := sorted(set(tuned.seeds) & set(seeds))) and len(tuned.tried): raise ValueError(f"seeds {both} were used for tuning. Fix: report others")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds {list(seeds)} repeat one")
+    if tuned and (both := sorted(set(tuned.seeds) & set(seeds))) and len(tuned.tried):
+        raise ValueError(f"seeds {both} were used for tuning. Fix: report others")
     tuned = tuned or tune(methods, cases, [])
     todo = [(m, c, s, tuned.of(c.name, m.name)[0]) for c in cases for m in methods for s in seeds]
     outs = run_all(todo, jobs, store, "seeds")
     open_ = {(c.name, m.name) for (m, c, *_), o in zip(todo, outs) if climbing(o.curve)}
-    frames = [rows_of(m, c, s, k, o, tuned.of(c.name, m.name)[1], (c.name, m.name) in open_) for (m, c, k, s), o in zip(todo, outs)]
+    frames = [
+        rows_of(m, c, s, k, o, tuned.of(c.name, m.name)[1], (c.name, m.name) in open_)
+        for (m, c, k, s), o in zip(todo, outs)
+    ]
     return pd.concat(frames, ignore_index=True)
 
 def rows_of(m, c, setting, seed, out, caveats, unfinished):
     "The rows of one trial."
     caveats = tuple(dict.fromkeys((*caveats, *["unfinished"]*unfinished)))
-    head = dict(dataset=c.name, method=m.name, role=m.role, seed=int(seed), setting=text(setting), caveats=", ".join(caveats), shares=c.shares)
+    head = dict(
+        dataset=c.name,
+        method=m.name,
+        role=m.role,
+        seed=int(seed),
+        setting=text(setting),
+        caveats=", ".join(caveats),
+        shares=c.shares,
+    )
     once = {k: float(v) for k, v in out.values.items() if v.ndim == 0}
     many = {k: v for k, v in out.values.items() if v.ndim}
-    if len({len(v) for v in many.values()}) > 1: raise ValueError(f"{m.name}: metrics of different lengths { {k: len(v) for k, v in many.items()} }")
+    if len({len(v) for v in many.values()}) > 1:
+        raise ValueError(f"{m.name}: metrics of different lengths { {k: len(v) for k, v in many.items()} }")
     first = 0 if c.same_units else int(seed)*10**7 # other universes have other users
     frames = [pd.DataFrame(head | once | dict(unit=-1), index=[0])] if once else []
-    if many: frames.append(pd.DataFrame(many).assign(**head, unit=lambda d: first + np.arange(len(d))).dropna(how="all", subset=list(many)))
+    if many:
+        frames.append(
+            pd.DataFrame(many)
+            .assign(**head, unit=lambda d: first + np.arange(len(d)))
+            .dropna(how="all", subset=list(many))
+        )
     return pd.concat(frames, ignore_index=True)
 
 # %% ../nbs/foundations/12_trials.ipynb #3e1b5ca7
@@ -305,17 +381,26 @@ def values(
     ) -> np.ndarray: # (n_seeds,), or (n_seeds, n_units) when the same units are measured at every seed
     "The values of one method, in the order of the seeds; a missing or doubled one is an error."
     for k in ("method", y, *where):
-        if k not in df: raise ValueError(f"no column {k!r} among {list(df)}")
+        if k not in df:
+            raise ValueError(f"no column {k!r} among {list(df)}")
     rows = df[(df.method == method) & df[y].notna()]
-    for k, v in where.items(): rows = rows[rows[k] == v]
-    if not len(rows): raise ValueError(f"no {y} of {method!r} {where or ''}. Methods: {sorted(df.method.unique())}")
-    if rows.dataset.nunique() > 1: raise ValueError(f"{method!r} was measured on {sorted(rows.dataset.unique())}. Fix: dataset=...")
-    if (twice := rows.duplicated(["seed", "unit"])).any(): raise ValueError(f"{method!r}: {int(twice.sum())} doubled value(s) of {y}, first at seed {rows[twice].seed.iloc[0]}")
+    for k, v in where.items():
+        rows = rows[rows[k] == v]
+    if not len(rows):
+        raise ValueError(f"no {y} of {method!r} {where or ''}. Methods: {sorted(df.method.unique())}")
+    if rows.dataset.nunique() > 1:
+        raise ValueError(f"{method!r} was measured on {sorted(rows.dataset.unique())}. Fix: dataset=...")
+    if (twice := rows.duplicated(["seed", "unit"])).any():
+        raise ValueError(
+            f"{method!r}: {int(twice.sum())} doubled value(s) of {y}, first at seed {rows[twice].seed.iloc[0]}"
+        )
     gone = set(df[df.dataset == rows.dataset.iloc[0]].seed) - set(rows.seed)
-    if gone: raise ValueError(f"{method!r} has no {y} for seed(s) {sorted(gone)}")
+    if gone:
+        raise ValueError(f"{method!r} has no {y} for seed(s) {sorted(gone)}")
     wide = rows.pivot(index="seed", columns="unit", values=y)
     common = wide.dropna(axis=1)
-    if wide.shape[1] == 1: return wide.iloc[:, 0].to_numpy()
+    if wide.shape[1] == 1:
+        return wide.iloc[:, 0].to_numpy()
     return common.to_numpy() if common.shape[1] >= .5*wide.shape[1] else wide.mean(axis=1).to_numpy()
 
 def per_seed(
@@ -337,10 +422,13 @@ def derive(
     new = []
     for d, part in df[df.method.isin(methods)].groupby("dataset", sort=False):
         wide = part.pivot(index=["seed", "unit"], columns="method", values=y).dropna()
-        if missing := [m for m in methods if m not in wide]: raise ValueError(f"{name}: no {y} of {missing} on {d}")
+        if missing := [m for m in methods if m not in wide]:
+            raise ValueError(f"{name}: no {y} of {missing} on {d}")
         caveats = ", ".join(dict.fromkeys(x for x in part["caveats"] if x))
         rows = wide.apply(lambda r: f(*(r[m] for m in methods)), axis=1).rename(y).reset_index()
-        new.append(rows.assign(dataset=d, method=name, role="method", setting="", caveats=caveats, shares=part.shares.iloc[0]))
+        new.append(
+            rows.assign(dataset=d, method=name, role="method", setting="", caveats=caveats, shares=part.shares.iloc[0])
+        )
     return pd.concat([df, *new], ignore_index=True)
 
 # %% ../nbs/foundations/12_trials.ipynb #edecbf0f
@@ -353,7 +441,8 @@ def best_rival(
     ) -> str:
     "The method of this role that is best on average over the seeds: what a claim has to beat."
     rows = per_seed(df[(df.dataset == dataset) & (df.role == role)])
-    if not len(rows): raise ValueError(f"no {role} on {dataset!r}. Fix: give a method role={role!r}")
+    if not len(rows):
+        raise ValueError(f"no {role} on {dataset!r}. Fix: give a method role={role!r}")
     means = rows.groupby("method")[y].mean()
     return str(means.idxmin() if lower else means.idxmax())
 
@@ -368,10 +457,14 @@ def alive(
     strict:bool=True) -> bool: # False: say so instead of raising
     "Is the mean of `value` well above chance and below the ceiling?"
     v = float(np.mean(value))
-    if not chance < ceiling: raise ValueError(f"chance={chance} must lie below ceiling={ceiling}")
+    if not chance < ceiling:
+        raise ValueError(f"chance={chance} must lie below ceiling={ceiling}")
     need = chance + share*(ceiling - chance) if math.isfinite(ceiling) else chance + share*max(abs(chance), 1e-12)
     ok = need <= v <= ceiling
-    if strict and not ok: raise NotAlive(f"{v:.4g} is not between {need:.4g} (chance {chance:.4g}, and {share:.0%} of the way up) and {ceiling:.4g}: mend the system before you measure it")
+    if strict and not ok:
+        raise NotAlive(
+            f"{v:.4g} is not between {need:.4g} (chance {chance:.4g}, and {share:.0%} of the way up) and {ceiling:.4g}: mend the system before you measure it"
+        )
     return ok
 
 # %% ../nbs/foundations/12_trials.ipynb #82b78854
@@ -385,5 +478,7 @@ def ranked(
     train, valid, test = split
     known = (train.csr() + valid.csr()).astype(bool).astype(np.float32) if len(valid) else train.csr()
     df = evaluate(score, test, known, k=k).reindex(range(train.n_users))
-    best = max(curve) if len(curve) else evaluate(score, valid, train, k=k)[f"recall@{k}"].mean() if len(valid) else None
+    best = (
+        max(curve) if len(curve) else evaluate(score, valid, train, k=k)[f"recall@{k}"].mean() if len(valid) else None
+    )
     return Outcome({m: df[m].to_numpy() for m in (f"recall@{k}", f"ndcg@{k}")}, best, curve)

@@ -17,27 +17,50 @@ from .data import Interactions, whole_number
 __all__ = ['CUES', 'finite', 'World', 'aspect', 'unique_titles', 'exercises']
 
 # %% ../nbs/foundations/02_world.ipynb #17910f6e
-CUES = dict( # attribute -> value -> cue words used in titles and reviews
-    mood=dict(dark="Gloomy Grim Shadowed Bleak Sombre Murky", cheerful="Merry Sunny Jolly Bright Happy Playful",
-        tender="Gentle Loving Soft Warm Kind Sweet", tense="Nervous Urgent Breathless Sharp Racing Taut",
-        dreamy="Misty Hazy Drifting Moonlit Velvet Silver", angry="Furious Burning Bitter Raging Savage Fierce",
-        calm="Quiet Still Silent Peaceful Slow Mellow", ironic="Crooked Mocking Clever Wry Sly Absurd"),
-    genre=dict(mystery="Alibi Clue Cipher Witness Detective Riddle", romance="Kiss Wedding Heart Promise Letter Bride",
-        fantasy="Dragon Wizard Sword Spell Crown Elf", comedy="Joke Clown Prank Blunder Party Fool",
-        horror="Ghost Curse Coffin Scream Demon Grave", western="Cowboy Saddle Sheriff Ranch Outlaw Rifle",
-        sports="Match Goal Racer Champion Stadium Trophy", cooking="Recipe Kitchen Feast Chef Spice Bakery",
-        travel="Journey Map Passport Compass Voyage Road", science="Atom Robot Planet Theorem Laboratory Comet"),
-    setting=dict(sea="Harbor Lighthouse Reef Tide Ship Shore", forest="Woods Pines Grove Thicket Oak Fern",
-        city="Avenue Subway Tower Plaza Skyline Alley", desert="Dunes Oasis Mirage Canyon Sands Mesa",
-        mountain="Summit Glacier Ridge Pass Cliff Valley", castle="Dungeon Moat Throne Gatehouse Rampart Keep",
-        island="Lagoon Palm Atoll Cove Jungle Coral", village="Chapel Mill Barn Orchard Meadow Well"),
-    era=dict(ancient="bronze", medieval="feudal", victorian="gaslit", wartime="blackout", modern="electric", future="orbital"))
+CUES = dict(  # attribute -> value -> cue words used in titles and reviews
+    mood=dict(
+        dark="Gloomy Grim Shadowed Bleak Sombre Murky",
+        cheerful="Merry Sunny Jolly Bright Happy Playful",
+        tender="Gentle Loving Soft Warm Kind Sweet",
+        tense="Nervous Urgent Breathless Sharp Racing Taut",
+        dreamy="Misty Hazy Drifting Moonlit Velvet Silver",
+        angry="Furious Burning Bitter Raging Savage Fierce",
+        calm="Quiet Still Silent Peaceful Slow Mellow",
+        ironic="Crooked Mocking Clever Wry Sly Absurd",
+    ),
+    genre=dict(
+        mystery="Alibi Clue Cipher Witness Detective Riddle",
+        romance="Kiss Wedding Heart Promise Letter Bride",
+        fantasy="Dragon Wizard Sword Spell Crown Elf",
+        comedy="Joke Clown Prank Blunder Party Fool",
+        horror="Ghost Curse Coffin Scream Demon Grave",
+        western="Cowboy Saddle Sheriff Ranch Outlaw Rifle",
+        sports="Match Goal Racer Champion Stadium Trophy",
+        cooking="Recipe Kitchen Feast Chef Spice Bakery",
+        travel="Journey Map Passport Compass Voyage Road",
+        science="Atom Robot Planet Theorem Laboratory Comet",
+    ),
+    setting=dict(
+        sea="Harbor Lighthouse Reef Tide Ship Shore",
+        forest="Woods Pines Grove Thicket Oak Fern",
+        city="Avenue Subway Tower Plaza Skyline Alley",
+        desert="Dunes Oasis Mirage Canyon Sands Mesa",
+        mountain="Summit Glacier Ridge Pass Cliff Valley",
+        castle="Dungeon Moat Throne Gatehouse Rampart Keep",
+        island="Lagoon Palm Atoll Cove Jungle Coral",
+        village="Chapel Mill Barn Orchard Meadow Well",
+    ),
+    era=dict(
+        ancient="bronze", medieval="feudal", victorian="gaslit", wartime="blackout", modern="electric", future="orbital"
+    ),
+)
 CUES = {a: {v: tuple(w.split()) for v, w in vs.items()} for a, vs in CUES.items()}
 
 # %% ../nbs/foundations/02_world.ipynb #87992bf1
 def finite(name, value):
     "Refuse what is not a finite number."
-    if isinstance(value, bool) or not isinstance(value, Real) or not np.isfinite(value): raise ValueError(f"{name}={value!r}: must be a finite number")
+    if isinstance(value, bool) or not isinstance(value, Real) or not np.isfinite(value):
+        raise ValueError(f"{name}={value!r}: must be a finite number")
 
 class World:
     "A synthetic universe of users and items with known relevance, exposure and text; every aspect is lazy and fixed by the seed."
@@ -52,13 +75,21 @@ class World:
         kappa:float=1., # how strongly the logging policy follows true affinity
         zipf:float=.8): # exponent of item popularity in the logging policy
         whole_number("seed", seed, 0)
-        for name, value in dict(n_users=n_users, n_items=n_items, dim=dim).items(): whole_number(name, value)
-        for name, value in dict(rho=rho, like_rate=like_rate, clicks_per_user=clicks_per_user, kappa=kappa, zipf=zipf).items(): finite(name, value)
-        if not 0 <= rho <= 1: raise ValueError(f"rho={rho}: must lie in 0..1")
-        if not 0 < like_rate < 1: raise ValueError(f"like_rate={like_rate}: must lie strictly between 0 and 1")
+        for name, value in dict(n_users=n_users, n_items=n_items, dim=dim).items():
+            whole_number(name, value)
+        for name, value in dict(
+            rho=rho, like_rate=like_rate, clicks_per_user=clicks_per_user, kappa=kappa, zipf=zipf
+        ).items():
+            finite(name, value)
+        if not 0 <= rho <= 1:
+            raise ValueError(f"rho={rho}: must lie in 0..1")
+        if not 0 < like_rate < 1:
+            raise ValueError(f"like_rate={like_rate}: must lie strictly between 0 and 1")
         limit = .8*like_rate*n_items
         if not 0 < clicks_per_user < limit:
-            raise ValueError(f"clicks_per_user={clicks_per_user}: must lie in 0..{limit:g} for {n_items} items liked at rate {like_rate}; use more items")
+            raise ValueError(
+                f"clicks_per_user={clicks_per_user}: must lie in 0..{limit:g} for {n_items} items liked at rate {like_rate}; use more items"
+            )
         self.seed,self.n_users,self.n_items,self.rho,self.dim = seed,n_users,n_items,rho,dim
         self.clicks_per_user,self.like_rate,self.kappa,self.zipf = clicks_per_user,like_rate,kappa,zipf
         self._built = {}
@@ -74,7 +105,8 @@ def aspect(f):
     "Make the method `f(self, rng)` an aspect: built once per world from the random stream that bears its name."
     @wraps(f)
     def build(self):
-        if f.__name__ not in self._built: self._built[f.__name__] = f(self, self.rng(f.__name__))
+        if f.__name__ not in self._built:
+            self._built[f.__name__] = f(self, self.rng(f.__name__))
         return self._built[f.__name__]
     return build
 
@@ -83,9 +115,18 @@ def aspect(f):
 @aspect
 def items(self:World, rng) -> pd.DataFrame:
     "Item table: `title`, `description` and the attributes `mood, genre, setting, era`; row i describes item i."
-    df = pd.DataFrame({a: rng.choice(list(vs), self.n_items, p=rng.dirichlet(np.full(len(vs), 8.))) for a, vs in CUES.items()})
+    df = pd.DataFrame(
+        {a: rng.choice(list(vs), self.n_items, p=rng.dirichlet(np.full(len(vs), 8.0))) for a, vs in CUES.items()}
+    )
     df.insert(0, "title", unique_titles(df, rng))
-    df.insert(1, "description", [f"{'An' if r.mood[0] in 'aeiou' else 'A'} {r.mood} {r.genre} story, set at the {r.setting} in {r.era} times." for r in df.itertuples()])
+    df.insert(
+        1,
+        "description",
+        [
+            f"{'An' if r.mood[0] in 'aeiou' else 'A'} {r.mood} {r.genre} story, set at the {r.setting} in {r.era} times."
+            for r in df.itertuples()
+        ],
+    )
     return df
 
 # %% ../nbs/foundations/02_world.ipynb #0c8a7caf
@@ -96,8 +137,10 @@ def unique_titles(df, rng):
     for r in df.itertuples():
         for _ in range(20):
             t = f"{cue('mood', r.mood)} {cue('genre', r.genre)} of the {cue('setting', r.setting)}"
-            if t not in taken: break
-        else: t = next(f"{t} {k}" for k in range(2, len(df)+2) if f"{t} {k}" not in taken)
+            if t not in taken:
+                break
+        else:
+            t = next(f"{t} {k}" for k in range(2, len(df)+2) if f"{t} {k}" not in taken)
         taken[t] = r.Index
     return list(taken)
 
@@ -108,7 +151,12 @@ def latents(self:World, rng) -> dict[str, np.ndarray]:
     "`said_item, hidden_item` (n_items, dim) and `said_user, hidden_user` (n_users, dim), scaled so that each inner product has unit variance."
     d, n, m = self.dim, self.n_users, self.n_items
     said = sum(rng.normal(size=(len(vs), d))[pd.Categorical(self.items[a], list(vs)).codes] for a, vs in CUES.items())
-    L = dict(said_item=said - said.mean(0), hidden_item=rng.normal(size=(m, d)), said_user=rng.normal(size=(n, d)), hidden_user=rng.normal(size=(n, d)))
+    L = dict(
+        said_item=said - said.mean(0),
+        hidden_item=rng.normal(size=(m, d)),
+        said_user=rng.normal(size=(n, d)),
+        hidden_user=rng.normal(size=(n, d)),
+    )
     for part in ("said", "hidden"):
         L[part+"_user"] /= max((L[part+"_user"] @ L[part+"_item"].T).std(), 1e-12)
     return L
@@ -166,7 +214,14 @@ def impressions(self:World, rng) -> pd.DataFrame:
     shown = rng.random(self.exposure.shape, np.float32) < self.exposure
     u, i = shown.nonzero()
     stars = 3 + 1.2*self.affinity[u, i] + rng.normal(0, .4, len(u))
-    return pd.DataFrame(dict(user=u, item=i, click=(rng.random(len(u)) < self.relevance[u, i]).astype(int), rating=stars.round().clip(1, 5)))
+    return pd.DataFrame(
+        dict(
+            user=u,
+            item=i,
+            click=(rng.random(len(u)) < self.relevance[u, i]).astype(int),
+            rating=stars.round().clip(1, 5),
+        )
+    )
 
 @patch(as_prop=True)
 @aspect
@@ -178,8 +233,13 @@ def events(self:World, rng) -> pd.DataFrame:
     df = df.iloc[np.lexsort((phase + rng.normal(0, .1, len(df)), df.user))].reset_index(drop=True)
     new_user = df.user.ne(df.user.shift()).to_numpy()
     new_session = new_user | (rng.random(len(df)) < .2)
-    gap = np.where(new_user, rng.uniform(0, 200, len(df)), np.where(new_session, rng.exponential(10., len(df)), rng.exponential(.01, len(df))))
-    total = gap.cumsum(); start = (total - gap)[new_user]
+    gap = np.where(
+        new_user,
+        rng.uniform(0, 200, len(df)),
+        np.where(new_session, rng.exponential(10.0, len(df)), rng.exponential(0.01, len(df))),
+    )
+    total = gap.cumsum()
+    start = (total - gap)[new_user]
     df["session"] = new_session.cumsum() - 1
     df["time"] = total - np.repeat(start, np.diff(np.append(new_user.nonzero()[0], len(df))))
     return df
@@ -188,7 +248,13 @@ def events(self:World, rng) -> pd.DataFrame:
 @aspect
 def interactions(self:World, rng) -> Interactions:
     "The click log as `Interactions`, with the item table beside it."
-    return Interactions(self.events[["user", "item", "rating", "time"]], self.n_users, self.n_items, items=self.items, name=f"world-{self.seed}")
+    return Interactions(
+        self.events[["user", "item", "rating", "time"]],
+        self.n_users,
+        self.n_items,
+        items=self.items,
+        name=f"world-{self.seed}",
+    )
 
 # %% ../nbs/foundations/02_world.ipynb #0b40e6c4
 @patch
@@ -196,7 +262,8 @@ def random_exposure(self:World,
     n:int=50, # items shown to each user, uniformly at random
     ) -> pd.DataFrame: # `user, item, click`
     "An unbiased test log: what users click when a coin and not the logging policy shows the items."
-    if whole_number("n", n) > self.n_items: raise ValueError(f"n={n}: must lie in 1..{self.n_items}, the number of items")
+    if whole_number("n", n) > self.n_items:
+        raise ValueError(f"n={n}: must lie in 1..{self.n_items}, the number of items")
     rng = self.rng("random_exposure")
     i = np.argpartition(rng.random((self.n_users, self.n_items)), n-1, axis=1)[:, :n].ravel()
     u = np.arange(self.n_users).repeat(n)
@@ -209,12 +276,19 @@ def reviews(self:World,
     ) -> pd.DataFrame: # `user, item, rating, text`
     "Reviews of logged clicks: the words follow the true rating and name one attribute of the item."
     whole_number("n", n)
-    rng, tone = self.rng("reviews"), {1: "hated it", 2: "was bored", 3: "thought it was fine", 4: "liked it", 5: "loved it"}
-    df = self.events[["user", "item", "rating"]].sample(n, replace=n > len(self.events), random_state=int(rng.integers(2**31)))
+    rng, tone = (
+        self.rng("reviews"),
+        {1: "hated it", 2: "was bored", 3: "thought it was fine", 4: "liked it", 5: "loved it"},
+    )
+    df = self.events[["user", "item", "rating"]].sample(
+        n, replace=n > len(self.events), random_state=int(rng.integers(2**31))
+    )
     rows = self.items.iloc[df.item]
     says = [f"such a {m} mood" if k == 0 else f"a fine {g} tale" if k == 1 else f"the {s} came alive"
             for m, g, s, k in zip(rows.mood, rows.genre, rows.setting, rng.integers(3, size=n))]
-    return df.assign(text=[f"I read {t} and I {tone[int(r)]}: {s}." for t, r, s in zip(rows.title, df.rating, says)]).reset_index(drop=True)
+    return df.assign(
+        text=[f"I read {t} and I {tone[int(r)]}: {s}." for t, r, s in zip(rows.title, df.rating, says)]
+    ).reset_index(drop=True)
 
 # %% ../nbs/foundations/02_world.ipynb #b8e16881
 @patch
@@ -225,7 +299,8 @@ def corpus(self:World,
     whole_number("passes", passes)
     rng, out = self.rng("corpus"), [f"{t}: {d}" for t, d in zip(self.items.title, self.items.description)]
     for r in self.items.itertuples():
-        for _ in range(passes): out += exercises(r, rng)
+        for _ in range(passes):
+            out += exercises(r, rng)
     out += self.reviews(passes*self.n_items).text.tolist()
     return [out[k] for k in rng.permutation(len(out))]
 

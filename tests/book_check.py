@@ -22,9 +22,12 @@ def drawn(c): return any(k.startswith("image/") for o in c.get("outputs", []) fo
 def output(o):
     "One output of a cell as markdown."
     d = o.get("data", {})
-    if "text/markdown" in d: return text(d["text/markdown"])
-    if "text/html" in d: return f"````{{=html}}\n{text(d['text/html'])}\n````"
-    if any(k.startswith("image/") for k in d): return ""
+    if "text/markdown" in d:
+        return text(d["text/markdown"])
+    if "text/html" in d:
+        return f"````{{=html}}\n{text(d['text/html'])}\n````"
+    if any(k.startswith("image/") for k in d):
+        return ""
     return f"~~~~\n{text(o.get('text') or d.get('text/plain'))}\n~~~~"
 
 
@@ -33,16 +36,20 @@ def markdown(nb):
     parts = []
     for c in nb["cells"]:
         src = text(c["source"])
-        if c["cell_type"] == "markdown": parts.append(src)
+        if c["cell_type"] == "markdown":
+            parts.append(src)
         if c["cell_type"] == "code":
-            if option(src, "echo") != "false": parts.append("`````python\n" + re.sub(r"^#\|.*\n?", "", src, flags=re.M) + "\n`````")
+            if option(src, "echo") != "false":
+                parts.append("`````python\n" + re.sub(r"^#\|.*\n?", "", src, flags=re.M) + "\n`````")
             parts += [output(o) for o in c.get("outputs", [])]
     return "\n\n".join(parts) + "\n"
 
 
 def front(nb):
     "The page's YAML front matter."
-    m = next((re.search(r"---\n(.*?)\n---", text(c["source"]), re.S) for c in nb["cells"] if c["cell_type"] == "raw"), None)
+    m = next(
+        (re.search(r"---\n(.*?)\n---", text(c["source"]), re.S) for c in nb["cells"] if c["cell_type"] == "raw"), None
+    )
     return yaml.safe_load(m[1]) if m else {}
 
 
@@ -60,7 +67,11 @@ def shown(nb):
 def talking(nb):
     "The labels of figure cells that print, too: Quarto would make a composite figure of them and give the caption to the print."
     lone = lambda o: o["output_type"] == "stream" or not any(k.startswith("image/") for k in o.get("data", {}))
-    return [l for c in nb["cells"] if (l := option(text(c["source"]), "label") or "").startswith("fig-") and any(map(lone, c.get("outputs", [])))]
+    return [
+        l
+        for c in nb["cells"]
+        if (l := option(text(c["source"]), "label") or "").startswith("fig-") and any(map(lone, c.get("outputs", [])))
+    ]
 
 
 class Page:
@@ -68,61 +79,96 @@ class Page:
     def __init__(self, path):
         self.nb = json.loads(Path(path).read_text(encoding="utf-8"))
         self.md, self.title = markdown(self.nb), str(front(self.nb).get("title") or "")
-        self.heads, self.ids, self.links, self.images, self.cites, self.math, self.faults = [], set(), [], [], [], [], []
+        self.heads, self.ids, self.links, self.images, self.cites, self.math, self.faults = (
+            [],
+            set(),
+            [],
+            [],
+            [],
+            [],
+            [],
+        )
         self.visit(json.loads(pypandoc.convert_text(self.md, "json", "markdown-smart"))["blocks"])
         code = [c for c in self.nb["cells"] if c["cell_type"] == "code"]
-        self.labels = [l for c in code if (l := option(text(c["source"]), "label")) and (drawn(c) or not l.startswith("fig-"))] + re.findall(r"\{#((?:eq|tbl)-[\w-]+)", self.md)
+        self.labels = [
+            l for c in code if (l := option(text(c["source"]), "label")) and (drawn(c) or not l.startswith("fig-"))
+        ] + re.findall(r"\{#((?:eq|tbl)-[\w-]+)", self.md)
         self.ids |= set(self.labels)
 
     def visit(self, x, callout=False):
         "Walk Pandoc's tree."
         if isinstance(x, list):
-            for y in x: self.visit(y, callout)
-        if not isinstance(x, dict): return
+            for y in x:
+                self.visit(y, callout)
+        if not isinstance(x, dict):
+            return
         kind, c = x.get("t"), x.get("c")
         if kind == "Header":
             self.ids.add(c[1][0])
-            if not callout: self.heads.append((c[0], c[1][0]))
+            if not callout:
+                self.heads.append((c[0], c[1][0]))
         if kind in ("Div", "Span", "CodeBlock", "Code"):
             self.ids.add(c[0][0])
             callout = callout or any(k.startswith("callout") for k in c[0][1])
-        if kind in ("Table", "Figure"): self.ids.add(c[0][0])
-        if kind == "Link": self.links.append(c[2][0]); self.ids.add(c[0][0])
-        if kind == "Image": self.images.append((c[2][0], bool(c[1]) or "fig-alt" in dict(c[0][2]) or "alt" in dict(c[0][2])))
-        if kind == "Cite": self.cites += [k["citationId"] for k in c[0]]
-        if kind == "Math": self.math.append((c[1], c[0]["t"] == "DisplayMath"))
-        if kind in ("RawBlock", "RawInline"): self.raw(*c)
-        if kind == "Str": self.literal(c)
-        if kind == "Para" and dead(c): self.faults.append("a linked image alone in its paragraph: the light box takes its link")
+        if kind in ("Table", "Figure"):
+            self.ids.add(c[0][0])
+        if kind == "Link":
+            self.links.append(c[2][0])
+            self.ids.add(c[0][0])
+        if kind == "Image":
+            self.images.append((c[2][0], bool(c[1]) or "fig-alt" in dict(c[0][2]) or "alt" in dict(c[0][2])))
+        if kind == "Cite":
+            self.cites += [k["citationId"] for k in c[0]]
+        if kind == "Math":
+            self.math.append((c[1], c[0]["t"] == "DisplayMath"))
+        if kind in ("RawBlock", "RawInline"):
+            self.raw(*c)
+        if kind == "Str":
+            self.literal(c)
+        if kind == "Para" and dead(c):
+            self.faults.append("a linked image alone in its paragraph: the light box takes its link")
         self.visit(c, callout)
 
     def raw(self, fmt, s):
         "Links, images and anchors in HTML; TeX outside dollars would vanish from the page."
-        if fmt in ("tex", "latex"): self.faults.append(f"TeX outside $$: {s[:60]!r}"); return
+        if fmt in ("tex", "latex"):
+            self.faults.append(f"TeX outside $$: {s[:60]!r}")
+            return
         self.links += [html.unescape(u) for u in re.findall(r"<a\b[^>]*\bhref=[\"']([^\"']*)", s)]
-        self.images += [(u, bool(re.search(r"\balt=[\"'][^\"']", t))) for t in re.findall(r"<img\b[^>]*>", s) for u in re.findall(r"\bsrc=[\"']([^\"']*)", t)]
+        self.images += [
+            (u, bool(re.search(r"\balt=[\"'][^\"']", t)))
+            for t in re.findall(r"<img\b[^>]*>", s)
+            for u in re.findall(r"\bsrc=[\"']([^\"']*)", t)
+        ]
         self.ids |= set(re.findall(r"\bid=[\"']([^\"']+)", s))
 
     def literal(self, s):
         "Signs that something was meant as markup and is not."
-        if "$$" in s: self.faults.append(f"unclosed equation near {s!r}")
-        if re.match(r"^#{2,6}$", s): self.faults.append("a heading without a blank line before it")
-        if re.match(r"^\{#(?!eq-|tbl-)", s): self.faults.append(f"an id shown as text: {s}")
+        if "$$" in s:
+            self.faults.append(f"unclosed equation near {s!r}")
+        if re.match(r"^#{2,6}$", s):
+            self.faults.append("a heading without a blank line before it")
+        if re.match(r"^\{#(?!eq-|tbl-)", s):
+            self.faults.append(f"an id shown as text: {s}")
 
     def nesting(self):
         "Headings that skip a level, and a second H1."
         last = 1
         for level, id in self.heads:
-            if level == 1: yield f"heading: a second H1, #{id}"
-            elif level > last + 1: yield f"heading: level {level} below level {last}, #{id}"
+            if level == 1:
+                yield f"heading: a second H1, #{id}"
+            elif level > last + 1:
+                yield f"heading: level {level} below level {last}, #{id}"
             last = level
 
     def pictures(self):
         "Cells and images that say nothing to who cannot see them."
         for c in self.nb["cells"]:
-            if drawn(c) and not option(text(c["source"]), "fig-alt"): yield f"alt: a picture without fig-alt: {text(c['source'])[:60]!r}"
+            if drawn(c) and not option(text(c["source"]), "fig-alt"):
+                yield f"alt: a picture without fig-alt: {text(c['source'])[:60]!r}"
         for src, alt in self.images:
-            if not alt: yield f"alt: an image without a text: {src[:60]}"
+            if not alt:
+                yield f"alt: an image without a text: {src[:60]}"
 
 
 @cache
@@ -130,7 +176,9 @@ def _page(path, stamp): return Page(path)
 
 def pages(folder):
     "Every prepared page, by its place in `folder`."
-    return {f.relative_to(folder).as_posix(): _page(f, f.stat().st_mtime_ns) for f in sorted(Path(folder).rglob("*.ipynb"))}
+    return {
+        f.relative_to(folder).as_posix(): _page(f, f.stat().st_mtime_ns) for f in sorted(Path(folder).rglob("*.ipynb"))
+    }
 
 
 def keys(bib):
@@ -140,10 +188,12 @@ def keys(bib):
 
 def target(folder, at, url, book):
     "What is wrong with the internal address `url` on page `at`, or None."
-    if re.match(r"^[a-z][a-z0-9+.-]*:|^//", url, re.I): return None
+    if re.match(r"^[a-z][a-z0-9+.-]*:|^//", url, re.I):
+        return None
     path, _, anchor = unquote(url).partition("#")
     file = (folder/at).parent/path if path else folder/at
-    if not file.is_file(): return "no such file"
+    if not file.is_file():
+        return "no such file"
     place = file.resolve().relative_to(folder.resolve()).as_posix()
     return f"no #{anchor} there" if anchor and place in book and anchor not in book[place].ids else None
 
@@ -155,7 +205,8 @@ def problems(folder, bib=None):
     labels = {i for p in book.values() for i in p.ids if CROSS.match(i)}
     for at, p in book.items():
         found = [f"markup: {f}" for f in p.faults]
-        if not p.title or "{#" in p.title: found.append(f"title: {p.title!r}")
+        if not p.title or "{#" in p.title:
+            found.append(f"title: {p.title!r}")
         found += [f"link: {u}: {w}" for u in p.links if (w := target(folder, at, u, book))]
         found += [f"image: {u[:80]}: {w}" for u, _ in p.images if (w := target(folder, at, u, book))]
         found += [f"crossref: @{k}" for k in p.cites if CROSS.match(k) and k not in labels]
@@ -171,14 +222,18 @@ catch (e) { return at + ": equation: " + e.message } }).filter(x => x); console.
 def equations(folder, home):
     "Equations of the book that KaTeX, installed in `home`, refuses."
     all_ = [(at, tex, display) for at, p in pages(folder).items() for tex, display in p.math]
-    run = subprocess.run(["node", "-e", KATEX], input=json.dumps(all_), cwd=home, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        ["node", "-e", KATEX], input=json.dumps(all_), cwd=home, capture_output=True, text=True, check=True
+    )
     return json.loads(run.stdout)
 
 
 def listed(yml):
     "The notebooks that `_quarto.yml` names, in order."
     def files(x):
-        if isinstance(x, str): return [x] if x.endswith((".ipynb", ".qmd", ".md")) else []
-        if isinstance(x, dict): return [f for k in ("part", "file", "chapters") for f in files(x.get(k))]
+        if isinstance(x, str):
+            return [x] if x.endswith((".ipynb", ".qmd", ".md")) else []
+        if isinstance(x, dict):
+            return [f for k in ("part", "file", "chapters") for f in files(x.get(k))]
         return [f for y in x or [] for f in files(y)]
     return files(yaml.safe_load(Path(yml).read_text(encoding="utf-8"))["book"]["chapters"])

@@ -10,7 +10,11 @@ from recbook.run import app, bibliography, chapters, complaints, execute, kernel
 
 YML = yaml.safe_load((root()/"_quarto.yml").read_text(encoding="utf-8"))
 KATEX = re.search(r"katex@([\d.]+)/", YML["format"]["html"]["html-math-method"]["url"])[1]
-NBS = sorted(f.relative_to(root()/"nbs").as_posix() for f in (root()/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in f.parts)
+NBS = sorted(
+    f.relative_to(root() / "nbs").as_posix()
+    for f in (root() / "nbs").rglob("*.ipynb")
+    if ".ipynb_checkpoints" not in f.parts
+)
 
 
 @pytest.fixture(scope="session")
@@ -22,11 +26,28 @@ def book(tmp_path_factory):
 @pytest.fixture(scope="session")
 def katex(pytestconfig):
     "A folder where node finds KaTeX."
-    if not (shutil.which("node") and shutil.which("npm")): pytest.skip("no node: equations are not parsed")
+    if not (shutil.which("node") and shutil.which("npm")):
+        pytest.skip("no node: equations are not parsed")
     home = Path(pytestconfig.cache.mkdir("katex"))
     if not (home/"node_modules/katex").is_dir():
-        run = subprocess.run(["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", ".", "--fetch-retries=0", f"katex@{KATEX}"], cwd=home, capture_output=True, text=True)
-        if run.returncode: pytest.skip(f"KaTeX could not be installed: {run.stderr[-200:]}")
+        run = subprocess.run(
+            [
+                "npm",
+                "install",
+                "--silent",
+                "--no-audit",
+                "--no-fund",
+                "--prefix",
+                ".",
+                "--fetch-retries=0",
+                f"katex@{KATEX}",
+            ],
+            cwd=home,
+            capture_output=True,
+            text=True,
+        )
+        if run.returncode:
+            pytest.skip(f"KaTeX could not be installed: {run.stderr[-200:]}")
     return home
 
 
@@ -47,7 +68,9 @@ def test_quarto_yml_finds_its_files():
 
 def test_bibliography_is_the_catalogue():
     bib = root()/"nbs/references.bib"
-    assert bib.read_text(encoding="utf-8") == bibliography(root()), "write recbook.run.bibliography() into nbs/references.bib"
+    assert bib.read_text(encoding="utf-8") == bibliography(root()), (
+        "write recbook.run.bibliography() into nbs/references.bib"
+    )
     assert sorted(check.keys(bib)) == sorted(papers()) and len(papers()) >= 136
 
 
@@ -71,25 +94,37 @@ def test_page(book, page):
     text = check.markdown(nb)
     assert f"colab.research.google.com/github/recbook/recbook/blob/main/nbs/{page}" in text
     first = nbformat.read(root()/"nbs"/page, 4).cells[0].source.splitlines()
-    if any(l.startswith("> ") for l in first[:3]): assert check.front(nb)["description"]
-    assert all(l in text for l in first if l.strip() and not l.startswith(("# ", ">", "[![Open in Colab]"))), "text below the title is lost"
+    if any(l.startswith("> ") for l in first[:3]):
+        assert check.front(nb)["description"]
+    assert all(l in text for l in first if l.strip() and not l.startswith(("# ", ">", "[![Open in Colab]"))), (
+        "text below the title is lost"
+    )
     code = "\n".join("".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code")
     for c in nbformat.read(root()/"nbs"/page, 4).cells:
         if c.cell_type == "code" and re.search(r"^#\|\s*exports?\s*$", c.source, re.M):
-            for d in re.findall(r"^(?:def|class) \w+", c.source, re.M): assert d in code, f"the source of {d} is hidden"
+            for d in re.findall(r"^(?:def|class) \w+", c.source, re.M):
+                assert d in code, f"the source of {d} is hidden"
 
 
 @pytest.mark.parametrize("page", NBS)
 def test_page_converts(book, page):
-    html = pypandoc.convert_file(str(book/page), "html", "ipynb", extra_args=["--citeproc", f"--bibliography={book/'references.bib'}", "--katex"])
+    html = pypandoc.convert_file(
+        str(book / page),
+        "html",
+        "ipynb",
+        extra_args=["--citeproc", f"--bibliography={book / 'references.bib'}", "--katex"],
+    )
     assert len(html) > 500
 
 
 def badges(x):
     "The paragraphs of Pandoc's tree that hold a Colab badge."
-    if isinstance(x, list): return [b for y in x for b in badges(y)]
-    if not isinstance(x, dict): return []
-    if x.get("t") in ("Para", "Plain") and "colab-badge.svg" in json.dumps(x): return [x["c"]]
+    if isinstance(x, list):
+        return [b for y in x for b in badges(y)]
+    if not isinstance(x, dict):
+        return []
+    if x.get("t") in ("Para", "Plain") and "colab-badge.svg" in json.dumps(x):
+        return [x["c"]]
     return badges(x.get("c"))
 
 
@@ -111,7 +146,13 @@ def test_outputs_are_for_readers(book, page):
     assert not re.search(r"\bnp\.\w+\(", html)
     cells = [c.strip() for c in re.findall(r"<td[^>]*>([^<]*)</td>", html)]
     assert not {"NaN", "None"} & set(cells)
-    assert not [c for c in cells if re.fullmatch(r"-?[\d.]+e\+\d+", c) or re.fullmatch(r"-?\d+\.\d{5,}(e-\d+)?", c) and len(re.sub(r"e.*|\D", "", c).lstrip("0")) > 4]
+    assert not [
+        c
+        for c in cells
+        if re.fullmatch(r"-?[\d.]+e\+\d+", c)
+        or re.fullmatch(r"-?\d+\.\d{5,}(e-\d+)?", c)
+        and len(re.sub(r"e.*|\D", "", c).lstrip("0")) > 4
+    ]
     assert not re.search(r"<script[^>]+src=", html), "a script from elsewhere"
 
 
@@ -121,7 +162,8 @@ TALKING = {"collaborative/01_graph_cf.ipynb", "llm/01_alignment.ipynb", "trust/0
 @pytest.mark.parametrize("page", NBS)
 def test_figure_cells_print_nothing(page):
     labels = check.talking(read_json(root()/"nbs"/page))
-    if labels and page in TALKING: pytest.skip(f"to be run again: {', '.join(labels)}")
+    if labels and page in TALKING:
+        pytest.skip(f"to be run again: {', '.join(labels)}")
     assert labels == [], "print in a cell of its own"
 
 
@@ -137,7 +179,9 @@ def test_tools_are_pinned():
     quarto = next(s["with"]["version"] for s in build if "quarto-actions" in s.get("uses", ""))
     assert tuple(map(int, quarto.split("."))) >= (1, 10, 0), "below 1.10 'Hide all code' is broken"
     assert YML["format"]["html"]["code-fold"] in ("show", True) and YML["format"]["html"]["code-tools"]
-    assert tuple(map(int, pypandoc.get_pandoc_version().split(".")[:2])) < (3, 9), "Quarto fails with 3.9: pip install 'pypandoc_binary<1.17'"
+    assert tuple(map(int, pypandoc.get_pandoc_version().split(".")[:2])) < (3, 9), (
+        "Quarto fails with 3.9: pip install 'pypandoc_binary<1.17'"
+    )
     assert "pypandoc_binary>=1.15,<1.17" in (root()/"pyproject.toml").read_text()
 
 
@@ -156,7 +200,9 @@ def rule(scss, selector):
     return next(d for names, d in rules if selector in map(str.strip, names.split(",")))
 
 
-@pytest.mark.parametrize("color,back", [((55, 58, 60), (255, 255, 255)), ((255, 255, 255), (34, 34, 34))], ids=["cosmo", "darkly"])
+@pytest.mark.parametrize(
+    "color,back", [((55, 58, 60), (255, 255, 255)), ((255, 255, 255), (34, 34, 34))], ids=["cosmo", "darkly"]
+)
 def test_claim_ids_can_be_read(color, back):
     scss = (root()/"nbs/recbook.scss").read_text(encoding="utf-8")
     for where in (".cell-output-display code", ".rb-card code"):
@@ -168,7 +214,9 @@ def test_claim_ids_can_be_read(color, back):
 def test_arxiv_numbers_stay_whole_and_phones_do_not_scroll(book):
     scss = (root()/"nbs/recbook.scss").read_text(encoding="utf-8")
     assert "nowrap" in rule(scss, 'main a[href*="arxiv.org/"]')
-    html = pypandoc.convert_text(check.markdown(read_json(book/"collaborative/01_graph_cf.ipynb")), "html", "markdown-smart")
+    html = pypandoc.convert_text(
+        check.markdown(read_json(book / "collaborative/01_graph_cf.ipynb")), "html", "markdown-smart"
+    )
     assert re.search(r'<td[^>]*><a\s+href="https://arxiv.org/abs/[\d.]+"', html), "the selector finds them"
     phone = scss[scss.index("@media (max-width: 576px)"):]
     assert all(f"main.content {x}" in phone for x in ("table", "p", ".math.inline")) and "anywhere" in phone
@@ -179,7 +227,9 @@ def test_an_equation_does_not_meet_its_number(katex):
     html = subprocess.run(["node", "-e", js], cwd=katex, capture_output=True, text=True, check=True).stdout
     assert html.startswith('<span class="katex-display"><span class="katex">')
     assert '<span class="tag">' in re.search(r'class="katex-html"[^>]*>(.*)$', html)[1]
-    declared = rule((root()/"nbs/recbook.scss").read_text(encoding="utf-8"), ".katex-display > .katex > .katex-html:has(> .tag)")
+    declared = rule(
+        (root() / "nbs/recbook.scss").read_text(encoding="utf-8"), ".katex-display > .katex > .katex-html:has(> .tag)"
+    )
     assert "max-content" in declared and "padding" in declared, "the number sits in the padding"
 
 
@@ -212,13 +262,40 @@ $$E = m c^2$$ {#eq-one}
 ## Solution
 Here.
 :::"""[2:]
-FAULTS = dict(link=("other.ipynb#sec-two", "missing.ipynb"), anchor=("other.ipynb#sec-two", "other.ipynb#sec-three"), own_anchor=("(#sec-one)", "(#sec-zero)"),
-    image=("dot.png", "gone.png"), citation=("@lightgcn", "@nobody2020"), crossref=("@fig-dot", "@fig-dash"), section=("@sec-one", "@sec-zero"),
-    equation_ref=("@eq-one", "@eq-two"), table_ref=("@tbl-one", "@tbl-two"), heading=("### Below", "#### Below"), h1=("### Below", "# Below"),
-    alt=("![a dot]", "![]"), unclosed=("c^2$$", "c^2"), tex=("$$E = m c^2$$", "\\begin{align}\nE\n\\end{align}"), html=("Here.", '<a href="gone.html">Here</a>'),
-    blank=("### Below", "text\n### Below"), badge=("Here.", "[![Open](dot.png)](other.ipynb)"), figure=('#| fig-alt: "A dot."\n', ""))
-KIND = dict(anchor="link", own_anchor="link", section="crossref", equation_ref="crossref", table_ref="crossref", h1="heading", unclosed="markup", tex="markup",
-    html="link", blank="markup", badge="markup", figure="alt")
+FAULTS = dict(
+    link=("other.ipynb#sec-two", "missing.ipynb"),
+    anchor=("other.ipynb#sec-two", "other.ipynb#sec-three"),
+    own_anchor=("(#sec-one)", "(#sec-zero)"),
+    image=("dot.png", "gone.png"),
+    citation=("@lightgcn", "@nobody2020"),
+    crossref=("@fig-dot", "@fig-dash"),
+    section=("@sec-one", "@sec-zero"),
+    equation_ref=("@eq-one", "@eq-two"),
+    table_ref=("@tbl-one", "@tbl-two"),
+    heading=("### Below", "#### Below"),
+    h1=("### Below", "# Below"),
+    alt=("![a dot]", "![]"),
+    unclosed=("c^2$$", "c^2"),
+    tex=("$$E = m c^2$$", "\\begin{align}\nE\n\\end{align}"),
+    html=("Here.", '<a href="gone.html">Here</a>'),
+    blank=("### Below", "text\n### Below"),
+    badge=("Here.", "[![Open](dot.png)](other.ipynb)"),
+    figure=('#| fig-alt: "A dot."\n', ""),
+)
+KIND = dict(
+    anchor="link",
+    own_anchor="link",
+    section="crossref",
+    equation_ref="crossref",
+    table_ref="crossref",
+    h1="heading",
+    unclosed="markup",
+    tex="markup",
+    html="link",
+    blank="markup",
+    badge="markup",
+    figure="alt",
+)
 
 
 def tiny(folder, swap=("", "")):
@@ -260,19 +337,23 @@ def test_quarto_messages_are_read():
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     "A small checkout: one page, in the current folder."
-    for f in ("pyproject.toml", "settings.ini", "_quarto.yml"): shutil.copy2(root()/f, tmp_path/f)
+    for f in ("pyproject.toml", "settings.ini", "_quarto.yml"):
+        shutil.copy2(root()/f, tmp_path/f)
     new = nbformat.v4
-    (tmp_path/"nbs/trust").mkdir(parents=True); (tmp_path/"recbook").mkdir()
+    (tmp_path/"nbs/trust").mkdir(parents=True)
+    (tmp_path/"recbook").mkdir()
     cells = [new.new_markdown_cell("# Demo\n\n> A promise."), new.new_code_cell("x = 1\nx")]
     nbformat.write(new.new_notebook(cells=cells), tmp_path/"nbs/trust/01_demo.ipynb")
-    monkeypatch.chdir(tmp_path); monkeypatch.setenv("PATH", str(tmp_path/"bin"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path/"bin"))
     return tmp_path
 
 
 def quarto(folder, script):
     "A stand-in for Quarto on the path."
     (folder/"bin").mkdir()
-    (folder/"bin/quarto").write_text("#!/bin/sh\n" + script); (folder/"bin/quarto").chmod(stat.S_IRWXU)
+    (folder/"bin/quarto").write_text("#!/bin/sh\n" + script)
+    (folder/"bin/quarto").chmod(stat.S_IRWXU)
 
 
 def test_book_without_quarto_prepares_and_says_what_to_install(checkout):
@@ -298,12 +379,19 @@ def test_book_fails_on_what_quarto_only_warns_about(checkout):
 
 def test_book_outside_a_checkout(tmp_path):
     from recbook.run import UsageError
-    with pytest.raises(UsageError, match="checkout"): prepare(tmp_path, tmp_path/"out")
+    with pytest.raises(UsageError, match="checkout"):
+        prepare(tmp_path, tmp_path/"out")
 
 
 def table(nb):
     "The rows of the scoreboard's table."
-    html = next(html for c in nb["cells"] for o in c.get("outputs", []) for k in ("text/html", "text/markdown") if "rb-t" in (html := "".join(o.get("data", {}).get(k, ""))))
+    html = next(
+        html
+        for c in nb["cells"]
+        for o in c.get("outputs", [])
+        for k in ("text/html", "text/markdown")
+        if "rb-t" in (html := "".join(o.get("data", {}).get(k, "")))
+    )
     return [re.findall(r"<td>(.*?)</td>", r) for r in re.findall(r"<tr>(<td>.*?)</tr>", html)]
 
 
@@ -314,12 +402,21 @@ def test_scoreboard_lists_every_paper(book):
 
 def test_scoreboard_with_results(tmp_path):
     "Two measured claims: levels, verdicts and links to their sections."
-    for f in ("nbs", "recbook", "data/papers"): shutil.copytree(root()/f, tmp_path/f)
-    for f in ("pyproject.toml", "settings.ini", "data/datasets.toml"): shutil.copy2(root()/f, tmp_path/f)
-    cs = [claim("ngcf.1", [.3, .31, .3], [.2, .2, .21]), claim("lightgcn.1", [.1, .11, .1], [.2, .2, .21], dataset="movielens-100k")]
-    to = tmp_path/"data/results/cpu"; to.mkdir(parents=True)
-    (to/"graph_cf.json").write_text(json.dumps(dict(area="graph_cf", profile="cpu", claims=[dict(c) | dict(at="sec-gcf-claims") for c in cs])))
-    with kernel_env(tmp_path): nb = execute(tmp_path/"nbs/scoreboard.ipynb", tmp_path/"out.ipynb", {}, tmp_path)
+    for f in ("nbs", "recbook", "data/papers"):
+        shutil.copytree(root()/f, tmp_path/f)
+    for f in ("pyproject.toml", "settings.ini", "data/datasets.toml"):
+        shutil.copy2(root()/f, tmp_path/f)
+    cs = [
+        claim("ngcf.1", [0.3, 0.31, 0.3], [0.2, 0.2, 0.21]),
+        claim("lightgcn.1", [0.1, 0.11, 0.1], [0.2, 0.2, 0.21], dataset="movielens-100k"),
+    ]
+    to = tmp_path/"data/results/cpu"
+    to.mkdir(parents=True)
+    (to / "graph_cf.json").write_text(
+        json.dumps(dict(area="graph_cf", profile="cpu", claims=[dict(c) | dict(at="sec-gcf-claims") for c in cs]))
+    )
+    with kernel_env(tmp_path):
+        nb = execute(tmp_path/"nbs/scoreboard.ipynb", tmp_path/"out.ipynb", {}, tmp_path)
     top = table(nb)[:2]
     assert [r[0] for r in top] == ["L3", "L2"] and "refuted" in top[0][10] and "supported" in top[1][10]
     assert top[0][3] == '<a href="collaborative/01_graph_cf.ipynb#sec-gcf-claims">lightgcn.1</a>'
@@ -327,11 +424,15 @@ def test_scoreboard_with_results(tmp_path):
 
 
 def test_new_lists_its_chapter_in_the_book(tmp_path, monkeypatch):
-    for f in ("nbs", "recbook", "data/papers"): shutil.copytree(root()/f, tmp_path/f)
+    for f in ("nbs", "recbook", "data/papers"):
+        shutil.copytree(root()/f, tmp_path/f)
     (tmp_path/"tests").mkdir()
-    for f in ("pyproject.toml", "settings.ini", "_quarto.yml", "data/datasets.toml"): shutil.copy2(root()/f, tmp_path/f)
+    for f in ("pyproject.toml", "settings.ini", "_quarto.yml", "data/datasets.toml"):
+        shutil.copy2(root()/f, tmp_path/f)
     monkeypatch.chdir(tmp_path)
     r = CliRunner().invoke(app, ["new", "demo", "--part", "trust"])
     assert r.exit_code == 0, r.output
-    assert check.listed("_quarto.yml")[-1].endswith("_demo.ipynb") and sorted(check.listed("_quarto.yml")[:-1]) == sorted(NBS)
+    assert check.listed("_quarto.yml")[-1].endswith("_demo.ipynb") and sorted(
+        check.listed("_quarto.yml")[:-1]
+    ) == sorted(NBS)
     assert CliRunner().invoke(app, ["new", "demo2", "--part", "trus"]).exit_code == 2

@@ -23,7 +23,8 @@ def test_runs_in_the_smoke_profile(smoke, area):
 
 @pytest.mark.parametrize("area", [c.area for c in ALL])
 def test_every_claim_of_the_area_is_measured(smoke, area):
-    if area not in {p["area"] for p in papers().values()}: pytest.skip("a foundation has no papers")
+    if area not in {p["area"] for p in papers().values()}:
+        pytest.skip("a foundation has no papers")
     want = {c["id"] for p in papers(area).values() for c in p.get("claim", [])}
     assert want and want == {c["id"] for c in smoke[area].claims}
     assert all(c["verdict"] in ("supported", "refuted", "inconclusive") for c in smoke[area].claims)
@@ -48,4 +49,5 @@ def test_the_catalogue_lists_the_papers_with_unique_claims():
     ids = [c["id"] for p in all_papers.values() for c in p.get("claim", [])]
     assert len(ids) == len(set(ids))
     for p in all_papers.values():
-        for c in p.get("claim", []): assert c["id"].startswith(p["id"]+".") and {"statement", "metric", "ours", "theirs"} <= set(c)
+        for c in p.get("claim", []):
+            assert c["id"].startswith(p["id"]+".") and {"statement", "metric", "ours", "theirs"} <= set(c)

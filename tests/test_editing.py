@@ -44,24 +44,35 @@ def test_edits_say_what_follows(facts):
         assert all(a == facts.belongs[f.relation][e.new] for _, a in e.two_hop)
 
 def test_answer_scores_against_one_by_one(model, tok):
-    P, A = ["The brand of Quiet Elf:", "For Grim Clue we note the shelf:", "The brand of Quiet Elf:"], ["Acme", "games and toys", "Bolt"]
+    P, A = (
+        ["The brand of Quiet Elf:", "For Grim Clue we note the shelf:", "The brand of Quiet Elf:"],
+        ["Acme", "games and toys", "Bolt"],
+    )
     lp, hit = E.answer_scores(model, tok, P, A, batch_size=2)
     for p, a, l, h in zip(P, A, lp, hit):
         x, y = prompt_ids(tok, [p])[0], completion_ids(tok, " "+a)
         z = model(input_ids=torch.tensor([x+y])).logits[0, len(x)-1:-1].log_softmax(-1)
-        assert l.item() == pytest.approx(z[range(len(y)), y].sum().item(), abs=1e-5) and h == (z.argmax(-1).tolist() == y)
+        assert l.item() == pytest.approx(z[range(len(y)), y].sum().item(), abs=1e-5) and h == (
+            z.argmax(-1).tolist() == y
+        )
 
 def test_drift_and_entropy():
-    p = torch.tensor([[.5, .5], [.9, .1]]).log(); q = torch.tensor([[.25, .75], [.9, .1]]).log()
+    p = torch.tensor([[.5, .5], [.9, .1]]).log()
+    q = torch.tensor([[.25, .75], [.9, .1]]).log()
     assert E.drift(p, p) == 0 and E.drift(p, q) == pytest.approx(.5*(.5*np.log(2) + .5*np.log(2/3)))
-    assert E.ngram_entropy(["a a a a a"]) == 0 and E.ngram_entropy(["a b c d e"]) == pytest.approx(2/3*np.log2(3) + 1/3*2)
+    assert E.ngram_entropy(["a a a a a"]) == 0 and E.ngram_entropy(["a b c d e"]) == pytest.approx(
+        2 / 3 * np.log2(3) + 1 / 3 * 2
+    )
 
 def test_rome_writes_its_key_and_is_the_least_change():
-    K = random_keys(200); C = K @ K.T/200
+    K = random_keys(200)
+    C = K @ K.T/200
     W, k, v = random_keys(40, 8, seed=1), random_keys(1, seed=2)[:, 0], random_keys(1, 8, seed=3)[:, 0]
     D = E.rome_update(W, k, v, C)
     assert torch.allclose((W+D) @ k, v, atol=1e-10) and torch.linalg.matrix_rank(D) == 1
-    other = D + torch.outer(torch.ones(8, dtype=k.dtype), (u := random_keys(1, seed=4)[:, 0]) - k*(u @ k)/(k @ k)) # also writes the key
+    other = D + torch.outer(
+        torch.ones(8, dtype=k.dtype), (u := random_keys(1, seed=4)[:, 0]) - k * (u @ k) / (k @ k)
+    )  # also writes the key
     assert torch.allclose((W+other) @ k, v, atol=1e-9) and torch.trace(D @ C @ D.T) < torch.trace(other @ C @ other.T)
 
 def test_memit_solves_the_normal_equations():
@@ -69,7 +80,9 @@ def test_memit_solves_the_normal_equations():
     C, Kp, lam = C @ C.T/90, Kp @ Kp.T, 3.
     for past in (None, Kp):
         D = E.memit_update(R, K, C, lam, past)
-        grad = (D @ K - R) @ K.T + D @ (lam*C + (0 if past is None else past)) # of |DK-R|^2 + lam tr(DCD') + tr(D Kp D')
+        grad = (D @ K - R) @ K.T + D @ (
+            lam * C + (0 if past is None else past)
+        )  # of |DK-R|^2 + lam tr(DCD') + tr(D Kp D')
         assert grad.abs().max() < 1e-9
 
 def test_alphaedit_leaves_preserved_keys_alone():
@@ -96,30 +109,45 @@ def test_rect_and_prune():
     assert top < torch.linalg.matrix_norm(E.prune(W, D*50), 2) < torch.linalg.matrix_norm(D*50, 2)
 
 def test_prune_with_the_smooth_base_compresses_whatever_the_size():
-    W, D = torch.diag(torch.tensor([.5, .1], dtype=torch.float64)), torch.diag(torch.tensor([1., .2], dtype=torch.float64))
-    assert torch.allclose(E.prune(W, D), D) # .5 lies below 1/ln 1.2: the paper's base compresses nothing
-    assert torch.allclose(torch.linalg.svdvals(E.prune(W, D, None)), torch.tensor([.5 + .5*np.log(2), .2], dtype=torch.float64))
+    W, D = (
+        torch.diag(torch.tensor([0.5, 0.1], dtype=torch.float64)),
+        torch.diag(torch.tensor([1.0, 0.2], dtype=torch.float64)),
+    )
+    assert torch.allclose(E.prune(W, D), D)  # .5 lies below 1/ln 1.2: the paper's base compresses nothing
+    assert torch.allclose(
+        torch.linalg.svdvals(E.prune(W, D, None)), torch.tensor([0.5 + 0.5 * np.log(2), 0.2], dtype=torch.float64)
+    )
 
 def test_consistency_is_the_cosine_of_sklearn():
     refs = ["Acme is the brand. Acme.", "made of oak and wool"]
-    assert E.consistency(refs, refs) == pytest.approx(1) and E.consistency(["oak", "oak"], refs) == pytest.approx(.5*5**-.5)
-    with pytest.raises(ValueError, match="1 texts and 2"): E.consistency(["a"], refs)
+    assert E.consistency(refs, refs) == pytest.approx(1) and E.consistency(["oak", "oak"], refs) == pytest.approx(
+        0.5 * 5**-0.5
+    )
+    with pytest.raises(ValueError, match="1 texts and 2"):
+        E.consistency(["a"], refs)
 
 def test_names_are_read_without_facts():
-    es = [E.Edit("Ann", "Ann sings:", "alto", "bass", neighbours=[("Ann lives in:", "Bonn")]), E.Edit("Bob", "Bob sings:", "bass", "alto")]
+    es = [
+        E.Edit("Ann", "Ann sings:", "alto", "bass", neighbours=[("Ann lives in:", "Bonn")]),
+        E.Edit("Bob", "Bob sings:", "bass", "alto"),
+    ]
     rows = E.name_rows(es)
     assert sorted(set(rows.answer)) == ["Bonn", "alto", "bass"] and not rows.prompt.str.contains("Ann|Bob").any()
 
 def test_exact_null_space_keeps_logits(model, tok, facts):
     keep = [f"{p} {a}." for p, a in zip(facts.ask(range(2), E.ONE_HOP[0]), facts.answers(range(2)))]
     mem = E.remember(model, tok, keep, (0, 1), threshold=1e-12)
-    x = encode(tok, keep); before = model(**x).logits; old = copy.deepcopy(model)
+    x = encode(tok, keep)
+    before = model(**x).logits
+    old = copy.deepcopy(model)
     es = facts.edits([50, 60, 70], 0)
     after = E.edit(model, tok, es, "alphaedit", memory=mem, mu=.01)
     assert (model(**x).logits - before).abs()[x["attention_mask"].bool()].max() < 1e-8
     nll = lambda m: -E.answer_scores(m, tok, [e.prompt for e in es], [e.new for e in es])[0].mean()
     assert nll(model) < nll(old) - .5
-    assert all(after.Kp[l].trace() > 0 == mem.Kp[l].trace() for l in (0, 1)) and all(torch.equal(after.P[l], mem.P[l]) for l in (0, 1))
+    assert all(after.Kp[l].trace() > 0 == mem.Kp[l].trace() for l in (0, 1)) and all(
+        torch.equal(after.P[l], mem.P[l]) for l in (0, 1)
+    )
 
 @pytest.mark.parametrize("module", [DOWN])
 def test_rome_in_the_model_puts_z_at_the_site(model, tok, facts, module):
@@ -150,7 +178,9 @@ def test_editing_nothing_changes_nothing(model, tok, facts):
 
 def test_z_lowers_the_loss_and_does_not_depend_on_the_batch(model, tok, facts):
     es = facts.edits([7, 33, 90], 0)
-    es[1] = E.Edit(es[1].subject, "Tell me, friend, and be quick about it: " + es[1].prompt, es[1].new) # another length: padding
+    es[1] = E.Edit(
+        es[1].subject, "Tell me, friend, and be quick about it: " + es[1].prompt, es[1].new
+    )  # another length: padding
     together = E.compute_z(model, tok, es, 1)
     alone = torch.cat([E.compute_z(model, tok, [e], 1) for e in es])
     assert torch.allclose(together, alone, atol=1e-6)
@@ -165,13 +195,24 @@ def test_prefixes_and_subject_site(model, tok, facts):
     assert all(tok.decode(x[:k+1], skip_special_tokens=True).endswith(e.subject) for x, k, e in zip(ids, at, es))
     z = E.compute_z(model, tok, es, 1, site="subject_last", prefixes=["One more thing.", "Look here."])
     assert z.shape == (2, 32) and torch.isfinite(z).all()
-    bare, both = (E.mean_keys(model, tok, [e.prompt for e in es], [e.subject for e in es], "last", model.model.layers[0].mlp.down_proj, p) for p in ([], ["Look here."]))
+    bare, both = (
+        E.mean_keys(
+            model, tok, [e.prompt for e in es], [e.subject for e in es], "last", model.model.layers[0].mlp.down_proj, p
+        )
+        for p in ([], ["Look here."])
+    )
     assert bare.shape == (96, 2) and not torch.allclose(bare, both)
 
 def test_gpt2_edits_too(tok, facts):
     "Weights stored transposed (Conv1D), learned positions: ROME puts z at the site there as well."
     torch.manual_seed(0)
-    m = GPT2LMHeadModel(GPT2Config(vocab_size=len(tok), n_embd=32, n_layer=2, n_head=2, n_positions=128, **mark_ids(tok))).double().eval()
+    m = (
+        GPT2LMHeadModel(
+            GPT2Config(vocab_size=len(tok), n_embd=32, n_layer=2, n_head=2, n_positions=128, **mark_ids(tok))
+        )
+        .double()
+        .eval()
+    )
     e = facts.edits([7], 0)[0]
     z = E.compute_z(m, tok, [e], 0, module="transformer.h.{}")
     mem = E.edit(m, tok, [e], "rome", layers=(0,), module="transformer.h.{}.mlp.c_proj", preserve=facts.corpus()[:50])
@@ -181,16 +222,46 @@ def test_gpt2_edits_too(tok, facts):
 def test_a_gpt2_folder_learns_forgets_and_keeps(tok, facts, tmp_path):
     "The way of a hub model: trained elsewhere, saved, loaded by folder, edited by name of its modules."
     torch.manual_seed(0)
-    m, rows = GPT2LMHeadModel(GPT2Config(vocab_size=len(tok), n_embd=64, n_layer=2, n_head=2, n_inner=512, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, initializer_range=.05, **mark_ids(tok))), range(40)
+    m, rows = (
+        GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=len(tok),
+                n_embd=64,
+                n_layer=2,
+                n_head=2,
+                n_inner=512,
+                n_positions=64,
+                resid_pdrop=0,
+                embd_pdrop=0,
+                attn_pdrop=0,
+                initializer_range=0.05,
+                **mark_ids(tok),
+            )
+        ),
+        range(40),
+    )
     ask, answers = facts.ask(rows, E.ONE_HOP[0]), facts.answers(rows)
     x, opt = encode(tok, [f"{p} {a}" for p, a in zip(ask, answers)]), torch.optim.Adam(m.parameters(), 3e-3)
     for _ in range(60):
-        opt.zero_grad(); m(**x, labels=x["input_ids"].masked_fill(x["attention_mask"] == 0, -100)).loss.backward(); opt.step()
-    m.save_pretrained(tmp_path); tok.save_pretrained(tmp_path)
+        opt.zero_grad()
+        m(**x, labels=x["input_ids"].masked_fill(x["attention_mask"] == 0, -100)).loss.backward()
+        opt.step()
+    m.save_pretrained(tmp_path)
+    tok.save_pretrained(tmp_path)
     hub, hub_tok = load_lm(str(tmp_path))
     assert E.accuracy(hub, hub_tok, ask, answers) == 1
     es, keep = facts.edits([0, 7, 13], 0), [k for k in rows if k not in (0, 7, 13)]
-    E.edit(hub, hub_tok, es, "memit", layers=(0, 1), module="transformer.h.{}.mlp.c_proj", preserve=[f"{ask[k]} {answers[k]}." for k in keep], lam=10., clamp=2.)
+    E.edit(
+        hub,
+        hub_tok,
+        es,
+        "memit",
+        layers=(0, 1),
+        module="transformer.h.{}.mlp.c_proj",
+        preserve=[f"{ask[k]} {answers[k]}." for k in keep],
+        lam=10.0,
+        clamp=2.0,
+    )
     assert E.accuracy(hub, hub_tok, [e.prompt for e in es], [e.new for e in es]) == 1
     assert E.accuracy(hub, hub_tok, [ask[k] for k in keep], [answers[k] for k in keep]) > .8
 
@@ -205,18 +276,26 @@ def test_memory_finds_and_replaces(facts):
     es = facts.edits([3, 8, 50, 71], 1)
     mem = E.EditMemory(facts.corpus()).add(es)
     assert (mem.search([e.prompt for e in es], 1)[:, 0] == np.arange(4)).all()
-    V = mem.embed([e.prompt for e in es]); want = np.argsort(-(V @ mem.vectors.T), 1, kind="stable")
+    V = mem.embed([e.prompt for e in es])
+    want = np.argsort(-(V @ mem.vectors.T), 1, kind="stable")
     assert (mem.search([e.prompt for e in es], 4) == want).all()
-    newer = copy.copy(es[0]); newer.new = "Nova"
+    newer = copy.copy(es[0])
+    newer.new = "Nova"
     mem.add([newer])
-    assert len(mem) == 4 and sum(es[0].prompt == p for p, _ in mem.lines) == 1 and f"{newer.prompt} Nova" in mem.prompts([newer.prompt], 1)[0]
+    assert (
+        len(mem) == 4
+        and sum(es[0].prompt == p for p, _ in mem.lines) == 1
+        and f"{newer.prompt} Nova" in mem.prompts([newer.prompt], 1)[0]
+    )
     assert E.EditMemory(facts.corpus()).prompts(["a"]) == ["a"]
 
 def test_alignment_rows_are_the_grid(facts):
     train = facts.subjects[:16]
     R = E.alignment_rows(facts, train, 200, fresh=0.)
     assert R.kind.value_counts().to_dict() == dict.fromkeys(E.KINDS[:4], 200) | dict.fromkeys(E.KINDS[4:], 40)
-    answer = {(facts.ask([k], T)[0]): a for T in E.ONE_HOP for k, a in enumerate(facts.table.object)} | {facts.ask([k], T)[0]: a for T in E.TWO_HOP for k, a in enumerate(facts.table.hop)}
+    answer = {(facts.ask([k], T)[0]): a for T in E.ONE_HOP for k, a in enumerate(facts.table.object)} | {
+        facts.ask([k], T)[0]: a for T in E.TWO_HOP for k, a in enumerate(facts.table.hop)
+    }
     query = R.prompt.str.split("[Question]: ", regex=False).str[-1]
     first = R.answer.str.split(".").str[0]
     old = np.array([answer.get(q) == a for q, a in zip(query, first)])
@@ -233,15 +312,23 @@ def test_alignment_learns_and_leaves_the_model_alone(model, tok, facts, tmp_path
     R, before = E.alignment_rows(facts, facts.subjects[:16], 14), copy.deepcopy(model)
     m = E.align(model, tok, R, steps=25, lr=3e-3, batch_size=16)
     (some, parts), = islice(E.answer_batches(tok, R, len(R), 0), 1)
-    assert sorted(some) == list(range(len(R))) and len(parts) == 2 and parts[0][0]["input_ids"].shape[1] <= parts[1][0]["input_ids"].shape[1]
+    assert (
+        sorted(some) == list(range(len(R)))
+        and len(parts) == 2
+        and parts[0][0]["input_ids"].shape[1] <= parts[1][0]["input_ids"].shape[1]
+    )
     loss = lambda m: sum(E.answer_loss(m, *p)[0].item() for p in parts)
-    assert loss(m) < loss(model) - .5 and all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters()))
+    assert loss(m) < loss(model) - 0.5 and all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters())
+    )
 
 def test_answer_loss_is_the_weighted_cross_entropy_of_the_answer(model, tok):
     rows = pd.DataFrame(dict(prompt=["The brand of Quiet Cup:", "a:"], answer=["Acme", "Nova. Kite"]))
     (_, parts), = islice(E.answer_batches(tok, rows, 2, 0, parts=1), 1)
     x, start = parts[0]
-    with torch.no_grad(): loss, hit = E.answer_loss(model, x, start); logits = model(**x).logits.log_softmax(-1)
+    with torch.no_grad():
+        loss, hit = E.answer_loss(model, x, start)
+        logits = model(**x).logits.log_softmax(-1)
     total = weight = 0.
     for i in range(2):
         for t in range(int(start[i]), int(x["attention_mask"][i].sum())):
@@ -260,30 +347,51 @@ def test_tuner_moves_attention_and_leaves_the_rest_at_slow_zero(model, tok):
 def test_curriculum_starts_easy_and_is_cached(model, tok, facts, tmp_path, monkeypatch):
     monkeypatch.setenv("RECBOOK_CACHE", str(tmp_path))
     m, h = E.reading_lm(model, tok, facts, facts.subjects[:16], steps=4, every=2, batch_size=8, enough=-1.)
-    assert h.groupby("step")["level"].first().tolist() == [0, 1] and not all(torch.equal(a, b) for a, b in zip(m.parameters(), model.parameters()))
+    assert h.groupby("step")["level"].first().tolist() == [0, 1] and not all(
+        torch.equal(a, b) for a, b in zip(m.parameters(), model.parameters())
+    )
     again, h2 = E.reading_lm(model, tok, facts, facts.subjects[:16], steps=4, every=2, batch_size=8, enough=-1.)
     assert h2.equals(h) and all(torch.equal(a, b) for a, b in zip(m.parameters(), again.parameters()))
 
-@pytest.mark.parametrize("bad,kw,match", [
-    ([], {}, "no requests"),
-    ([dict(subject="Elf", prompt="The brand of Quiet Cup:", new="Acme")], {}, "subject 'Elf' does not occur"),
-    ([dict(subject="", prompt="x", new="Acme")], {}, "does not occur"),
-    ([dict(subject="Elf", prompt="Elf:", new=" ")], {}, "no new answer"),
-    ([dict(subject="Elf", prompt="Elf:", new="Acme")], dict(method="mend"), "method='mend'"),
-    ([dict(subject="Elf", prompt="Elf:", new="Acme")], dict(module="model.layers.{}.mlp.down"), "did you mean model.layers.{}.mlp.down_proj"),
-    ([dict(subject="Elf", prompt="Elf:", new="Acme")], dict(module="down_proj"), "layer's number"),
-    ([dict(subject="Elf", prompt="Elf:", new="Acme")], dict(layers=(9,)), "layers count from 0 to 2"),
-    ([dict(subject="Elf", prompt="Elf:", new="Acme")], dict(layers=()), "no layers"),
-    ([dict(subject="Elf", prompt="Elf:", new="Acme")], dict(module="model.layers.{}.mlp"), "only linear maps"),
-    ([dict(subject="Elf", prompt="Elf:", new="Acme")], {}, "preserve is empty"),
-    ([dict(subject="Elf", prompt="Elf:", new="Acme")], dict(preserve=["The brand of Quiet Elf: Acme."]*3 + [f"{a}{b} is {c}" for a in "abcdef" for b in "uvwxyz" for c in "klmnop"]), "null space of layer 0 is empty"),
-    ([dict(subject="Elf", prompt="Elf:", new="Acme")], dict(site="first", preserve=["a b"]), "site='first'")])
+@pytest.mark.parametrize(
+    "bad,kw,match",
+    [
+        ([], {}, "no requests"),
+        ([dict(subject="Elf", prompt="The brand of Quiet Cup:", new="Acme")], {}, "subject 'Elf' does not occur"),
+        ([dict(subject="", prompt="x", new="Acme")], {}, "does not occur"),
+        ([dict(subject="Elf", prompt="Elf:", new=" ")], {}, "no new answer"),
+        ([dict(subject="Elf", prompt="Elf:", new="Acme")], dict(method="mend"), "method='mend'"),
+        (
+            [dict(subject="Elf", prompt="Elf:", new="Acme")],
+            dict(module="model.layers.{}.mlp.down"),
+            "did you mean model.layers.{}.mlp.down_proj",
+        ),
+        ([dict(subject="Elf", prompt="Elf:", new="Acme")], dict(module="down_proj"), "layer's number"),
+        ([dict(subject="Elf", prompt="Elf:", new="Acme")], dict(layers=(9,)), "layers count from 0 to 2"),
+        ([dict(subject="Elf", prompt="Elf:", new="Acme")], dict(layers=()), "no layers"),
+        ([dict(subject="Elf", prompt="Elf:", new="Acme")], dict(module="model.layers.{}.mlp"), "only linear maps"),
+        ([dict(subject="Elf", prompt="Elf:", new="Acme")], {}, "preserve is empty"),
+        (
+            [dict(subject="Elf", prompt="Elf:", new="Acme")],
+            dict(
+                preserve=["The brand of Quiet Elf: Acme."] * 3
+                + [f"{a}{b} is {c}" for a in "abcdef" for b in "uvwxyz" for c in "klmnop"]
+            ),
+            "null space of layer 0 is empty",
+        ),
+        ([dict(subject="Elf", prompt="Elf:", new="Acme")], dict(site="first", preserve=["a b"]), "site='first'"),
+    ],
+)
 def test_bad_requests(model, tok, bad, kw, match):
     before = copy.deepcopy(model)
-    with pytest.raises(ValueError, match=match.replace("{}", r"\{\}")): E.edit(model, tok, bad, **kw)
+    with pytest.raises(ValueError, match=match.replace("{}", r"\{\}")):
+        E.edit(model, tok, bad, **kw)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters()))
 
 def test_bad_memory_and_world(facts):
-    with pytest.raises(ValueError, match="empty"): E.EditMemory(facts.corpus()).search(["a"])
-    with pytest.raises(ValueError, match="no requests"): E.EditMemory(facts.corpus()).add([])
-    with pytest.raises(ValueError, match="does not occur"): E.causal_trace(None, None, "a prompt", "nobody", "x")
+    with pytest.raises(ValueError, match="empty"):
+        E.EditMemory(facts.corpus()).search(["a"])
+    with pytest.raises(ValueError, match="no requests"):
+        E.EditMemory(facts.corpus()).add([])
+    with pytest.raises(ValueError, match="does not occur"):
+        E.causal_trace(None, None, "a prompt", "nobody", "x")

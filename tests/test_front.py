@@ -25,12 +25,20 @@ def test_readme_has_the_published_scores_and_picture():
     text, nb = (ROOT/"README.md").read_text(encoding="utf-8"), nbformat.read(ROOT/"nbs/index.ipynb", 4)
     records = C.published(ROOT)
     assert C.scores(records) in text, "run: python -m recbook.contribute"
-    assert ("nbs/front.png" in text) == (ROOT/"nbs/front.png").is_file() == bool(C.relative([c for r in records for c in r["claims"]]))
-    if (ROOT/"nbs/front.png").is_file(): assert (ROOT/"nbs/front.png").read_bytes() == C._png(nb)
+    assert (
+        ("nbs/front.png" in text)
+        == (ROOT / "nbs/front.png").is_file()
+        == bool(C.relative([c for r in records for c in r["claims"]]))
+    )
+    if (ROOT/"nbs/front.png").is_file():
+        assert (ROOT/"nbs/front.png").read_bytes() == C._png(nb)
 
 def test_the_two_commands_stand_on_lines_of_their_own():
     lines = [l for l in (ROOT/"README.md").read_text(encoding="utf-8").splitlines() if l.startswith("pip install")]
-    assert lines == ["pip install -c constraints.txt . && recbook run", 'pip install -c constraints.txt ".[dev]" && pytest']
+    assert lines == [
+        "pip install -c constraints.txt . && recbook run",
+        'pip install -c constraints.txt ".[dev]" && pytest',
+    ]
 
 def test_readme_links_lead_somewhere():
     text = (ROOT/"README.md").read_text(encoding="utf-8")
@@ -67,11 +75,14 @@ def test_colab_cell_does_nothing_elsewhere(monkeypatch):
     assert colab_calls(monkeypatch) == []
 
 def test_colab_cell_installs_in_colab(tmp_path, monkeypatch):
-    (tmp_path/"google/colab").mkdir(parents=True); (tmp_path/"google/colab/__init__.py").touch()
+    (tmp_path/"google/colab").mkdir(parents=True)
+    (tmp_path/"google/colab/__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    for m in [m for m in sys.modules if m == "google" or m.startswith("google.")]: monkeypatch.delitem(sys.modules, m)
+    for m in [m for m in sys.modules if m == "google" or m.startswith("google.")]:
+        monkeypatch.delitem(sys.modules, m)
     calls = colab_calls(monkeypatch)
-    for m in ("google", "google.colab"): sys.modules.pop(m, None)
+    for m in ("google", "google.colab"):
+        sys.modules.pop(m, None)
     assert calls == [("pip", f"install -q git+https://github.com/{C.REPO}")]
 
 # --- community files ---
@@ -85,7 +96,9 @@ def test_workflow_is_valid(name):
         assert job["runs-on"] and job["steps"]
         assert all(("run" in s) != ("uses" in s) for s in job["steps"])
         assert set([job["needs"]] if "needs" in job else []) <= set(w["jobs"])
-        assert not any("${{ inputs" in s.get("run", "") for s in job["steps"]), "inputs go through env, not into the shell text"
+        assert not any("${{ inputs" in s.get("run", "") for s in job["steps"]), (
+            "inputs go through env, not into the shell text"
+        )
 
 def test_workflows_do_what_they_are_for():
     read = lambda n: yaml.safe_load((ROOT/f".github/workflows/{n}.yml").read_text())
@@ -119,10 +132,22 @@ def wheel(tmp_path_factory):
     env = os.environ | dict(PIP_DISABLE_PIP_VERSION_CHECK="1")
     shutil.rmtree(src/"data/results", ignore_errors=True)
     sh(sys.executable, "-m", "pip", "wheel", ".", "--no-deps", *how, "-w", out/"bare", cwd=src, env=env)
-    if (ROOT/"data/results").is_dir(): shutil.copytree(ROOT/"data/results", src/"data/results")
+    if (ROOT/"data/results").is_dir():
+        shutil.copytree(ROOT/"data/results", src/"data/results")
     sh(sys.executable, "-m", "pip", "wheel", ".", "--no-deps", *how, "-w", out/"full", cwd=src, env=env)
     site = out/"site"
-    sh(sys.executable, "-m", "pip", "install", "--no-deps", "--target", site, next((out/"full").glob("*.whl")), cwd=out, env=env)
+    sh(
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--target",
+        site,
+        next((out / "full").glob("*.whl")),
+        cwd=out,
+        env=env,
+    )
     return site
 
 def copy(to):
@@ -132,49 +157,77 @@ def copy(to):
         shutil.copytree(ROOT/d, to/d, ignore=shutil.ignore_patterns("__pycache__", ".*", ".ipynb_checkpoints"))
     shutil.copytree(ROOT/"data", to/"data", ignore=shutil.ignore_patterns("cache"))
     for f in ("pyproject.toml", "settings.ini", "README.md", "LICENSE", "_quarto.yml", ".gitignore"):
-        if (ROOT/f).is_file(): shutil.copy2(ROOT/f, to/f)
+        if (ROOT/f).is_file():
+            shutil.copy2(ROOT/f, to/f)
     return to
 
 def test_wheel_carries_the_book(wheel):
     book = wheel/"recbook/_book"
-    names = lambda r: {f.relative_to(r) for d in ("nbs", "data/papers", "data/results") for f in (r/d).rglob("*.*") if not f.name.startswith(".")}
+    names = lambda r: {
+        f.relative_to(r)
+        for d in ("nbs", "data/papers", "data/results")
+        for f in (r / d).rglob("*.*")
+        if not f.name.startswith(".")
+    }
     keep = lambda s: {f for f in s if ".ipynb_checkpoints" not in f.parts}
     assert keep(names(book)) == keep(names(ROOT))
-    assert (book/"settings.ini").is_file() and (book/"data/datasets.toml").is_file() and not (book/"data/cache").exists()
+    assert (
+        (book / "settings.ini").is_file()
+        and (book / "data/datasets.toml").is_file()
+        and not (book / "data/cache").exists()
+    )
 
 def test_wheel_works_in_an_empty_folder(wheel, tmp_path):
     env = ENV | dict(PYTHONPATH=str(wheel), RECBOOK_CACHE=str(tmp_path/"cache"))
     cli = lambda *a: sh(sys.executable, "-m", "recbook.run", *a, cwd=tmp_path, env=env)
-    where = sh(sys.executable, "-c", "import recbook, recbook.run; print(recbook.__file__, recbook.run.home())", cwd=tmp_path, env=env)
+    where = sh(
+        sys.executable,
+        "-c",
+        "import recbook, recbook.run; print(recbook.__file__, recbook.run.home())",
+        cwd=tmp_path,
+        env=env,
+    )
     assert where.split() == [str(wheel/"recbook/__init__.py"), str(wheel/"recbook/_book")]
     assert "graph_cf" in cli("list")
     assert "movielens-100k" in cli("data", "list")
     cli("run", "plots")
-    assert (tmp_path/"runs/smoke/plots.ipynb").is_file() and json.loads((tmp_path/"runs/smoke/plots.json").read_text())["area"] == "plots"
+    assert (tmp_path / "runs/smoke/plots.ipynb").is_file() and json.loads(
+        (tmp_path / "runs/smoke/plots.json").read_text()
+    )["area"] == "plots"
     assert (wheel/"bin/recbook").is_file() or (wheel/"Scripts/recbook.exe").is_file()
 
 # --- a new chapter ---
 
 def steps():
     "The commands of the ten steps in CONTRIBUTING.md, without the last, bare `pytest`."
-    text = (ROOT/"CONTRIBUTING.md").read_text(encoding="utf-8").split("## Add a paper in ten steps")[1].split("\n## ")[0]
+    text = (
+        (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Add a paper in ten steps")[1].split("\n## ")[0]
+    )
     lines = [l.strip() for block in re.findall(r"```sh\n(.*?)```", text, re.S) for l in block.splitlines() if l.strip()]
     return [l for l in lines if l != "pytest"]
 
 def test_the_steps_have_their_commands():
-    assert steps()[0] == "recbook new demo --part trust" and {"nbdev-export", "nbdev-clean", "python -m recbook.contribute"} <= set(steps())
+    assert steps()[0] == "recbook new demo --part trust" and {
+        "nbdev-export",
+        "nbdev-clean",
+        "python -m recbook.contribute",
+    } <= set(steps())
 
 @pytest.fixture(scope="session")
 def grown(tmp_path_factory):
     "A copy of the checkout with the chapter `demo`, made by the commands of the ten steps."
     to, bin = copy(tmp_path_factory.mktemp("grown")/"book"), Path(sys.executable).parent
-    how = dict(recbook=[sys.executable, "-m", "recbook.run"], python=[sys.executable], pytest=[sys.executable, "-m", "pytest"])
+    how = dict(
+        recbook=[sys.executable, "-m", "recbook.run"], python=[sys.executable], pytest=[sys.executable, "-m", "pytest"]
+    )
     for line in steps():
         tool, *args = line.split()
         sh(*how.get(tool, [bin/tool]), *args, cwd=to, env=ENV | dict(PYTHONPATH=str(to)))
     ch = next(c for c in chapters(to) if c.area == "demo")
     record = json.loads((to/"data/results/cpu/demo.json").read_text())
-    return types.SimpleNamespace(root=to, chapter=ch, result=types.SimpleNamespace(ok=True, error=None, record=record, claims=record["claims"]))
+    return types.SimpleNamespace(
+        root=to, chapter=ch, result=types.SimpleNamespace(ok=True, error=None, record=record, claims=record["claims"])
+    )
 
 def test_new_chapter_passes_the_checks_of_every_chapter(grown, monkeypatch):
     import test_chapters as T
@@ -193,7 +246,8 @@ def test_new_chapter_is_in_step_and_listed(grown):
     assert any(isinstance(c, dict) and c["chapters"][-1] == page for c in yml["book"]["chapters"])
     assert "@misc{demo_example" in (grown.root/"nbs/references.bib").read_text()
     before = {f: f.read_bytes() for f in [*grown.root.glob("recbook/**/*.py"), grown.chapter.path]}
-    for tool in ("nbdev-export", "nbdev-clean"): sh(Path(sys.executable).parent/tool, cwd=grown.root, env=ENV | dict(PYTHONPATH=str(grown.root)))
+    for tool in ("nbdev-export", "nbdev-clean"):
+        sh(Path(sys.executable).parent/tool, cwd=grown.root, env=ENV | dict(PYTHONPATH=str(grown.root)))
     assert [f.name for f, b in before.items() if f.read_bytes() != b] == []
 
 def test_front_page_shows_the_new_claims(grown):
@@ -206,7 +260,8 @@ def test_new_uses_the_papers_of_the_catalogue(tmp_path):
     to = copy(tmp_path/"book")
     written = {f.stem.split("_", 1)[1] for f in ROOT.glob("nbs/*/[0-9]*_*.ipynb")}
     catalogue = next((f for f in sorted((to/"data/papers").glob("*.toml")) if f.stem not in written), None)
-    if catalogue is None: pytest.skip("every chapter of the catalogue is written")
+    if catalogue is None:
+        pytest.skip("every chapter of the catalogue is written")
     papers = tomllib.loads(catalogue.read_text())["paper"]
     made = C.new(catalogue.stem, "trust", to)
     after = tomllib.loads(catalogue.read_text())["paper"]
@@ -216,13 +271,28 @@ def test_new_uses_the_papers_of_the_catalogue(tmp_path):
     assert made[0].read_bytes() == before, "nbdev-clean has nothing to do"
     assert all(p["arxiv"] in nbformat.read(made[0], 4).cells[0].source for p in papers)
 
-@pytest.mark.parametrize("area,part,says", [("graph_cf", "trust", "exists already"), ("data", "trust", "exists already"), ("trust", "trust", "exists already"),
-    ("My chapter", "trust", "can't be the name"), ("../up", "trust", "can't be the name"), ("class", "trust", "can't be the name"), ("_x", "trust", "can't be the name"),
-    ("claims", "llm", "exists already"), ("front", "trust", "exists already"), ("other", "trst", "Did you mean 'trust'"), ("other", "foundations", "Unknown part")])
+@pytest.mark.parametrize(
+    "area,part,says",
+    [
+        ("graph_cf", "trust", "exists already"),
+        ("data", "trust", "exists already"),
+        ("trust", "trust", "exists already"),
+        ("My chapter", "trust", "can't be the name"),
+        ("../up", "trust", "can't be the name"),
+        ("class", "trust", "can't be the name"),
+        ("_x", "trust", "can't be the name"),
+        ("claims", "llm", "exists already"),
+        ("front", "trust", "exists already"),
+        ("other", "trst", "Did you mean 'trust'"),
+        ("other", "foundations", "Unknown part"),
+    ],
+)
 def test_new_refuses(area, part, says):
     before = sorted(ROOT.glob("nbs/**/*.ipynb"))
-    with pytest.raises(UsageError, match=says): C.new(area, part, ROOT)
+    with pytest.raises(UsageError, match=says):
+        C.new(area, part, ROOT)
     assert sorted(ROOT.glob("nbs/**/*.ipynb")) == before
 
 def test_new_needs_a_checkout(tmp_path):
-    with pytest.raises(UsageError, match="not a checkout"): C.new("demo", "trust", tmp_path)
+    with pytest.raises(UsageError, match="not a checkout"):
+        C.new("demo", "trust", tmp_path)

@@ -1,9 +1,34 @@
 "PinSage and LSM-GNN against exact walks, linear solves, networkx, hand-made losses and an exhaustive cache oracle."
 import networkx as nx, numpy as np, pandas as pd, pytest, scipy.sparse as sp, torch
 from recbook.collaborative import graph_cf as gcf
-from recbook.collaborative.graph_cf import (UNKNOWN, PinBatches, PinSage, SharedCache, VictimBuffer, computation_graph, curriculum,
-    embed_all, equal_weights, hard_negatives, max_margin, neighbour_batches, next_reuse, pack, pair_ranks, personalised_pagerank, pin_loss,
-    power_law_graph, reverse_pagerank, scaled_mrr, serve, successive_pairs, top_neighbours, uniform_neighbours, unpack, visit_counts)
+from recbook.collaborative.graph_cf import (
+    UNKNOWN,
+    PinBatches,
+    PinSage,
+    SharedCache,
+    VictimBuffer,
+    computation_graph,
+    curriculum,
+    embed_all,
+    equal_weights,
+    hard_negatives,
+    max_margin,
+    neighbour_batches,
+    next_reuse,
+    pack,
+    pair_ranks,
+    personalised_pagerank,
+    pin_loss,
+    power_law_graph,
+    reverse_pagerank,
+    scaled_mrr,
+    serve,
+    successive_pairs,
+    top_neighbours,
+    uniform_neighbours,
+    unpack,
+    visit_counts,
+)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +96,8 @@ def test_layerwise_equals_minibatch(graph, pool, K):
     for nodes in (np.array([3]), np.array([7, 2, 29])):
         need, blocks = computation_graph(nodes, N, alpha, K)
         reach = set(nodes)
-        for _ in range(K): reach |= {v for u in reach for v in N[u]}
+        for _ in range(K):
+            reach |= {v for u in reach for v in N[u]}
         assert set(need) == reach and [len(b[0]) for b in blocks][-1] == len(nodes)
         torch.testing.assert_close(m(torch.from_numpy(X[need]), blocks), Z[nodes], rtol=1e-4, atol=1e-5)
 
@@ -114,7 +140,9 @@ def test_pagerank_against_solve_and_networkx(graph, restart):
     P[7, 7] = 1
     got = personalised_pagerank(graph, np.arange(30), restart, iters=150)
     np.testing.assert_allclose(got, restart*np.linalg.inv(np.eye(30) - (1-restart)*P), atol=1e-5)
-    theirs = nx.pagerank(nx.from_numpy_array(P, create_using=nx.DiGraph), 1-restart, personalization={4: 1}, tol=1e-12, max_iter=1000)
+    theirs = nx.pagerank(
+        nx.from_numpy_array(P, create_using=nx.DiGraph), 1 - restart, personalization={4: 1}, tol=1e-12, max_iter=1000
+    )
     np.testing.assert_allclose(got[4], [theirs[k] for k in range(30)], atol=1e-5)
 
 
@@ -124,7 +152,8 @@ def test_hard_negatives_are_the_band(graph):
     for q in range(30):
         order = [i for i in np.argsort(-ppr[q], kind="stable") if i != q]
         assert H[q].tolist() == order[2:8] # rank 0 is the query
-    with pytest.raises(ValueError, match="band"): hard_negatives(graph, 0, .5)
+    with pytest.raises(ValueError, match="band"):
+        hard_negatives(graph, 0, .5)
 
 
 def producer(graph, **kw):
@@ -148,7 +177,8 @@ def test_batch_masks_known_pairs_and_loss_by_hand(graph):
     torch.manual_seed(0)
     m = PinSage(6, 16, 8)
     z, Z = m(x, blocks), embed_all(m, X, N, alpha)
-    for r, want in zip(rows[:2], (q, i)): torch.testing.assert_close(z[r], Z[want], rtol=1e-4, atol=1e-5)
+    for r, want in zip(rows[:2], (q, i)):
+        torch.testing.assert_close(z[r], Z[want], rtol=1e-4, atol=1e-5)
     back = {tuple(np.round(v.tolist(), 4)): k for k, v in enumerate(Z)}
     shared = [back[tuple(np.round(v.tolist(), 4))] for v in z[rows[2]]]
     hard = [back[tuple(np.round(v.tolist(), 4))] for v in z[rows[3]]]
@@ -157,7 +187,8 @@ def test_batch_masks_known_pairs_and_loss_by_hand(graph):
         for c, n in enumerate(shared + [hard[k]]):
             ok = n != a and not (n == a + 1 and a < 29)
             assert bool(allowed[k, c]) == ok
-            if ok: total, count = total + max(0., float(Z[a] @ Z[n] - Z[a] @ Z[b]) + .1), count + 1
+            if ok:
+                total, count = total + max(0., float(Z[a] @ Z[n] - Z[a] @ Z[b]) + .1), count + 1
     assert pin_loss(m, (x, blocks, rows, allowed)).item() == pytest.approx(total/count, rel=1e-3)
 
 
@@ -177,9 +208,12 @@ def test_same_seed_same_numbers(graph):
     assert (visit_counts(graph, seed=3) != visit_counts(graph, seed=4)).nnz > 0
     a, b = (producer(graph, seed=2)[0] for _ in range(2))
     q = torch.arange(9)
-    for x, y in zip(a(q, q+1)[2], b(q, q+1)[2]): assert torch.equal(x, y)
+    for x, y in zip(a(q, q+1)[2], b(q, q+1)[2]):
+        assert torch.equal(x, y)
     G = power_law_graph(500, seed=1)
-    assert all(np.array_equal(x, y) for x, y in zip(neighbour_batches(G, 9, 16, seed=2), neighbour_batches(G, 9, 16, seed=2)))
+    assert all(
+        np.array_equal(x, y) for x, y in zip(neighbour_batches(G, 9, 16, seed=2), neighbour_batches(G, 9, 16, seed=2))
+    )
 
 
 # ---- LSM-GNN
@@ -202,7 +236,8 @@ def test_sampler_requests_neighbours_once():
     for s, b in zip(seeds, trace):
         assert len(np.unique(b)) == len(b) <= 16*4
         assert set(b) <= set(s) | set(G[s].indices)
-    with pytest.raises(ValueError, match="n_seeds=400"): neighbour_batches(G, 1, 400)
+    with pytest.raises(ValueError, match="n_seeds=400"):
+        neighbour_batches(G, 1, 400)
 
 
 def test_reverse_pagerank_against_networkx():
@@ -215,7 +250,8 @@ def test_packing_orders_by_time_and_comes_back():
     rng = np.random.default_rng(0)
     tau, gpu, pos = rng.integers(1, 99, 500), rng.integers(0, 8, 500), rng.integers(0, 1 << 20, 500)
     p = pack(tau, gpu, pos)
-    for a, b in zip(unpack(p), (tau, gpu, pos)): np.testing.assert_array_equal(a, b)
+    for a, b in zip(unpack(p), (tau, gpu, pos)):
+        np.testing.assert_array_equal(a, b)
     assert (np.diff(tau[p.argsort()]) >= 0).all() and pack(UNKNOWN, 0, 0) > p.max()
 
 
@@ -225,7 +261,8 @@ def test_next_reuse_by_definition(traced):
     for v in range(600):
         uses = [k for k in range(1, 5) if v in trace[4+k]]
         assert tau[v] == (uses[0] if uses else UNKNOWN)
-        if uses: assert trace[4+uses[0]][pos[v]] == v and gpu[v] == (4+uses[0]) % 2
+        if uses:
+            assert trace[4+uses[0]][pos[v]] == v and gpu[v] == (4+uses[0]) % 2
 
 
 def fewest_reads(requests, lines):
@@ -261,13 +298,18 @@ def test_every_request_is_counted_and_capacity_holds(traced, policy):
     cache = SharedCache(600, 64, policy, hot, gpus=2, ways=4, dim=3)
     X = np.random.default_rng(0).normal(size=(600, 3)).astype(np.float32)
     for t, (nodes, x, c) in enumerate(serve(trace, cache, 4, 40, X)):
-        assert np.array_equal(nodes, trace[t]) and np.array_equal(x, X[nodes]) # served rows are the stored rows, bit by bit
+        assert np.array_equal(nodes, trace[t]) and np.array_equal(
+            x, X[nodes]
+        )  # served rows are the stored rows, bit by bit
         assert c["requested"] == len(nodes) == c["local"] + c["peer"] + c["pvp"] + c["reads"]
         held = cache.tags[cache.tags >= 0]
         assert len(held) == len(np.unique(held)) <= 64 and (cache.slot >= 0).sum() == len(held)
-        if policy != "static": assert (cache.set_of[cache.tags] == np.arange(16)[:, None])[cache.tags >= 0].all()
-    if policy == "static": assert set(held) == set(np.argsort(-hot)[:64])
-    else: assert set(held % 2) == {0, 1}
+        if policy != "static":
+            assert (cache.set_of[cache.tags] == np.arange(16)[:, None])[cache.tags >= 0].all()
+    if policy == "static":
+        assert set(held) == set(np.argsort(-hot)[:64])
+    else:
+        assert set(held % 2) == {0, 1}
 
 
 @pytest.mark.parametrize("W", [1, 3, 6])
@@ -275,8 +317,11 @@ def test_never_sees_beyond_the_window(traced, W):
     trace, hot = traced
     pulled = []
     def sampler():
-        for k, b in enumerate(trace): pulled.append(k); yield b
-    for t, _ in enumerate(serve(sampler(), SharedCache(600, 64, "hybrid", hot, ways=4), W, 30)): assert max(pulled) <= t + W
+        for k, b in enumerate(trace):
+            pulled.append(k)
+            yield b
+    for t, _ in enumerate(serve(sampler(), SharedCache(600, 64, "hybrid", hot, ways=4), W, 30)):
+        assert max(pulled) <= t + W
     run = lambda tr: [c["reads"] for *_, c in serve(tr, SharedCache(600, 64, "hybrid", hot, ways=4), W, 30)]
     assert run(trace)[:21-W] == run(trace[:20] + trace[:19:-1])[:21-W]
 
@@ -299,9 +344,12 @@ def test_victims_save_reads_and_lookahead_beats_lru(traced):
 
 
 def test_wrong_arguments_are_named():
-    with pytest.raises(ValueError, match="policy='belady'"): SharedCache(9, 4, "belady", ways=2)
-    with pytest.raises(ValueError, match="hotness"): SharedCache(9, 4, "hybrid", ways=2)
-    with pytest.raises(ValueError, match="lines=5"): SharedCache(9, 5, "lru", ways=2)
+    with pytest.raises(ValueError, match="policy='belady'"):
+        SharedCache(9, 4, "belady", ways=2)
+    with pytest.raises(ValueError, match="hotness"):
+        SharedCache(9, 4, "hybrid", ways=2)
+    with pytest.raises(ValueError, match="lines=5"):
+        SharedCache(9, 5, "lru", ways=2)
 
 
 def odd(G):
@@ -313,16 +361,39 @@ def odd(G):
 
 
 def test_the_form_of_a_graph_does_not_matter():
-    rng = np.random.default_rng(0); G = sp.csr_matrix((rng.random((15, 20)) < .2).astype(np.float32)); G[3] = 0; G.eliminate_zeros(); X = odd(G)
-    assert (gcf.visit_counts(X) != gcf.visit_counts(G)).nnz == 0 and np.allclose(gcf.personalised_pagerank(X, np.arange(15)), gcf.personalised_pagerank(G, np.arange(15)))
-    for a, b in zip(gcf.uniform_neighbours(X, 3), gcf.uniform_neighbours(G, 3)): assert (a == b).all()
-    H = (G @ G.T).tocsr(); H.sort_indices(); assert np.allclose(gcf.reverse_pagerank(H.tocoo()), gcf.reverse_pagerank(H))
-    C = gcf.visit_counts(G); D = sp.csr_matrix((np.r_[C.data, [0.]], np.r_[C.indices, [5]], np.r_[C.indptr[:-1], [C.nnz+1]]), C.shape)
-    for a, b in zip(gcf.top_neighbours(D, 3), gcf.top_neighbours(C, 3)): assert (a == b).all()
-    with pytest.raises(ValueError, match="node 3 has no neighbour"): gcf.random_neighbour(G, np.array([1, 3]), rng)
+    rng = np.random.default_rng(0)
+    G = sp.csr_matrix((rng.random((15, 20)) < .2).astype(np.float32))
+    G[3] = 0
+    G.eliminate_zeros()
+    X = odd(G)
+    assert (gcf.visit_counts(X) != gcf.visit_counts(G)).nnz == 0 and np.allclose(
+        gcf.personalised_pagerank(X, np.arange(15)), gcf.personalised_pagerank(G, np.arange(15))
+    )
+    for a, b in zip(gcf.uniform_neighbours(X, 3), gcf.uniform_neighbours(G, 3)):
+        assert (a == b).all()
+    H = (G @ G.T).tocsr()
+    H.sort_indices()
+    assert np.allclose(gcf.reverse_pagerank(H.tocoo()), gcf.reverse_pagerank(H))
+    C = gcf.visit_counts(G)
+    D = sp.csr_matrix((np.r_[C.data, [0.]], np.r_[C.indices, [5]], np.r_[C.indptr[:-1], [C.nnz+1]]), C.shape)
+    for a, b in zip(gcf.top_neighbours(D, 3), gcf.top_neighbours(C, 3)):
+        assert (a == b).all()
+    with pytest.raises(ValueError, match="node 3 has no neighbour"):
+        gcf.random_neighbour(G, np.array([1, 3]), rng)
 
 
-@pytest.mark.parametrize("trace, kw, says", [([np.array([0, -1])], {}, "distinct"), ([np.array([0, 0])], {}, "distinct"), ([np.array([0, 99])], {}, "distinct"), ([np.array([.5])], {}, "distinct"),
-    ([np.array([0])], dict(window=4, pvp=3), "pvp=3"), ([np.array([0])], dict(window=0, pvp=3), "pvp=3"), ([np.array([0])], dict(window=1.5), "window=1.5")])
+@pytest.mark.parametrize(
+    "trace, kw, says",
+    [
+        ([np.array([0, -1])], {}, "distinct"),
+        ([np.array([0, 0])], {}, "distinct"),
+        ([np.array([0, 99])], {}, "distinct"),
+        ([np.array([0.5])], {}, "distinct"),
+        ([np.array([0])], dict(window=4, pvp=3), "pvp=3"),
+        ([np.array([0])], dict(window=0, pvp=3), "pvp=3"),
+        ([np.array([0])], dict(window=1.5), "window=1.5"),
+    ],
+)
 def test_serving_refuses_what_it_cannot_serve(trace, kw, says):
-    with pytest.raises(ValueError, match=says): list(gcf.serve(trace, gcf.SharedCache(20, 8, "lru", gpus=2, ways=2), **kw))
+    with pytest.raises(ValueError, match=says):
+        list(gcf.serve(trace, gcf.SharedCache(20, 8, "lru", gpus=2, ways=2), **kw))

@@ -10,7 +10,8 @@ from recbook import run as R
 # --- names, profiles, parameters: nothing runs ---
 
 def test_chapters_in_reading_order(book):
-    write_page(book, "02_late", PLAIN, "trust"); write_page(book, "01_early", PLAIN, "foundations")
+    write_page(book, "02_late", PLAIN, "trust")
+    write_page(book, "01_early", PLAIN, "foundations")
     assert [c.area for c in R.chapters()] == ["early", "late", "demo"]
     assert R.pick(["demo"])[0].title == "Demo: [a page]"
 
@@ -18,9 +19,22 @@ def test_home_is_the_checkout_around_us(book, monkeypatch):
     monkeypatch.chdir(book/"nbs"/"basics")
     assert R.home() == book.resolve()
 
-@pytest.mark.parametrize("text,want", [("5", 5), ("1e-3", 1e-3), ("true", True), ("False", False), ("None", None), ("[1, 2]", [1, 2]),
-    ("ml-1m", "ml-1m"), ("'5'", "5"), ("/a/b c", "/a/b c")])
-def test_value(text, want): assert R.value(text) == want and type(R.value(text)) is type(want)
+@pytest.mark.parametrize(
+    "text,want",
+    [
+        ("5", 5),
+        ("1e-3", 1e-3),
+        ("true", True),
+        ("False", False),
+        ("None", None),
+        ("[1, 2]", [1, 2]),
+        ("ml-1m", "ml-1m"),
+        ("'5'", "5"),
+        ("/a/b c", "/a/b c"),
+    ],
+)
+def test_value(text, want):
+    assert R.value(text) == want and type(R.value(text)) is type(want)
 
 def test_layers_of_parameters(book):
     assert R.parameters("demo") == {}
@@ -29,7 +43,8 @@ def test_layers_of_parameters(book):
 
 def test_override_for_a_chapter_must_exist(book):
     (book/"settings.ini").write_text("[cpu]\n[cpu.demo]\nfleg = 1\n")
-    with pytest.raises(R.UsageError, match="Did you mean 'flag'"): R.parameters("demo", "cpu")
+    with pytest.raises(R.UsageError, match="Did you mean 'flag'"):
+        R.parameters("demo", "cpu")
 
 def test_set_goes_where_it_is_declared(book):
     write_page(book, "02_plain", PLAIN)
@@ -43,11 +58,14 @@ def test_wrong_names_end_with_2_and_run_nothing(book, args, says):
     assert not (book/"runs").exists()
 
 def test_save_needs_a_checkout(book):
-    (book/"recbook"/"dummy.py").unlink(); (book/"recbook").rmdir()
-    with pytest.raises(R.UsageError, match="checkout"): R.run_chapters(["demo"], root=book, save=True)
+    (book/"recbook"/"dummy.py").unlink()
+    (book/"recbook").rmdir()
+    with pytest.raises(R.UsageError, match="checkout"):
+        R.run_chapters(["demo"], root=book, save=True)
 
 def test_bare_folder_says_what_to_do(tmp_path):
-    with pytest.raises(R.UsageError, match="checkout"): R.pick(["all"], tmp_path)
+    with pytest.raises(R.UsageError, match="checkout"):
+        R.pick(["all"], tmp_path)
 
 # --- running ---
 
@@ -56,8 +74,21 @@ def test_run_record_resume_save(book):
     assert "supported" in out and "runs/smoke/demo.ipynb" in out
 
     rec = no_nan((book/"runs/smoke/demo.json").read_text())
-    assert set(rec) == {"area", "profile", "commit", "started", "wall_s", "machine", "device", "threads", "versions", "parameters", "fingerprint",
-        "datasets", "claims"}
+    assert set(rec) == {
+        "area",
+        "profile",
+        "commit",
+        "started",
+        "wall_s",
+        "machine",
+        "device",
+        "threads",
+        "versions",
+        "parameters",
+        "fingerprint",
+        "datasets",
+        "claims",
+    }
     assert rec["parameters"] == dict(seed=3, n=7.5, flag=False)
     assert rec["datasets"] == ["world"] and rec["wall_s"] > 0
     c, = rec["claims"]
@@ -80,16 +111,22 @@ def test_run_record_resume_save(book):
     assert "skipped" in cli(*again, 3)
     assert "skipped" not in cli(*again, 4)
     assert sorted(f.name for f in (book/"runs/smoke").iterdir()) == ["demo.ipynb", "demo.json"]
-    subprocess.run([sys.executable, "-c", "from nbdev.clean import nbdev_clean; nbdev_clean('nbs/basics/01_demo.ipynb')"], check=True,
-        cwd=_with_config(book))
+    subprocess.run(
+        [sys.executable, "-c", "from nbdev.clean import nbdev_clean; nbdev_clean('nbs/basics/01_demo.ipynb')"],
+        check=True,
+        cwd=_with_config(book),
+    )
     assert (book/"nbs/basics/01_demo.ipynb").read_text() == text # already as nbdev-clean leaves it
 
 def _with_config(book):
-    (book/"pyproject.toml").write_text('[project]\nname="x"\nversion="0"\n[tool.nbdev]\nallowed_cell_metadata_keys = ["tags"]\n')
+    (book / "pyproject.toml").write_text(
+        '[project]\nname="x"\nversion="0"\n[tool.nbdev]\nallowed_cell_metadata_keys = ["tags"]\n'
+    )
     return book
 
 def test_failure_spares_others_and_the_good_result(book):
-    write_page(book, "02_broken", BROKEN); write_page(book, "03_plain", PLAIN)
+    write_page(book, "02_broken", BROKEN)
+    write_page(book, "03_plain", PLAIN)
     assert R.run_chapters(["broken"], sets=dict(seed=1))[0].ok
     whole = {f: (book/"runs/smoke"/f).read_bytes() for f in ("broken.ipynb", "broken.json")}
 
@@ -120,8 +157,15 @@ def _text(x):
     return con.export_text()
 
 def env_page(root):
-    return write_page(root, "02_env", ["# Env", "seed = 0",
-        "import os\nprint(os.environ['PYTHONPATH'].split(os.pathsep)[0], os.environ['OMP_NUM_THREADS'], os.environ['MKL_NUM_THREADS'])"])
+    return write_page(
+        root,
+        "02_env",
+        [
+            "# Env",
+            "seed = 0",
+            "import os\nprint(os.environ['PYTHONPATH'].split(os.pathsep)[0], os.environ['OMP_NUM_THREADS'], os.environ['MKL_NUM_THREADS'])",
+        ],
+    )
 
 def printed(res): return "".join(json.loads(res.notebook.read_text())["cells"][2]["outputs"][0]["text"]).split()
 
@@ -132,11 +176,22 @@ def test_kernels_see_the_book_first(book):
     assert dict(os.environ) == before and not (book/"runs").exists()
     assert printed(res)[0] == str(book)
 
-@pytest.mark.parametrize("jobs,given,env,want", [(1, None, None, 1), (2, None, None, 1), (8, None, None, 1), (8, None, "3", 3), (1, 2, "3", 2), (1, None, "none", 1)])
+@pytest.mark.parametrize(
+    "jobs,given,env,want",
+    [
+        (1, None, None, 1),
+        (2, None, None, 1),
+        (8, None, None, 1),
+        (8, None, "3", 3),
+        (1, 2, "3", 2),
+        (1, None, "none", 1),
+    ],
+)
 def test_threads_do_not_depend_on_jobs_and_stand_in_the_record(book, monkeypatch, jobs, given, env, want):
     env_page(book)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if env: monkeypatch.setenv("OMP_NUM_THREADS", env)
+    if env:
+        monkeypatch.setenv("OMP_NUM_THREADS", env)
     res, = R.run_chapters(["env"], jobs=jobs, threads=given)
     assert printed(res)[1:] == [str(want)]*2 and res.record["threads"] == want
 
@@ -150,22 +205,32 @@ def test_fingerprint_knows_what_matters(book):
     seen = {R.fingerprint(ch, {})}
     def new(): n = len(seen); seen.add(R.fingerprint(ch, {})); return len(seen) > n
     nb = nbformat.read(ch.path, 4)
-    nb.cells[0].source += " Better prose."; nb.cells[3].outputs = [nbformat.v4.new_output("stream", text="x")]
-    nbformat.write(nb, ch.path); assert not new()
-    nb.cells[3].source += "\n1"; nbformat.write(nb, ch.path); assert new()
-    (book/"recbook/dummy.py").write_text("x = 2\n"); assert new()
-    toml.parent.mkdir(parents=True); toml.write_text(""); assert new()
+    nb.cells[0].source += " Better prose."
+    nb.cells[3].outputs = [nbformat.v4.new_output("stream", text="x")]
+    nbformat.write(nb, ch.path)
+    assert not new()
+    nb.cells[3].source += "\n1"
+    nbformat.write(nb, ch.path)
+    assert new()
+    (book/"recbook/dummy.py").write_text("x = 2\n")
+    assert new()
+    toml.parent.mkdir(parents=True)
+    toml.write_text("")
+    assert new()
     assert R.fingerprint(ch, dict(seed=1)) not in seen
 
 def test_publish_refuses_outputs_of_other_code(book):
     res, = R.run_chapters(["demo"])
     write_page(book, "01_demo", DEMO)
-    with pytest.raises(R.UsageError, match="run the chapter again"): R.publish(res)
+    with pytest.raises(R.UsageError, match="run the chapter again"):
+        R.publish(res)
 
 def test_save_that_fails_is_reported_and_spares_others(book, monkeypatch):
     write_page(book, "02_plain", PLAIN)
     real = R.publish
-    def publish(res, root): return real(res, root) if res.chapter.area == "plain" else (_ for _ in ()).throw(OSError("disk full"))
+
+    def publish(res, root):
+        return real(res, root) if res.chapter.area == "plain" else (_ for _ in ()).throw(OSError("disk full"))
     monkeypatch.setattr(R, "publish", publish)
     assert "demo: OSError: disk full" in cli("run", "demo", "plain", "--save", "--jobs", 2, code=1)
     assert (book/"data/results/smoke/plain.json").is_file()
@@ -174,10 +239,16 @@ def test_save_that_fails_is_reported_and_spares_others(book, monkeypatch):
 def test_ctrl_c_ends_at_once_and_leaves_no_half_notebook(book):
     write_page(book, "02_slow", ["# Slow", "seed = 0", "import time\nopen('started', 'w').close()\ntime.sleep(60)"])
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from recbook.run import app; app()"
-    p = subprocess.Popen([sys.executable, "-c", code, "run", "slow"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        cwd=book)
+    p = subprocess.Popen(
+        [sys.executable, "-c", code, "run", "slow"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=book,
+    )
     for _ in range(200):
-        if (book/"started").exists(): break
+        if (book/"started").exists():
+            break
         time.sleep(0.1)
     p.send_signal(signal.SIGINT)
     assert "Stopped" in p.communicate(timeout=10)[1] and p.returncode == 130
@@ -190,7 +261,9 @@ def test_harvest_keeps_the_last_of_an_id_and_data_set():
     cell = lambda *o: dict(cell_type="code", source="", outputs=list(o))
     md = dict(cell_type="markdown", source=["## A {#sec-a}\n", "text"])
     stream = dict(output_type="stream", text="")
-    got = R.harvest(dict(cells=[cell(out("x", 0)), md, cell(out("y", 1), stream), cell(out("x", 2), out("x", 3, "real"))]))
+    got = R.harvest(
+        dict(cells=[cell(out("x", 0)), md, cell(out("y", 1), stream), cell(out("x", 2), out("x", 3, "real"))])
+    )
     assert [(c["id"], c["dataset"], c["v"]) for c in got] == [("x", "w", 2), ("y", "w", 1), ("x", "real", 3)]
     assert {c["at"] for c in got} == {"sec-a"}
 
@@ -203,15 +276,23 @@ def test_scrub_only_whole_paths(monkeypatch):
 def test_commit_without_git_is_the_version(tmp_path): assert R.commit(tmp_path) == (R._version("recbook") or "unknown")
 
 def test_commit_in_git(tmp_path):
-    git = lambda *a: subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *a], cwd=tmp_path, check=True, capture_output=True)
-    git("init"); (tmp_path/"a").write_text("1"); git("add", "a"); git("commit", "-m", "a")
+    git = lambda *a: subprocess.run(
+        ["git", "-c", "user.name=t", "-c", "user.email=t@t", *a], cwd=tmp_path, check=True, capture_output=True
+    )
+    git("init")
+    (tmp_path/"a").write_text("1")
+    git("add", "a")
+    git("commit", "-m", "a")
     clean = R.commit(tmp_path)
     (tmp_path/"a").write_text("2")
     assert len(clean) >= 7 and R.commit(tmp_path) == clean + "+dirty"
 
 def test_list_shows_papers_claims_and_runs(book):
-    p = book/"data/papers/demo.toml"; p.parent.mkdir(parents=True)
-    p.write_text('[[paper]]\nid = "demo"\nname = "DemoNet"\n[[paper.claim]]\nid = "demo.1"\n[[paper.claim]]\nid = "demo.2"\n')
+    p = book/"data/papers/demo.toml"
+    p.parent.mkdir(parents=True)
+    p.write_text(
+        '[[paper]]\nid = "demo"\nname = "DemoNet"\n[[paper.claim]]\nid = "demo.1"\n[[paper.claim]]\nid = "demo.2"\n'
+    )
     R.write_json(book/"data/results/cpu/demo.json", dict(started="2026-01-31T00:00:00+00:00"))
     out = cli("list")
     assert "Demo: [a page]" in out and "DemoNet" in out and " 2 " in out and "cpu 2026-01-31" in out
@@ -229,8 +310,22 @@ def test_scoreboard_of_published_records(book):
     assert "0.5 on gowalla" in _text(R.claims_table([claim]))
 
 def test_claims_table_takes_incomplete_records():
-    t = _text(R.claims_table([dict(id="a.1", verdict=None), dict(id="b.1", ours=[1, None, 2], theirs=[], ci=[None, None], effect=None,
-        systems=["A[x]", "B"], verdict="refuted")]))
+    t = _text(
+        R.claims_table(
+            [
+                dict(id="a.1", verdict=None),
+                dict(
+                    id="b.1",
+                    ours=[1, None, 2],
+                    theirs=[],
+                    ci=[None, None],
+                    effect=None,
+                    systems=["A[x]", "B"],
+                    verdict="refuted",
+                ),
+            ]
+        )
+    )
     assert "a.1" in t and "A[x] 1.5" in t and "refuted" in t
 
 def test_help_and_list_stay_light(book):
@@ -244,14 +339,21 @@ def test_help_and_list_stay_light(book):
 def test_a_kernel_that_does_not_start_is_tried_once_more(tmp_path, monkeypatch):
     import papermill
     from recbook.run import execute
-    write_page(tmp_path, "01_demo", DEMO); tries, real = [], papermill.execute_notebook
+    write_page(tmp_path, "01_demo", DEMO)
+    tries, real = [], papermill.execute_notebook
     def flaky(*args, **kwargs):
         tries.append(1)
-        if len(tries) == 1: raise RuntimeError("Kernel didn't respond in 60 seconds")
+        if len(tries) == 1:
+            raise RuntimeError("Kernel didn't respond in 60 seconds")
         return real(*args, **kwargs)
     monkeypatch.setattr(papermill, "execute_notebook", flaky)
     page = next(tmp_path.rglob("01_demo.ipynb"))
     execute(page, tmp_path/"out.ipynb", {}, tmp_path)
     assert len(tries) == 2 and (tmp_path/"out.ipynb").is_file()
-    monkeypatch.setattr(papermill, "execute_notebook", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("Kernel didn't respond in 60 seconds")))
-    with pytest.raises(RuntimeError): execute(page, tmp_path/"out.ipynb", {}, tmp_path)
+    monkeypatch.setattr(
+        papermill,
+        "execute_notebook",
+        lambda *a, **k: (_ for _ in ()).throw(RuntimeError("Kernel didn't respond in 60 seconds")),
+    )
+    with pytest.raises(RuntimeError):
+        execute(page, tmp_path/"out.ipynb", {}, tmp_path)

@@ -7,7 +7,15 @@ from recbook.data import root
 BOOK = yaml.safe_load((root()/"_quarto.yml").read_text(encoding="utf-8"))["book"]["chapters"]
 ORDER = [c for part in BOOK for c in (part["chapters"] if isinstance(part, dict) else [part])]
 CHAPTERS = [c for c in ORDER if c.split("/")[0] not in ("foundations", "workshop") and "/" in c]
-PENDING = {"graph_cf", "implicit", "retrieval", "alignment", "influence", "unlearning", "editing"} # not yet moved onto `trials`
+PENDING = {
+    "graph_cf",
+    "implicit",
+    "retrieval",
+    "alignment",
+    "influence",
+    "unlearning",
+    "editing",
+}  # not yet moved onto `trials`
 NO_WORDS = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
 
@@ -33,7 +41,8 @@ def functions(rel):
     out = []
     for s in code(rel):
         for n in ast.walk(ast.parse(s)):
-            if not isinstance(n, ast.FunctionDef): continue
+            if not isinstance(n, ast.FunctionDef):
+                continue
             a = n.args
             known = [*a.posonlyargs, *a.args, *a.kwonlyargs]
             own = len(known) - (bool(known) and known[0].arg in ("self", "cls"))
@@ -41,7 +50,11 @@ def functions(rel):
     return out
 
 
-def owned(chapters): return [pytest.param(c, marks=pytest.mark.skip(reason="not yet moved onto trials") if area(c) in PENDING else ()) for c in chapters]
+def owned(chapters):
+    return [
+        pytest.param(c, marks=pytest.mark.skip(reason="not yet moved onto trials") if area(c) in PENDING else ())
+        for c in chapters
+    ]
 
 
 @pytest.mark.parametrize("rel", owned(CHAPTERS), ids=area)
@@ -56,7 +69,9 @@ def test_a_chapter_keeps_its_size(rel):
 @pytest.mark.parametrize("rel", owned(CHAPTERS), ids=area)
 def test_cells_and_functions_can_be_read(rel):
     sizes = [tokens(s) for s in code(rel)]
-    assert np.median(sizes) <= 80 and np.quantile(sizes, .9) <= 200, f"tokens a cell: median {np.median(sizes)}, 9 of 10 {np.quantile(sizes, .9)}"
+    assert np.median(sizes) <= 80 and np.quantile(sizes, 0.9) <= 200, (
+        f"tokens a cell: median {np.median(sizes)}, 9 of 10 {np.quantile(sizes, 0.9)}"
+    )
     fs = functions(rel)
     assert np.quantile([t for _, t, _ in fs], .9) <= 160, sorted(fs, key=lambda f: -f[1])[:8]
     assert max(p for _, _, p in fs) <= 8, [f for f in fs if f[2] > 8]
@@ -78,6 +93,14 @@ def test_a_page_imports_what_stands_before_it(rel):
     later = set()
     for s in code(rel):
         for n in ast.walk(ast.parse(re.sub(r"^\s*[%!].*$", "", s, flags=re.M))):
-            names = [n.module] if isinstance(n, ast.ImportFrom) and n.module else [a.name for a in n.names] if isinstance(n, ast.Import) else []
+            names = (
+                [n.module]
+                if isinstance(n, ast.ImportFrom) and n.module
+                else [a.name for a in n.names]
+                if isinstance(n, ast.Import)
+                else []
+            )
             later |= {m for m in names if place.get(m, -1) > here}
-    assert not later - {"recbook.trials"} if rel.endswith("claims.ipynb") else not later, f"{rel} imports later pages: {sorted(later)}"
+    assert not later - {"recbook.trials"} if rel.endswith("claims.ipynb") else not later, (
+        f"{rel} imports later pages: {sorted(later)}"
+    )

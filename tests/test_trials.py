@@ -5,8 +5,24 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from recbook import provenance, trials
 from recbook.provenance import Store, digest
-from recbook.trials import (Case, Method, NotAlive, Outcome, alive, best_rival, beyond, climbing, derive, over_seeds, per_seed, run_all, settings,
-    trial_key, tune, values)
+from recbook.trials import (
+    Case,
+    Method,
+    NotAlive,
+    Outcome,
+    alive,
+    best_rival,
+    beyond,
+    climbing,
+    derive,
+    over_seeds,
+    per_seed,
+    run_all,
+    settings,
+    trial_key,
+    tune,
+    values,
+)
 
 scale = 1.
 
@@ -32,23 +48,30 @@ def store(tmp_path):
 
 
 def test_tuning_averages_over_seeds_and_reports_on_others(store):
-    ms = [Method("A", quadratic, dict(lr=[.01, .1, 1.])), Method("B", partial(quadratic, best=1.), dict(lr=[.1, 1., 10.]))]
+    ms = [
+        Method("A", quadratic, dict(lr=[0.01, 0.1, 1.0])),
+        Method("B", partial(quadratic, best=1.0), dict(lr=[0.1, 1.0, 10.0])),
+    ]
     t = tune(ms, [WORLD], [100, 101], store=store)
     assert [t.of("world", m)[0]["lr"] for m in "AB"] == [.1, 1.] and t.of("world", "A")[1] == ()
     df = over_seeds(ms, [WORLD], [0, 1, 2], t, store=store)
     assert values(df, "A", "seconds").tolist() == [1, 1, 1]
     assert per_seed(df).groupby("method").size().to_dict() == dict(A=3, B=3)
-    with pytest.raises(ValueError, match="were used for tuning"): over_seeds(ms, [WORLD], [100, 5], t, store=store)
+    with pytest.raises(ValueError, match="were used for tuning"):
+        over_seeds(ms, [WORLD], [100, 5], t, store=store)
 
 
 def test_unequal_numbers_of_settings_are_refused(store):
     ms = [Method("A", quadratic, dict(lr=[.01, .1, 1.])), Method("B", quadratic, dict(lr=[.1, 1.]))]
-    with pytest.raises(ValueError, match="unequal numbers of settings.*'A': 3.*'B': 2"): tune(ms, [WORLD], [100, 101], store=store)
+    with pytest.raises(ValueError, match="unequal numbers of settings.*'A': 3.*'B': 2"):
+        tune(ms, [WORLD], [100, 101], store=store)
 
 
 def test_one_tuning_seed_is_refused(store):
-    with pytest.raises(ValueError, match="at least two"): tune([Method("A", quadratic, dict(lr=[.1, 1.]))], [WORLD], [100], store=store)
-    with pytest.raises(ValueError, match="repeat one"): tune([Method("A", quadratic, dict(lr=[.1, 1.]))], [WORLD], [1, 1], store=store)
+    with pytest.raises(ValueError, match="at least two"):
+        tune([Method("A", quadratic, dict(lr=[.1, 1.]))], [WORLD], [100], store=store)
+    with pytest.raises(ValueError, match="repeat one"):
+        tune([Method("A", quadratic, dict(lr=[.1, 1.]))], [WORLD], [1, 1], store=store)
 
 
 def test_an_optimum_at_the_edge_widens_the_grid_until_it_is_inside(store):
@@ -63,7 +86,12 @@ def test_an_optimum_that_runs_away_is_flagged(store):
 
 
 def test_a_natural_limit_is_no_edge(store):
-    t = tune([Method("A", partial(quadratic, best=1e6), dict(lr=[.01, .1]), limits=dict(lr=(0, .1)))], [WORLD], [100, 101], store=store)
+    t = tune(
+        [Method("A", partial(quadratic, best=1e6), dict(lr=[0.01, 0.1]), limits=dict(lr=(0, 0.1)))],
+        [WORLD],
+        [100, 101],
+        store=store,
+    )
     assert t.of("world", "A") == (dict(lr=.1), ())
 
 
@@ -80,7 +108,12 @@ def test_half_a_budget_is_flagged_unfinished(store):
 
 
 def test_a_single_setting_is_flagged_as_untuned(store):
-    df = over_seeds([Method("A", quadratic, dict(lr=[.1])), Method("pop", lambda c, s: dict(recall=.1), role="rival")], [WORLD], [0, 1], store=store)
+    df = over_seeds(
+        [Method("A", quadratic, dict(lr=[0.1])), Method("pop", lambda c, s: dict(recall=0.1), role="rival")],
+        [WORLD],
+        [0, 1],
+        store=store,
+    )
     assert df.groupby("method")["caveats"].first().to_dict() == dict(A="untuned", pop="")
 
 
@@ -92,7 +125,11 @@ def test_an_ablation_may_follow_another_and_says_so(store):
 
 def test_more_settings_of_whole_numbers_stay_whole():
     assert beyond([2, 4], 1) == 8 and isinstance(beyond([2, 4], 1), int) and beyond([1, 2], -1) == 0
-    assert beyond([0., .5], 1) == 1. and beyond([.1, .01], -1) == pytest.approx(.001) and beyond([.5, .9], 1, (0, 1)) == 1
+    assert (
+        beyond([0.0, 0.5], 1) == 1.0
+        and beyond([0.1, 0.01], -1) == pytest.approx(0.001)
+        and beyond([0.5, 0.9], 1, (0, 1)) == 1
+    )
 
 
 # --- computed once
@@ -104,14 +141,19 @@ def test_a_trial_is_computed_once_and_an_interrupted_run_resumes(store, monkeypa
     run_all([(m, WORLD, s, dict(lr=.1)) for s in (0, 1, 2)], store=store)
     assert ran == [0, 1, 2]
     failing = Method("B", lambda case, seed: dict(x=1.) if seed < 2 else 1/0)
-    with pytest.raises(ZeroDivisionError): run_all([(failing, WORLD, s, {}) for s in (0, 1, 2)], store=store)
+    with pytest.raises(ZeroDivisionError):
+        run_all([(failing, WORLD, s, {}) for s in (0, 1, 2)], store=store)
     assert sum(store.get(trial_key(failing, WORLD, s, {})) is not None for s in (0, 1, 2)) == 2
 
 
 def test_what_is_stored_comes_back_exactly(store):
     m = Method("A", quadratic)
     one, two = (run_all([(m, WORLD, 3, dict(lr=.3))], store=store)[0] for _ in range(2))
-    assert one.valid == two.valid and np.array_equal(one.curve, two.curve) and all(np.array_equal(one.values[k], two.values[k]) for k in one.values)
+    assert (
+        one.valid == two.valid
+        and np.array_equal(one.curve, two.curve)
+        and all(np.array_equal(one.values[k], two.values[k]) for k in one.values)
+    )
 
 
 def test_the_key_changes_with_code_value_setting_seed_and_data(monkeypatch):
@@ -119,7 +161,19 @@ def test_the_key_changes_with_code_value_setting_seed_and_data(monkeypatch):
     key = lambda m=m, c=WORLD, s=0, k=dict(lr=.1): trial_key(m, c, s, k)
     base = key()
     assert key() == base
-    assert len({base, key(s=1), key(k=dict(lr=.2)), key(c=Case("other", world)), key(c=Case("world", lambda seed: 1.)), key(m=Method("A", short))}) == 6
+    assert (
+        len(
+            {
+                base,
+                key(s=1),
+                key(k=dict(lr=0.2)),
+                key(c=Case("other", world)),
+                key(c=Case("world", lambda seed: 1.0)),
+                key(m=Method("A", short)),
+            }
+        )
+        == 6
+    )
     monkeypatch.setitem(globals(), "scale", 2.)
     assert key() != base
 
@@ -145,9 +199,13 @@ def test_a_changed_mechanism_or_foundation_changes_the_key_and_its_words_do_not(
         monkeypatch.undo()
         return d
     assert with_source(source) == base and module
-    assert with_source(source.replace("def topk(", "def topk(").replace("# (n, m) scores", "# scores of m items")) == base
+    assert (
+        with_source(source.replace("def topk(", "def topk(").replace("# (n, m) scores", "# scores of m items")) == base
+    )
     assert with_source(source.replace("The k best columns", "The very best columns")) == base
-    assert with_source(source.replace("gain = np.arange(1, k+1), 1/np.log2", "gain = np.arange(1, k+1), 1/np.log")) != base
+    assert (
+        with_source(source.replace("gain = np.arange(1, k+1), 1/np.log2", "gain = np.arange(1, k+1), 1/np.log")) != base
+    )
     assert with_source(source.replace("def gini(", "def gini_(")) == base
 
 
@@ -169,7 +227,8 @@ def test_a_two_node_ray_cluster_gives_the_same(store, tmp_path):
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
         register_ray()
         todo = [(Method("A", short), WORLD, s, dict(lr=.1)) for s in range(4)]
-        with joblib.parallel_config(backend="ray"): two = run_all(todo, jobs=2, store=Store(tmp_path/"other"))
+        with joblib.parallel_config(backend="ray"):
+            two = run_all(todo, jobs=2, store=Store(tmp_path/"other"))
         assert [o.valid for o in run_all(todo, store=store)] == [o.valid for o in two]
     finally:
         ray.shutdown()
@@ -180,14 +239,24 @@ def test_a_two_node_ray_cluster_gives_the_same(store, tmp_path):
 
 def frame(**rows):
     "method -> (n_seeds, n_units) values on one real set."
-    ms = [Method(n, partial(lambda case, seed, v: dict(recall=v[seed]), v=np.asarray(v)), role="rival" if n.startswith("r") else "method") for n, v in rows.items()]
+    ms = [
+        Method(
+            n,
+            partial(lambda case, seed, v: dict(recall=v[seed]), v=np.asarray(v)),
+            role="rival" if n.startswith("r") else "method",
+        )
+        for n, v in rows.items()
+    ]
     return over_seeds(ms, [Case("set", world, same_units=True)], [0, 1], store=Store("/nonexistent/x"))
 
 
 def test_values_pair_units_that_are_the_same_at_every_seed():
     df = frame(A=[[1, 2, 3], [4, 5, 6]], r1=[[1, 1, 1], [2, 2, 2]], r2=[[3, 3, 3], [0, 0, 0]])
     assert values(df, "A", "recall", dataset="set").tolist() == [[1, 2, 3], [4, 5, 6]]
-    assert best_rival(df, "recall", "set") in ("r1", "r2") and best_rival(frame(A=[[1], [1]], r1=[[2], [2]], r2=[[3], [1]], r3=[[3], [3]]), "recall", "set") == "r3"
+    assert (
+        best_rival(df, "recall", "set") in ("r1", "r2")
+        and best_rival(frame(A=[[1], [1]], r1=[[2], [2]], r2=[[3], [1]], r3=[[3], [3]]), "recall", "set") == "r3"
+    )
     gain = derive(df, "A - r1", lambda a, b: a-b, "A", "r1", y="recall")
     assert values(gain, "A - r1", "recall").tolist() == [[0, 1, 2], [2, 3, 4]]
 
@@ -200,30 +269,57 @@ def test_units_of_other_worlds_are_not_paired():
 
 def test_missing_and_doubled_values_are_errors():
     df = frame(A=[[1, 2], [3, 4]], B=[[1, 2], [3, 4]])
-    with pytest.raises(ValueError, match=r"no recall for seed\(s\) \[1\]"): values(df[(df.method != "A") | (df.seed == 0)], "A", "recall")
-    with pytest.raises(ValueError, match="doubled"): values(pd.concat([df, df]), "A", "recall")
-    with pytest.raises(ValueError, match="no recall of 'C'"): values(df, "C", "recall")
-    with pytest.raises(ValueError, match="no column 'ndcg'"): values(df, "A", "ndcg")
+    with pytest.raises(ValueError, match=r"no recall for seed\(s\) \[1\]"):
+        values(df[(df.method != "A") | (df.seed == 0)], "A", "recall")
+    with pytest.raises(ValueError, match="doubled"):
+        values(pd.concat([df, df]), "A", "recall")
+    with pytest.raises(ValueError, match="no recall of 'C'"):
+        values(df, "C", "recall")
+    with pytest.raises(ValueError, match="no column 'ndcg'"):
+        values(df, "A", "ndcg")
 
 
-@pytest.mark.parametrize("make, says", [
-    (lambda: Method("A", short, dict(lr=.1)), "must be a list"), (lambda: Method("A", short, dict(lr=[.1, .1])), "repeats"),
-    (lambda: Method("A", short, dict(lr=[np.nan])), "finite"), (lambda: Method("A", short, role="best"), "role='best'"),
-    (lambda: tune([Method("A", short), Method("A", short)], [WORLD], [1, 2]), "same name"), (lambda: tune([], [WORLD], [1, 2]), "no methods"),
-    (lambda: tune([Method("A", short, like="B")], [WORLD], [1, 2]), "like='B'"),
-    (lambda: run_all([(Method("A", lambda c, s: 1.), WORLD, 0, {})], store=Store("/nonexistent/x")), "returned float"),
-    (lambda: run_all([(Method("A", lambda c, s: dict(x=np.nan)), WORLD, 0, {})], store=Store("/nonexistent/x")), "x is nan"),
-    (lambda: run_all([(Method("A", short), WORLD, 0, {})]*2, jobs=0), "jobs=0"),
-    (lambda: over_seeds([Method("A", short)], [WORLD], [1, 1]), "repeat one"),
-    (lambda: tune([Method("A", lambda c, s, lr: dict(x=1.), dict(lr=[1, 2]))], [WORLD], [1, 2], store=Store("/nonexistent/x")), "cannot be tuned")])
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (lambda: Method("A", short, dict(lr=0.1)), "must be a list"),
+        (lambda: Method("A", short, dict(lr=[0.1, 0.1])), "repeats"),
+        (lambda: Method("A", short, dict(lr=[np.nan])), "finite"),
+        (lambda: Method("A", short, role="best"), "role='best'"),
+        (lambda: tune([Method("A", short), Method("A", short)], [WORLD], [1, 2]), "same name"),
+        (lambda: tune([], [WORLD], [1, 2]), "no methods"),
+        (lambda: tune([Method("A", short, like="B")], [WORLD], [1, 2]), "like='B'"),
+        (
+            lambda: run_all([(Method("A", lambda c, s: 1.0), WORLD, 0, {})], store=Store("/nonexistent/x")),
+            "returned float",
+        ),
+        (
+            lambda: run_all([(Method("A", lambda c, s: dict(x=np.nan)), WORLD, 0, {})], store=Store("/nonexistent/x")),
+            "x is nan",
+        ),
+        (lambda: run_all([(Method("A", short), WORLD, 0, {})] * 2, jobs=0), "jobs=0"),
+        (lambda: over_seeds([Method("A", short)], [WORLD], [1, 1]), "repeat one"),
+        (
+            lambda: tune(
+                [Method("A", lambda c, s, lr: dict(x=1.0), dict(lr=[1, 2]))],
+                [WORLD],
+                [1, 2],
+                store=Store("/nonexistent/x"),
+            ),
+            "cannot be tuned",
+        ),
+    ],
+)
 def test_bad_input_is_named(make, says):
-    with pytest.raises((ValueError, TypeError), match=says): make()
+    with pytest.raises((ValueError, TypeError), match=says):
+        make()
 
 
 def test_alive_is_a_gate():
     assert alive([.5, .6], .1, .9)
     for dead in (.1, .15, .95):
-        with pytest.raises(NotAlive): alive(dead, .1, .9)
+        with pytest.raises(NotAlive):
+            alive(dead, .1, .9)
 
 
 def test_climbing_sees_the_last_fifth_only():

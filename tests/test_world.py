@@ -4,9 +4,11 @@ from time import perf_counter
 import numpy as np, pandas as pd, pytest
 from recbook.world import CUES, World
 
-DIGEST = ("import hashlib; from recbook.world import World; w = World(3, 200, 100, clicks_per_user=10); "
-          "h = hashlib.sha256(); h.update(w.events.to_csv().encode()); h.update(w.relevance.tobytes()); h.update(w.policy.tobytes()); "
-          "h.update('|'.join(w.corpus()).encode()); h.update(w.random_exposure(5).to_csv().encode()); print(h.hexdigest())")
+DIGEST = (
+    "import hashlib; from recbook.world import World; w = World(3, 200, 100, clicks_per_user=10); "
+    "h = hashlib.sha256(); h.update(w.events.to_csv().encode()); h.update(w.relevance.tobytes()); h.update(w.policy.tobytes()); "
+    "h.update('|'.join(w.corpus()).encode()); h.update(w.random_exposure(5).to_csv().encode()); print(h.hexdigest())"
+)
 
 
 @pytest.fixture(scope="module")
@@ -14,13 +16,18 @@ def w(): return World(0)
 
 
 def test_the_same_bytes_in_every_process():
-    outs = {subprocess.run([sys.executable, "-c", DIGEST], capture_output=True, text=True, check=True, env=None).stdout for _ in range(2)}
+    outs = {
+        subprocess.run([sys.executable, "-c", DIGEST], capture_output=True, text=True, check=True, env=None).stdout
+        for _ in range(2)
+    }
     assert len(outs) == 1
 
 
 def test_order_of_asking_does_not_matter():
     a, b = World(1, 100, 60, clicks_per_user=5), World(1, 100, 60, clicks_per_user=5)
-    b.corpus(); b.random_exposure(3); assert b.policy.any()
+    b.corpus()
+    b.random_exposure(3)
+    assert b.policy.any()
     assert a.events.equals(b.events) and a.items.equals(b.items) and a.corpus() == b.corpus()
 
 
@@ -46,7 +53,8 @@ def test_random_exposure_shows_items_uniformly_and_clicks_by_relevance(w):
 @pytest.mark.parametrize("rho", [0., .5, 1.])
 def test_rho_is_the_share_that_text_explains(rho):
     w = World(2, 400, 2000, rho=rho)
-    X = pd.get_dummies(w.items[list(CUES)]).to_numpy(float); X -= X.mean(0)
+    X = pd.get_dummies(w.items[list(CUES)]).to_numpy(float)
+    X -= X.mean(0)
     S = w.affinity - w.affinity.mean(1, keepdims=True)
     assert (X @ np.linalg.lstsq(X, S.T, rcond=None)[0]).var()/S.var() == pytest.approx(rho, abs=.05)
 
@@ -56,7 +64,9 @@ def test_titles_are_unique_and_say_the_attributes():
     assert w.items.title.is_unique
     for r in w.items.head(200).itertuples():
         mood, genre, _, _, setting = r.title.split()[:5]
-        assert mood in CUES["mood"][r.mood] and genre in CUES["genre"][r.genre] and setting in CUES["setting"][r.setting]
+        assert (
+            mood in CUES["mood"][r.mood] and genre in CUES["genre"][r.genre] and setting in CUES["setting"][r.setting]
+        )
 
 
 def test_times_rise_and_sessions_are_short(w):
@@ -69,7 +79,9 @@ def test_times_rise_and_sessions_are_short(w):
 
 def test_policy_and_exposure_are_probabilities(w):
     assert w.policy.sum(1) == pytest.approx(np.ones(1000), abs=1e-4)
-    assert 0 <= w.exposure.min() and w.exposure.max() <= 1 and w.relevance.mean() == pytest.approx(w.like_rate, abs=1e-3)
+    assert (
+        0 <= w.exposure.min() and w.exposure.max() <= 1 and w.relevance.mean() == pytest.approx(w.like_rate, abs=1e-3)
+    )
     assert w.click_probability.sum(1).mean() == pytest.approx(w.clicks_per_user, rel=.01)
 
 
@@ -77,23 +89,55 @@ def test_the_corpus_never_says_who_clicked(w):
     assert not any("user" in t.lower() for t in w.corpus(1))
 
 
-@pytest.mark.parametrize("kw, says", [(dict(rho=1.5), "rho=1.5"), (dict(n_items=0), "n_items=0"), (dict(clicks_per_user=400), "clicks_per_user=400"),
-    (dict(like_rate=0), "like_rate=0")])
+@pytest.mark.parametrize(
+    "kw, says",
+    [
+        (dict(rho=1.5), "rho=1.5"),
+        (dict(n_items=0), "n_items=0"),
+        (dict(clicks_per_user=400), "clicks_per_user=400"),
+        (dict(like_rate=0), "like_rate=0"),
+    ],
+)
 def test_bad_sizes(kw, says):
-    with pytest.raises(ValueError, match=says): World(**kw)
+    with pytest.raises(ValueError, match=says):
+        World(**kw)
 
 
 def test_random_exposure_of_too_many():
-    with pytest.raises(ValueError, match="n=600"): World(0, 10, 500).random_exposure(600)
+    with pytest.raises(ValueError, match="n=600"):
+        World(0, 10, 500).random_exposure(600)
 
 
-@pytest.mark.parametrize("kw", [dict(kappa=float("nan")), dict(zipf=float("inf")), dict(rho=float("nan")), dict(like_rate=float("nan")), dict(clicks_per_user=float("nan")), dict(kappa="1"), dict(zipf=None),
-    dict(n_users=2.5), dict(n_items=True), dict(dim=0), dict(seed=-1), dict(seed=2.5)])
+@pytest.mark.parametrize(
+    "kw",
+    [
+        dict(kappa=float("nan")),
+        dict(zipf=float("inf")),
+        dict(rho=float("nan")),
+        dict(like_rate=float("nan")),
+        dict(clicks_per_user=float("nan")),
+        dict(kappa="1"),
+        dict(zipf=None),
+        dict(n_users=2.5),
+        dict(n_items=True),
+        dict(dim=0),
+        dict(seed=-1),
+        dict(seed=2.5),
+    ],
+)
 def test_a_world_that_cannot_be_is_refused_by_name(kw):
-    with pytest.raises(ValueError, match=f"{list(kw)[0]}="): World(**kw)
+    with pytest.raises(ValueError, match=f"{list(kw)[0]}="):
+        World(**kw)
 
 
 def test_how_many_is_a_whole_number():
     w = World(0, 20, 60, clicks_per_user=5)
-    for call in (lambda: w.random_exposure(2.5), lambda: w.random_exposure(0), lambda: w.reviews(0), lambda: w.reviews(2.5), lambda: w.corpus(0)):
-        with pytest.raises(ValueError, match="whole number"): call()
+    for call in (
+        lambda: w.random_exposure(2.5),
+        lambda: w.random_exposure(0),
+        lambda: w.reviews(0),
+        lambda: w.reviews(2.5),
+        lambda: w.corpus(0),
+    ):
+        with pytest.raises(ValueError, match="whole number"):
+            call()

@@ -63,10 +63,12 @@ def uniform_negatives(
     "A `sample` function for `batches`: one uniform negative for each positive, never a training item of that user."
     n, g = train.n_items, torch.Generator().manual_seed(seed)
     keys = torch.from_numpy(np.unique(train.user*n + train.item))
-    if (full := np.bincount(train.user, minlength=train.n_users).max()) >= n: raise ValueError(f"a user has all {full} items: no negative exists; drop that user")
+    if (full := np.bincount(train.user, minlength=train.n_users).max()) >= n:
+        raise ValueError(f"a user has all {full} items: no negative exists; drop that user")
     def sample(u, i):
         j = torch.randint(n, u.shape, generator=g)
-        while (bad := clicked(keys, u*n + j)).any(): j[bad] = torch.randint(n, (int(bad.sum()),), generator=g)
+        while (bad := clicked(keys, u*n + j)).any():
+            j[bad] = torch.randint(n, (int(bad.sum()),), generator=g)
         return u, i, j
     return sample
 
@@ -90,8 +92,18 @@ def train_bpr(
     ) -> pd.DataFrame: # history
     "Train a model with `bpr_loss` and one uniform negative for each click."
     loader = batches(train.user, train.item, batch_size=batch_size, sample=uniform_negatives(train, seed), seed=seed)
-    if valid is not None: kwargs = dict(evaluate=lambda m: evaluate(dot(*m()), valid, train, k=k).mean()[[f"recall@{k}", f"ndcg@{k}"]].to_dict(),
-        monitor=f"recall@{k}", every=5, patience=3) | kwargs
+    if valid is not None:
+        kwargs = (
+            dict(
+                evaluate=lambda m: (
+                    evaluate(dot(*m()), valid, train, k=k).mean()[[f"recall@{k}", f"ndcg@{k}"]].to_dict()
+                ),
+                monitor=f"recall@{k}",
+                every=5,
+                patience=3,
+            )
+            | kwargs
+        )
     return fit(model, lambda m, b: bpr_loss(m, b, l2), loader, epochs=epochs, lr=lr, seed=seed, **kwargs)
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #392f1168
@@ -109,7 +121,10 @@ def sym_norm(
     "$D^{-\\text{left}}AD^{-\\text{right}}$; nodes without edges get zero rows."
     A = canonical(A)
     d = np.asarray(A.sum(1), float).ravel()
-    if A.shape[0] != A.shape[1] or (A.data < 0).any(): raise ValueError(f"an adjacency of {A.shape} from {A.data.min(initial=0):g}: must be square, without negative weights")
+    if A.shape[0] != A.shape[1] or (A.data < 0).any():
+        raise ValueError(
+            f"an adjacency of {A.shape} from {A.data.min(initial=0):g}: must be square, without negative weights"
+        )
     power = lambda p: sp.diags_array(np.where(d > 0, np.where(d > 0, d, 1)**-p, 0).astype(np.float32))
     return (power(left) @ A @ power(right)).tocsr()
 
@@ -122,19 +137,29 @@ def sparse_tensor(
     A = canonical(A)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(beta state|invariant checks).*")
-        return torch.sparse_csr_tensor(torch.from_numpy(A.indptr.astype(np.int64)), torch.from_numpy(A.indices.astype(np.int64)),
-            torch.from_numpy(A.data.astype(np.float32)), A.shape, device=device)
+        return torch.sparse_csr_tensor(
+            torch.from_numpy(A.indptr.astype(np.int64)),
+            torch.from_numpy(A.indices.astype(np.int64)),
+            torch.from_numpy(A.data.astype(np.float32)),
+            A.shape,
+            device=device,
+        )
 
 def check_graph(A, n_users, K, **shares):
     "`A`, refused unless it is square and symmetric: the layers below use that on the way back."
     whole_number("K", K, 0)
     for name, p in shares.items():
-        if not 0 <= p < 1: raise ValueError(f"{name}={p}: the share to drop must lie in 0..1, below 1")
-    if A.ndim != 2 or A.shape[0] != A.shape[1] or not 0 < n_users <= len(A): raise ValueError(f"A of {tuple(A.shape)} for {n_users} users: must be (N, N) with N = n_users + n_items")
+        if not 0 <= p < 1:
+            raise ValueError(f"{name}={p}: the share to drop must lie in 0..1, below 1")
+    if A.ndim != 2 or A.shape[0] != A.shape[1] or not 0 < n_users <= len(A):
+        raise ValueError(f"A of {tuple(A.shape)} for {n_users} users: must be (N, N) with N = n_users + n_items")
     S = A.cpu().to_sparse_csr()
     M = sp.csr_matrix((S.values().numpy(), S.col_indices().numpy(), S.crow_indices().numpy()), S.shape)
     off = np.abs((M - M.T).data).max(initial=0)
-    if not off <= 1e-5*np.abs(M.data).max(initial=0): raise ValueError(f"A differs from its transpose by {off:.2g}, gradients would be wrong: use sym_norm(adjacency(train))")
+    if not off <= 1e-5*np.abs(M.data).max(initial=0):
+        raise ValueError(
+            f"A differs from its transpose by {off:.2g}, gradients would be wrong: use sym_norm(adjacency(train))"
+        )
     return A
 
 class SymMM(torch.autograd.Function):
@@ -158,18 +183,25 @@ class NGCF(nn.Module):
         message_dropout:float=.1, node_dropout:float=0.): # shares dropped
         super().__init__()
         self.n_users,self.K,self.nonlinear,self.affinity,self.node_dropout = n_users,K,nonlinear,affinity,node_dropout
-        self.register_buffer("A", check_graph(A, n_users, K, node_dropout=node_dropout, message_dropout=message_dropout), persistent=False)
+        self.register_buffer(
+            "A",
+            check_graph(A, n_users, K, node_dropout=node_dropout, message_dropout=message_dropout),
+            persistent=False,
+        )
         self.E0 = nn.Parameter(nn.init.xavier_uniform_(torch.empty(A.shape[0], dim)))
         W = lambda: nn.ModuleList(nn.Linear(dim, dim) if transform else nn.Identity() for _ in range(K))
         self.W1,self.W2,self.drop = W(),W(),nn.Dropout(message_dropout)
         for l in (*self.W1, *self.W2):
-            if transform: nn.init.xavier_uniform_(l.weight); nn.init.zeros_(l.bias)
+            if transform:
+                nn.init.xavier_uniform_(l.weight)
+                nn.init.zeros_(l.bias)
 
     def layer(self, A, E, W1, W2):
         "One round of messages (eq. 7)."
         AE = SymMM.apply(A, E) if A is self.A else A @ E # without some of its nodes a graph is not symmetric
         out = W1(AE + E)
-        if self.affinity: out = out + W2(AE*E)
+        if self.affinity:
+            out = out + W2(AE*E)
         return self.drop(F.leaky_relu(out, .2) if self.nonlinear else out)
 
     def forward(self) -> tuple[Tensor, Tensor]: # (n_users, (K+1) d), (n_items, (K+1) d)
@@ -183,7 +215,8 @@ class NGCF(nn.Module):
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #dcc5e014
 def drop_nodes(A, p):
     "Silence each node with probability p: its outgoing messages, a column, go; the others are rescaled by 1/(1-p), so the mean stays (Wang et al. 2019, section 2.4.2)."
-    if not 0 <= p < 1: raise ValueError(f"p={p}: must lie in 0..1, below 1")
+    if not 0 <= p < 1:
+        raise ValueError(f"p={p}: must lie in 0..1, below 1")
     keep = (torch.rand(A.shape[0], device=A.device) >= p).float()
     return torch.sparse_csr_tensor(A.crow_indices(), A.col_indices(), A.values()*keep[A.col_indices()]/(1-p), A.shape)
 
@@ -199,7 +232,8 @@ class Smooth(torch.autograd.Function):
 def horner(A, E, K):
     "$\\frac1{K+1}\\sum_{k\\le K}A^kE$."
     out = E
-    for _ in range(K): out = torch.addmm(E, A, out)
+    for _ in range(K):
+        out = torch.addmm(E, A, out)
     return out/(K+1)
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #c99548ae
@@ -218,19 +252,22 @@ class LightGCN(nn.Module):
 
     def forward(self) -> tuple[Tensor, Tensor]: # (n_users, d), (n_items, d)
         A, E = self.A, self.E0
-        if not self.single: E = Smooth.apply(A, E, self.K)
+        if not self.single:
+            E = Smooth.apply(A, E, self.K)
         else:
-            for _ in range(self.K): E = SymMM.apply(A, E)
+            for _ in range(self.K):
+                E = SymMM.apply(A, E)
         return E.split([self.n_users, len(E)-self.n_users])
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #a6fde3b0
 def path_weights(
     k:int, # rounds of message passing
-    ) -> np.ndarray: # (j,) int: c_j counts how a path of length 2j+1 enters the score
+    ) -> np.ndarray:  # (j,) int: c_j counts how a path of length 2j+1 enters the score
     "Coefficients of $H_U^{(k)}=\\sum_jc_jR(R^\\top R)^j$, from running GTE's recursion on polynomials (Cai et al. 2023)."
     whole_number("k", k)
     user, item = np.zeros(k+1, int), np.eye(1, k+1, dtype=int)[0]
-    for _ in range(k): user, item = user + item, item + np.roll(user, 1)
+    for _ in range(k):
+        user, item = user + item, item + np.roll(user, 1)
     return np.trim_zeros(user, "b")
 
 def gte(
@@ -254,7 +291,8 @@ def two_steps(X, R, Rt):
     "$XR^\\top R$: from items to their users to the items of those; the second product turns dense as soon as many users are reached."
     Y = X @ R.T
     if sp.issparse(Y):
-        if Y.nnz < .02*Y.shape[0]*Y.shape[1]: return Y @ R
+        if Y.nnz < .02*Y.shape[0]*Y.shape[1]:
+            return Y @ R
         Y = Y.toarray()
     return (Rt @ torch.from_numpy(Y).T).T.numpy()
 
@@ -267,14 +305,18 @@ def closeness(
     ) -> float: # -1..1
     "Mean Kendall tau between scores and path counts over each user's unseen items within `hops`."
     from scipy.stats import kendalltau
-    if hops < 3 or hops % 2 == 0: raise ValueError(f"hops={hops}: unseen items lie at odd distances from 3 on")
+    if hops < 3 or hops % 2 == 0:
+        raise ValueError(f"hops={hops}: unseen items lie at odd distances from 3 on")
     R = train.csr().astype(np.float64)
     users = np.arange(train.n_users) if users is None else np.asarray(users)
-    P = R[users]; seen = P.toarray() > 0
-    for _ in range(hops//2): P = P @ R.T @ R
+    P = R[users]
+    seen = P.toarray() > 0
+    for _ in range(hops//2):
+        P = P @ R.T @ R
     P, S = P.toarray(), score(torch.as_tensor(users)).detach().cpu().numpy()
     taus = [kendalltau(s[c], p[c]).statistic for s, p, c in zip(S, P, (P > 0) & ~seen) if c.sum() > 1]
-    if not np.isfinite(taus).any(): raise ValueError(f"none of {len(users)} users has candidates that both rankings order: give more users or hops")
+    if not np.isfinite(taus).any():
+        raise ValueError(f"none of {len(users)} users has candidates that both rankings order: give more users or hops")
     return float(np.nanmean(taus))
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #9ebc7af2
@@ -294,7 +336,8 @@ def random_neighbour(
     rng:np.random.Generator,
     ) -> np.ndarray: # (b,) columns
     "One uniform neighbour of each node; an entry that is stored twice is drawn twice as often."
-    if not (np.diff(G.indptr)[nodes] > 0).all(): raise ValueError(f"node {nodes[np.diff(G.indptr)[nodes] == 0][0]} has no neighbour: leave it out")
+    if not (np.diff(G.indptr)[nodes] > 0).all():
+        raise ValueError(f"node {nodes[np.diff(G.indptr)[nodes] == 0][0]} has no neighbour: leave it out")
     return G.indices[G.indptr[nodes] + (rng.random(len(nodes))*np.diff(G.indptr)[nodes]).astype(np.int64)]
 
 def visit_counts(
@@ -323,7 +366,7 @@ def visit_counts(
 def top_neighbours(
     visits:sp.csr_matrix, # (n, n) scores of neighbours, e.g. `visit_counts`
     T:int=10, # neighbours to keep
-    ) -> tuple[np.ndarray, np.ndarray]: # N (n, T) item numbers; alpha (n, T), rows sum to 1
+    ) -> tuple[np.ndarray, np.ndarray]:  # N (n, T) item numbers; alpha (n, T), rows sum to 1
     "The T top-scored neighbours and their L1-normalised scores; short rows repeat the first at weight 0, empty rows name the node."
     whole_number("T", T)
     C, n = canonical(visits).tocoo(), visits.shape[0]
@@ -345,7 +388,10 @@ def uniform_neighbours(
     ) -> tuple[np.ndarray, np.ndarray]: # as `top_neighbours`, all weights of a row equal
     "T random items that share a user with each item: the ablation of importance neighbourhoods."
     graph = canonical(graph)
-    C = (graph @ graph.T).tolil(); C.setdiag(0); C = C.tocsr(); C.eliminate_zeros()
+    C = (graph @ graph.T).tolil()
+    C.setdiag(0)
+    C = C.tocsr()
+    C.eliminate_zeros()
     C.data = np.random.default_rng(seed).random(len(C.data)) + 1e-9
     N, alpha = top_neighbours(C, T)
     return N, equal_weights(alpha)
@@ -371,9 +417,12 @@ class Convolve(nn.Module):
         alpha:Tensor, # (b, T) importances; T = 0 gives no neighbourhood at all
         ) -> Tensor: # (b, d_out), unit rows
         M = F.relu(self.Q(h))
-        if not nb.shape[1]: n = M.new_zeros(len(own), M.shape[1])
-        elif self.pool == "max": n = M[nb].amax(1)
-        else: n = F.embedding_bag(nb, M, per_sample_weights=alpha, mode="sum")
+        if not nb.shape[1]:
+            n = M.new_zeros(len(own), M.shape[1])
+        elif self.pool == "max":
+            n = M[nb].amax(1)
+        else:
+            n = F.embedding_bag(nb, M, per_sample_weights=alpha, mode="sum")
         return F.normalize(F.relu(self.W(torch.cat([h[own], n], 1))), dim=1)
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #8708131d
@@ -381,7 +430,8 @@ def relu_linear(d_in, d_out, bias=True):
     "A linear layer with He initialisation and zero biases: PyTorch's default biases would drown unit vectors."
     l = nn.Linear(d_in, d_out, bias)
     nn.init.kaiming_uniform_(l.weight, nonlinearity="relu")
-    if bias: nn.init.zeros_(l.bias)
+    if bias:
+        nn.init.zeros_(l.bias)
     return l
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #c23bfd91
@@ -401,7 +451,8 @@ class PinSage(nn.Module):
         x:Tensor, # (n, d_in) features of the nodes K hops around
         blocks, # K triples (own, nb, alpha), see `computation_graph`
         ) -> Tensor: # (b, d_out)
-        for conv, block in zip(self.convs, blocks): x = conv(x, *block)
+        for conv, block in zip(self.convs, blocks):
+            x = conv(x, *block)
         return self.head(x)
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #b4f8a2b4
@@ -414,7 +465,10 @@ def computation_graph(
     blocks = []
     for _ in range(K):
         need, pos = np.unique(np.concatenate([nodes, N[nodes].ravel()]), return_inverse=True)
-        blocks.insert(0, tuple(map(torch.from_numpy, (pos[:len(nodes)], pos[len(nodes):].reshape(len(nodes), -1), alpha[nodes]))))
+        blocks.insert(
+            0,
+            tuple(map(torch.from_numpy, (pos[: len(nodes)], pos[len(nodes) :].reshape(len(nodes), -1), alpha[nodes]))),
+        )
         nodes = need
     return nodes, blocks
 
@@ -429,7 +483,8 @@ def embed_all(
     dev = next(model.parameters()).device
     h, every, nb, a = (torch.as_tensor(t).to(dev) for t in (X, np.arange(len(X)), N, alpha))
     with eval_mode(model):
-        for conv in model.convs: h = conv(h, every, nb, a)
+        for conv in model.convs:
+            h = conv(h, every, nb, a)
         return model.head(h).cpu()
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #aa0731f3
@@ -454,9 +509,11 @@ def personalised_pagerank(
     rows = lambda G: sp.diags_array(1/np.maximum(np.asarray(G.sum(1), np.float32).ravel(), 1)) @ G
     A, B = (rows(G).T.tocsr() for G in (graph, graph.T.tocsr()))
     lonely = (np.diff(graph.indptr) == 0)[:, None]
-    E = np.zeros((graph.shape[0], len(queries)), np.float32); E[queries, np.arange(len(queries))] = 1
+    E = np.zeros((graph.shape[0], len(queries)), np.float32)
+    E[queries, np.arange(len(queries))] = 1
     p = E
-    for _ in range(iters): p = restart*E + (1-restart)*(B @ (A @ p) + lonely*p)
+    for _ in range(iters):
+        p = restart*E + (1-restart)*(B @ (A @ p) + lonely*p)
     return p.T
 
 def hard_negatives(
@@ -466,12 +523,15 @@ def hard_negatives(
     chunk:int=512,
     ) -> np.ndarray: # (n_items, m) in order of rank
     "For each query the items whose personalised PageRank lies in the band (the query itself is rank 0)."
-    n = graph.shape[0]; a, b = int(lo*n), max(int(hi*n), int(lo*n)+1)
-    if not 0 <= lo < hi <= 1 or a == 0: raise ValueError(f"band {lo}..{hi} of {n} items: must lie in 0..1 and leave out the query itself")
+    n = graph.shape[0]
+    a, b = int(lo*n), max(int(hi*n), int(lo*n)+1)
+    if not 0 <= lo < hi <= 1 or a == 0:
+        raise ValueError(f"band {lo}..{hi} of {n} items: must lie in 0..1 and leave out the query itself")
     out = []
     for k in range(0, n, chunk):
         q = np.arange(k, min(k+chunk, n))
-        p = personalised_pagerank(graph, q, restart); p[np.arange(len(q)), q] = 2
+        p = personalised_pagerank(graph, q, restart)
+        p[np.arange(len(q)), q] = 2
         out.append(np.argsort(-p, axis=1, kind="stable")[:, a:b])
     return np.concatenate(out)
 
@@ -502,12 +562,15 @@ class PinBatches:
         "Negatives of each query, (b, m): the shared uniform ones, then its hard ones."
         h = 0 if self.hard is None else min(self.schedule(1 + self.step//self.epoch_steps), self.hard.shape[1])
         shared = np.broadcast_to(self.rng.integers(len(self.X), size=self.n_uniform), (len(q), self.n_uniform))
-        if not h: return shared
+        if not h:
+            return shared
         return np.hstack([shared, self.hard[q[:, None], self.rng.integers(self.hard.shape[1], size=(len(q), h))]])
 
-    def __call__(self, q:Tensor, i:Tensor): # (b,) and (b,)
+    def __call__(self, q:Tensor, i:Tensor):  # (b,) and (b,)
         "Features of the needed nodes, blocks, rows of q, i, shared and hard negatives in the batch, and the allowed mask."
-        neg = self.negatives(q.numpy()); m, b = self.n_uniform, len(q); self.step += 1
+        neg = self.negatives(q.numpy())
+        m, b = self.n_uniform, len(q)
+        self.step += 1
         nodes, at = np.unique(np.concatenate([q, i, neg[0, :m], neg[:, m:].ravel()]), return_inverse=True)
         need, blocks = computation_graph(nodes, self.N, self.alpha, self.K)
         rows = torch.from_numpy(at).split([b, b, m, len(at)-2*b-m])
@@ -537,7 +600,8 @@ def pair_ranks(
     out = []
     for a in range(0, len(q), chunk):
         u, v = torch.as_tensor(q[a:a+chunk]), torch.as_tensor(i[a:a+chunk])
-        S = Z[u] @ Z.T; S.scatter_(1, u[:, None], -torch.inf)
+        S = Z[u] @ Z.T
+        S.scatter_(1, u[:, None], -torch.inf)
         t = S.gather(1, v[:, None])
         out.append(1 + ((S > t) | ((S == t) & (torch.arange(len(Z)) < v[:, None]))).sum(1))
     return torch.cat(out).numpy()
@@ -571,12 +635,14 @@ def neighbour_batches(
     ) -> list[np.ndarray]: # distinct nodes of each batch, in the order of sampling
     "The requests of K-hop neighbour sampling, batch by batch (Hamilton et al. 2017)."
     rng, n, out = np.random.default_rng(seed), G.shape[0], []
-    if n_seeds > n: raise ValueError(f"n_seeds={n_seeds}: the graph has only {n} nodes")
+    if n_seeds > n:
+        raise ValueError(f"n_seeds={n_seeds}: the graph has only {n} nodes")
     epochs = -(-n_batches//(n//n_seeds))
     order = np.concatenate([rng.permutation(n)[:n//n_seeds*n_seeds] for _ in range(epochs)]).reshape(-1, n_seeds)
     for hop in order[:n_batches]:
         seen = [hop]
-        for f in fanouts: seen.append(hop := random_neighbour(G, np.repeat(hop, f), rng))
+        for f in fanouts:
+            seen.append(hop := random_neighbour(G, np.repeat(hop, f), rng))
         nodes, first = np.unique(np.concatenate(seen), return_index=True)
         out.append(nodes[first.argsort()])
     return out
@@ -592,7 +658,8 @@ def reverse_pagerank(
     n, d = G.shape[0], np.asarray(G.sum(1)).ravel()
     back = (sp.diags_array(1/np.maximum(d, 1)) @ G).T.tocsr()
     x = np.full(n, 1/n)
-    for _ in range(iters): x = damping*(back @ x + x[d == 0].sum()/n) + (1-damping)/n
+    for _ in range(iters):
+        x = damping*(back @ x + x[d == 0].sum()/n) + (1-damping)/n
     return x
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #08f77210
@@ -614,7 +681,8 @@ def next_reuse(
     ) -> np.ndarray: # (n,) packed
     "For each node its first use in the window, packed (LSM-GNN's reuse update)."
     out = np.full(n, pack(UNKNOWN, 0, 0))
-    for tau in range(len(window), 0, -1): out[window[tau-1]] = pack(tau, (t+tau) % gpus, np.arange(len(window[tau-1])))
+    for tau in range(len(window), 0, -1):
+        out[window[tau-1]] = pack(tau, (t+tau) % gpus, np.arange(len(window[tau-1])))
     return out
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #0c8b4409
@@ -629,45 +697,62 @@ class SharedCache:
         gpus:int=2, ways:int=16, # ways: lines in a set
         dim:int=0, # width of the feature rows it stores
         seed:int=0):
-        if policy not in self.policies: raise ValueError(f"policy={policy!r}: must be one of {self.policies}")
-        if hotness is None and policy in ("static", "hybrid"): raise ValueError(f"policy={policy!r} needs hotness: reverse_pagerank(G)")
-        if lines % (gpus*ways): raise ValueError(f"lines={lines}: must be a multiple of gpus*ways = {gpus*ways}")
+        if policy not in self.policies:
+            raise ValueError(f"policy={policy!r}: must be one of {self.policies}")
+        if hotness is None and policy in ("static", "hybrid"):
+            raise ValueError(f"policy={policy!r} needs hotness: reverse_pagerank(G)")
+        if lines % (gpus*ways):
+            raise ValueError(f"lines={lines}: must be a multiple of gpus*ways = {gpus*ways}")
         self.n,self.policy,self.gpus,self.ways,self.rng = n,policy,gpus,ways,np.random.default_rng(seed)
-        sets = lines//(gpus*ways); v = np.arange(n)
+        sets = lines//(gpus*ways)
+        v = np.arange(n)
         self.set_of = v % gpus*sets + v//gpus % sets
         self.tags = np.full((gpus*sets, ways), -1) # node in each line
         self.slot = np.full(n, -1) # flat line of each resident node
         self.used,self.hand = np.zeros(n, np.int64),np.zeros(gpus*sets, np.int64)
         self.rows = np.zeros((lines, dim), np.float32)
         if hotness is not None:
-            self.cold = np.empty(n, np.int64); self.cold[np.argsort(-hotness, kind="stable")] = v # 0: the hottest
+            self.cold = np.empty(n, np.int64)
+            self.cold[np.argsort(-hotness, kind="stable")] = v # 0: the hottest
         if policy == "static":
             top = np.argsort(self.cold)[:lines]
-            self.tags.flat[:len(top)] = top; self.slot[top] = np.arange(len(top))
+            self.tags.flat[:len(top)] = top
+            self.slot[top] = np.arange(len(top))
 
     def worth_evicting(self, sets, reuse):
         "A number for each line of these sets; the largest goes. Empty lines first."
         T = self.tags[sets]
-        if self.policy == "random": key = self.rng.integers(1 << 30, size=T.shape)
-        elif self.policy == "lru": key = -self.used[T]
-        elif self.policy == "hybrid": key = (reuse[T] >> 40)*self.n + self.cold[T]
-        else: key = (reuse[T] >> 40)*self.ways - (np.arange(self.ways) - self.hand[sets, None]) % self.ways
+        if self.policy == "random":
+            key = self.rng.integers(1 << 30, size=T.shape)
+        elif self.policy == "lru":
+            key = -self.used[T]
+        elif self.policy == "hybrid":
+            key = (reuse[T] >> 40)*self.n + self.cold[T]
+        else:
+            key = (reuse[T] >> 40)*self.ways - (np.arange(self.ways) - self.hand[sets, None]) % self.ways
         return np.where(T < 0, np.iinfo(np.int64).max, key)
 
     def insert(self, new, reuse, rows=None):
         "Put the nodes `new` in, in order; returns the evicted nodes and their rows."
-        if self.policy == "static": return np.empty(0, np.int64), self.rows[:0]
-        s = self.set_of[new]; order = s.argsort(kind="stable"); s = s[order]
+        if self.policy == "static":
+            return np.empty(0, np.int64), self.rows[:0]
+        s = self.set_of[new]
+        order = s.argsort(kind="stable")
+        s = s[order]
         turn = np.arange(len(s)) - np.searchsorted(s, s) # how many newcomers are ahead of it in its set
         gone, gone_rows = [], []
         for k in range(turn.max(initial=-1)+1):
-            pick = order[turn == k]; v, sets = new[pick], self.set_of[new[pick]]
+            pick = order[turn == k]
+            v, sets = new[pick], self.set_of[new[pick]]
             way = self.worth_evicting(sets, reuse).argmax(1)
             old, line = self.tags[sets, way], sets*self.ways + way
-            full = old >= 0; self.slot[old[full]] = -1
-            gone.append(old[full]); gone_rows.append(self.rows[line[full]])
+            full = old >= 0
+            self.slot[old[full]] = -1
+            gone.append(old[full])
+            gone_rows.append(self.rows[line[full]])
             self.tags[sets, way], self.slot[v], self.hand[sets] = v, line, (way + 1) % self.ways
-            if rows is not None: self.rows[line] = rows[pick]
+            if rows is not None:
+                self.rows[line] = rows[pick]
         return (np.concatenate(gone), np.concatenate(gone_rows)) if gone else (np.empty(0, np.int64), self.rows[:0])
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #b662ed75
@@ -695,7 +780,9 @@ class VictimBuffer:
 def distinct_nodes(nodes, n):
     "`nodes` as an array; one outside 0..n-1 or there twice is refused."
     nodes = np.asarray(nodes)
-    if nodes.size and (nodes.dtype.kind not in "iu" or nodes.min() < 0 or nodes.max() >= n or len(np.unique(nodes)) < len(nodes)):
+    if nodes.size and (
+        nodes.dtype.kind not in "iu" or nodes.min() < 0 or nodes.max() >= n or len(np.unique(nodes)) < len(nodes)
+    ):
         raise ValueError(f"batch {nodes[:5]}...: must hold distinct node numbers in 0..{n-1}")
     return nodes
 
@@ -705,27 +792,38 @@ def serve(
     window:int=8, # W: batches known in advance
     pvp:int=0, # rows of pinned memory for victims, all buffers together
     features:np.ndarray|None=None, # (n, d) the storage
-    ): # yields (batch, features of its rows (b, d), counts)
+    ):  # yields (batch, features of its rows (b, d), counts)
     "Serve sampled batches through cache and victim buffer; counts: requested, local, peer, pvp, reads. A row counts once a batch."
     from collections import deque
     whole_number("window", window, 0)
-    if pvp and not 0 < window <= pvp: raise ValueError(f"pvp={pvp} rows for a window of {window} batches: at least one row for each, or 0 for no victim buffer")
+    if pvp and not 0 < window <= pvp:
+        raise ValueError(
+            f"pvp={pvp} rows for a window of {window} batches: at least one row for each, or 0 for no victim buffer"
+        )
     it, ahead, t = iter(trace), deque(), -1
     X = np.zeros((cache.n, cache.rows.shape[1]), np.float32) if features is None else features
     ring = VictimBuffer(window, pvp//window) if pvp and window else None
-    if cache.policy == "static": cache.rows = X[np.maximum(cache.tags.ravel(), 0)]
-    for _ in range(window+1): ahead.extend([b for b in [next(it, None)] if b is not None])
+    if cache.policy == "static":
+        cache.rows = X[np.maximum(cache.tags.ravel(), 0)]
+    for _ in range(window+1):
+        ahead.extend([b for b in [next(it, None)] if b is not None])
     while ahead:
-        nodes = distinct_nodes(ahead.popleft(), cache.n); t += 1
+        nodes = distinct_nodes(ahead.popleft(), cache.n)
+        t += 1
         x, slot, back = np.empty((len(nodes), X.shape[1]), np.float32), cache.slot[nodes], np.zeros(len(nodes), bool)
-        hit = slot >= 0; x[hit] = cache.rows[slot[hit]]
-        if ring and (got := ring.take()): back[got[1]] = True; x[got[1]] = got[2]
-        read = ~hit & ~back; x[read] = X[nodes[read]]
+        hit = slot >= 0
+        x[hit] = cache.rows[slot[hit]]
+        if ring and (got := ring.take()):
+            back[got[1]] = True
+            x[got[1]] = got[2]
+        read = ~hit & ~back
+        x[read] = X[nodes[read]]
         own = nodes % cache.gpus == t % cache.gpus
         counts = dict(local=hit & own, peer=hit & ~own, pvp=back, reads=read)
         yield nodes, x, dict(requested=len(nodes)) | {k: int(c.sum()) for k, c in counts.items()}
         cache.used[nodes] = t
         reuse = next_reuse(ahead, cache.n, t, cache.gpus)
         gone, rows = cache.insert(nodes[~hit], reuse, x[~hit])
-        if ring and len(gone): ring.put(gone, rows, reuse[gone])
+        if ring and len(gone):
+            ring.put(gone, rows, reuse[gone])
         ahead.extend([b for b in [next(it, None)] if b is not None])

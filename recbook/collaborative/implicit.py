@@ -32,14 +32,15 @@ def nbpo_weights(
     g, # probability of a flip, same shape
     clicked:bool, # the observed label of these pairs
     version:str="hybrid", # "hybrid" (NBPO), "original" (NBPOo), "surrogate" (NBPOs) or "bpo" (no flips)
-    ): # (weight of d(U.V), weight of d(P.Q)), to be ascended
+    ):  # (weight of d(U.V), weight of d(P.Q)), to be ascended
     "Derivatives of NBPO's objective by the two inner products of a pair (Yu & Qin 2020; hybrid: their reported update)."
     z = 1-s + g*s
     table = dict(hybrid=((1-g)*(1-s), -g*s) if clicked else (g*(1-s) - s, (1-g)*s),
         original=(1-s, -g) if clicked else (-(1-g)*s*(1-s)/z, g*(1-g)*s/z),
         surrogate=((1-g)*s*(1-s), -(1-g)*g*s) if clicked else (-(1-g)*s*(1-s), g*(1-g)*s),
         bpo=(1-s, 0*g) if clicked else (-s, 0*g))
-    if version not in table: raise ValueError(f"version={version!r}: must be one of {list(table)}")
+    if version not in table:
+        raise ValueError(f"version={version!r}: must be one of {list(table)}")
     return table[version]
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #0000000e
@@ -60,12 +61,16 @@ def free_items(keys, n_items, users, draw):
     for _ in range(1000):
         j[rows] = draw(rows)
         rows = clicked(keys, users*n_items + j)
-        if not rows.any(): return j
-    raise ValueError(f"{int(rows.sum())} rows found no unclicked item in 1000 draws, first user {int(users[rows][0])}: the proposal covers nothing but clicks")
+        if not rows.any():
+            return j
+    raise ValueError(
+        f"{int(rows.sum())} rows found no unclicked item in 1000 draws, first user {int(users[rows][0])}: the proposal covers nothing but clicks"
+    )
 
 def click_keys(train):
     "Sorted pair numbers of the training clicks; a user with every item has no negative and is refused."
-    if (full := np.bincount(train.user, minlength=train.n_users).max()) >= train.n_items: raise ValueError(f"a user has all {full} items: no negative exists; drop that user")
+    if (full := np.bincount(train.user, minlength=train.n_users).max()) >= train.n_items:
+        raise ValueError(f"a user has all {full} items: no negative exists; drop that user")
     return torch.from_numpy(np.unique(train.user*train.n_items + train.item))
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #0404fbf6
@@ -79,7 +84,8 @@ class NBPO:
         lr:float=.05, # times .99 after each epoch
         l2:float=1., l2_flip:float=5., # weights on U, V and on P, Q; applied to all rows at each step
         seed:int=0):
-        if version != "bpr": nbpo_weights(.5, .5, True, version)
+        if version != "bpr":
+            nbpo_weights(.5, .5, True, version)
         self.version,self.n_neg,self.lr,self.l2,self.l2_flip = version,n_neg,lr,l2,l2_flip
         self.rng = np.random.default_rng(seed)
         rows = lambda n: (self.rng.random((n, K))/K**.5).astype(np.float32)
@@ -92,20 +98,30 @@ class NBPO:
     def weights(self, u, i, u_, j): # clicks (b,), (b,); silent pairs (b*n_neg,), (b*n_neg,)
         "The weights of a batch as sparse matrices: for U.V and, when flips are learned, for P.Q."
         at = lambda A, B, a, b: np.einsum("bk,bk->b", A[a], B[b]).clip(-10, 10)
-        mat = lambda a, b: csr_matrix((np.concatenate([self.n_neg*a, b]).astype(np.float32), (np.concatenate([u, u_]), np.concatenate([i, j]))), (len(self.U), len(self.V)))
+        mat = lambda a, b: csr_matrix(
+            (np.concatenate([self.n_neg * a, b]).astype(np.float32), (np.concatenate([u, u_]), np.concatenate([i, j]))),
+            (len(self.U), len(self.V)),
+        )
         y, y_ = at(self.U, self.V, u, i), at(self.U, self.V, u_, j)
         if self.version == "bpr":
             c = expit(y_ - y.repeat(self.n_neg))
             return mat(c.reshape(-1, self.n_neg).mean(1), -c), None
         g, g_ = (expit(at(self.P, self.Q, a, b)) for a, b in ((u, i), (u_, j)))
-        (a, b), (a_, b_) = nbpo_weights(expit(y), g, True, self.version), nbpo_weights(expit(y_), g_, False, self.version)
+        (a, b), (a_, b_) = (
+            nbpo_weights(expit(y), g, True, self.version),
+            nbpo_weights(expit(y_), g_, False, self.version),
+        )
         return mat(a, a_), None if self.version == "bpo" else mat(b, b_)
 
     def step(self, u, i, u_, j):
         "One step of gradient ascent."
         C, D = self.weights(u, i, u_, j)
         self.U,self.V = self.U + self.lr*(C @ self.V - self.l2*self.U), self.V + self.lr*(C.T @ self.U - self.l2*self.V)
-        if D is not None: self.P,self.Q = self.P + self.lr*(D @ self.Q - self.l2_flip*self.P), self.Q + self.lr*(D.T @ self.P - self.l2_flip*self.Q)
+        if D is not None:
+            self.P, self.Q = (
+                self.P + self.lr * (D @ self.Q - self.l2_flip * self.P),
+                self.Q + self.lr * (D.T @ self.P - self.l2_flip * self.Q),
+            )
 
     def epochs(self, train:Interactions, n:int, batch_size:int=5000):
         "Train for n epochs; yields the number of each when it is done."
@@ -114,7 +130,12 @@ class NBPO:
             self.lr *= .99
             for b in np.array_split(self.rng.permutation(len(train)), -(-len(train)//batch_size)):
                 u_ = train.user[b].repeat(self.n_neg)
-                j = free_items(keys, m, torch.from_numpy(u_), lambda rows: torch.from_numpy(self.rng.integers(m, size=int(rows.sum())))).numpy()
+                j = free_items(
+                    keys,
+                    m,
+                    torch.from_numpy(u_),
+                    lambda rows: torch.from_numpy(self.rng.integers(m, size=int(rows.sum()))),
+                ).numpy()
                 self.step(train.user[b], train.item[b], u_, j)
             yield e
 
@@ -124,15 +145,19 @@ def point_losses(
     kind:str="log", # "log": cross-entropy; "squared": squared error of the probability
     ) -> tuple[Tensor, Tensor]: # losses if the label is 1, if it is 0; same shape
     "$\\delta^{(1)},\\delta^{(0)}$ of each pair."
-    if kind == "log": return F.softplus(-logits), F.softplus(logits)
-    if kind == "squared": p = logits.sigmoid(); return (1-p)**2, p**2
+    if kind == "log":
+        return F.softplus(-logits), F.softplus(logits)
+    if kind == "squared":
+        p = logits.sigmoid()
+        return (1-p)**2, p**2
     raise ValueError(f"kind={kind!r}: must be 'log' or 'squared'")
 
 def check_shares(**values):
     "Refuse what does not lie in 0..1, NaN too."
     for name, x in values.items():
         x = torch.as_tensor(x)
-        if not ((x >= 0) & (x <= 1)).all(): raise ValueError(f"{name} from {float(x.min()):g} to {float(x.max()):g}: must lie in 0..1")
+        if not ((x >= 0) & (x <= 1)).all():
+            raise ValueError(f"{name} from {float(x.min()):g} to {float(x.max()):g}: must lie in 0..1")
 
 def ips_loss(
     logits:Tensor, # of any scorer
@@ -144,7 +169,10 @@ def ips_loss(
     "Unbiased (M=0) or clipped estimate of the loss on true relevance (Saito et al. 2020)."
     check_shares(Y=Y, theta=theta, M=M)
     theta = torch.as_tensor(theta).clamp(min=M)
-    if not (theta > 0).all(): raise ValueError(f"the smallest propensity is {float(theta.min()):g}: an item that cannot be shown cannot be weighed; use M > 0")
+    if not (theta > 0).all():
+        raise ValueError(
+            f"the smallest propensity is {float(theta.min()):g}: an item that cannot be shown cannot be weighed; use M > 0"
+        )
     d1, d0 = point_losses(logits, kind)
     weight = Y/theta
     return (weight*d1 + (1-weight)*d0).mean()
@@ -157,7 +185,8 @@ def ips_bias_variance(
     ) -> tuple[float, float]: # bias and variance of `ips_loss` over redraws of the clicks
     "What clipping costs and saves, in closed form (after Saito et al. 2020)."
     d1, d0 = (d.double() for d in point_losses(logits, kind))
-    gamma, theta = gamma.double(), theta.double(); t = theta.clamp(min=M)
+    gamma, theta = gamma.double(), theta.double()
+    t = theta.clamp(min=M)
     bias = (gamma*(theta/t - 1)*(d1-d0)).mean()
     return bias.item(), (theta*gamma*(1-theta*gamma)/t**2*(d1-d0)**2).sum().item()/theta.numel()**2
 
@@ -167,12 +196,17 @@ class BiasMF(nn.Module):
     def __init__(self, n_users:int, n_items:int, dim:int=10): # dim: width of the factors
         super().__init__()
         self.U,self.V = (nn.Parameter(nn.init.xavier_uniform_(torch.empty(n, dim))) for n in (n_users, n_items))
-        self.bu,self.bi,self.b = nn.Parameter(torch.zeros(n_users)),nn.Parameter(torch.zeros(n_items)),nn.Parameter(torch.zeros(1))
+        self.bu, self.bi, self.b = (
+            nn.Parameter(torch.zeros(n_users)),
+            nn.Parameter(torch.zeros(n_items)),
+            nn.Parameter(torch.zeros(1)),
+        )
     def forward(self, u, i): # (b,), (b,) -> (b,)
         return (self.U[u]*self.V[i]).sum(1) + self.bu[u] + self.bi[i] + self.b
     def all(self) -> Tensor: # (n_users, n_items)
         "The logits of all pairs, without gradient."
-        with torch.no_grad(): return self.U @ self.V.T + self.bu[:, None] + self.bi + self.b
+        with torch.no_grad():
+            return self.U @ self.V.T + self.bu[:, None] + self.bi + self.b
 
 def wmf_loss(
     logits:Tensor, Y:Tensor,
@@ -180,7 +214,8 @@ def wmf_loss(
     kind:str="log",
     ) -> Tensor: # scalar
     "Weighted matrix factorisation: one weight for all silent pairs (Hu et al. 2008)."
-    if weight <= 0: raise ValueError(f"weight={weight}: silent pairs must count something, or everything is predicted to be liked")
+    if weight <= 0:
+        raise ValueError(f"weight={weight}: silent pairs must count something, or everything is predicted to be liked")
     d1, d0 = point_losses(logits, kind)
     return (Y*d1 + weight*(1-Y)*d0).mean()
 
@@ -190,7 +225,10 @@ class RandomPairs:
     def __init__(self,
         *tables, # (n_users, n_items) tensors: clicks, propensities, ...
         batch_size:int=4096, steps:int=100, seed:int=0):
-        if len({t.shape for t in tables}) != 1: raise ValueError(f"tables of different shapes {[tuple(t.shape) for t in tables]}: all must be (n_users, n_items)")
+        if len({t.shape for t in tables}) != 1:
+            raise ValueError(
+                f"tables of different shapes {[tuple(t.shape) for t in tables]}: all must be (n_users, n_items)"
+            )
         self.tables,self.batch_size,self.steps,self.g = tables,batch_size,steps,torch.Generator().manual_seed(seed)
     def __len__(self): return self.steps
     def __iter__(self):
@@ -205,9 +243,18 @@ def train_pairs(
     dim:int=10, steps:int=300, lr:float=.01, l2:float=1e-4, batch_size:int=4096, seed:int=0, device:str="cpu",
     ) -> BiasMF:
     "Fit a `BiasMF` on random pairs with Adam; equal steps for every loss."
-    set_seed(seed); m = BiasMF(*tables[0].shape, dim)
+    set_seed(seed)
+    m = BiasMF(*tables[0].shape, dim)
     penalty = lambda: l2*sum(p.square().sum() for p in m.parameters())/2
-    fit(m, lambda m, b: loss(m(b[0], b[1]), *b[2:]) + penalty(), RandomPairs(*tables, batch_size=batch_size, steps=steps, seed=seed), steps=steps, lr=lr, seed=seed, device=device)
+    fit(
+        m,
+        lambda m, b: loss(m(b[0], b[1]), *b[2:]) + penalty(),
+        RandomPairs(*tables, batch_size=batch_size, steps=steps, seed=seed),
+        steps=steps,
+        lr=lr,
+        seed=seed,
+        device=device,
+    )
     return m.cpu()
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #313e0209
@@ -236,12 +283,14 @@ def expomf(
     ): # predictions (n_users, n_items), exposure probability of each pair (n_users, n_items)
     "Exposure matrix factorisation by EM, exposure prior for each item (Liang et al. 2016)."
     Y, rng, (a, b) = np.asarray(Y, float), np.random.default_rng(seed), prior
-    if min(a, b) < 1: raise ValueError(f"prior={prior}: both at least 1, or the mode of the Beta prior does not exist")
+    if min(a, b) < 1:
+        raise ValueError(f"prior={prior}: both at least 1, or the mode of the Beta prior does not exist")
     U, V = (rng.normal(0, .1, (n, dim)) for n in Y.shape)
     mu = np.full(Y.shape[1], max(a/(a+b), Y.mean()))
     for _ in range(iters):
         P = exposure_posterior(Y, U @ V.T, mu, lam_y)
-        U = weighted_least_squares(P, Y, V, lam, lam_y); V = weighted_least_squares(P.T, Y.T, U, lam, lam_y)
+        U = weighted_least_squares(P, Y, V, lam, lam_y)
+        V = weighted_least_squares(P.T, Y.T, U, lam, lam_y)
         mu = ((a + P.sum(0) - 1)/(a + b + len(Y) - 2)).clip(1e-6, 1-1e-6)
     return U @ V.T, exposure_posterior(Y, U @ V.T, mu, lam_y)
 
@@ -263,7 +312,8 @@ def dcg(
     gain = torch.where(mask.bool(), gain.float(), 0.)
     top = torch.where(mask.bool(), scores.float(), -torch.inf).topk(k, 1).indices
     users = gain.sum(1) > 0
-    if not users.any(): raise ValueError("no user has a gain among the ranked items: check the mask")
+    if not users.any():
+        raise ValueError("no user has a gain among the ranked items: check the mask")
     return (gain.gather(1, top)/torch.log2(torch.arange(2, k+2.)))[users].sum(1).mean().item()
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #7e3a8375
@@ -275,11 +325,20 @@ def fixed_sampler(
     ) -> Callable: # (users (B,), pos (B,), model=None) -> (B, n)
     "Negatives from one item distribution, a user's training clicks excluded."
     keys, m, g = click_keys(train), train.n_items, torch.Generator().manual_seed(seed)
-    if n < 1: raise ValueError(f"n={n}: at least one negative")
-    cdf = torch.from_numpy(np.maximum(np.bincount(train.item, minlength=m), 1.)**power).cumsum(0); cdf = cdf/cdf[-1]
+    if n < 1:
+        raise ValueError(f"n={n}: at least one negative")
+    cdf = torch.from_numpy(np.maximum(np.bincount(train.item, minlength=m), 1.)**power).cumsum(0)
+    cdf = cdf/cdf[-1]
     def sampler(users, pos, model=None):
         u = users.cpu().repeat_interleave(n)
-        j = free_items(keys, m, u, lambda rows: torch.searchsorted(cdf, torch.rand(int(rows.sum()), generator=g, dtype=torch.double)).clamp(max=m-1))
+        j = free_items(
+            keys,
+            m,
+            u,
+            lambda rows: torch.searchsorted(cdf, torch.rand(int(rows.sum()), generator=g, dtype=torch.double)).clamp(
+                max=m - 1
+            ),
+        )
         return j.view(-1, n).to(users.device)
     return sampler
 
@@ -287,8 +346,10 @@ def fixed_sampler(
 @torch.no_grad()
 def pair_scores(model, users, items): # (B,), (B, m) -> (B, m)
     "Scores of each row's items: `model.score(users, items)` if the model has it, else inner products of `model()`."
-    if hasattr(model, "score"): return model.score(users, items)
-    if model is None: raise ValueError("this sampler asks the model: call it as sampler(users, pos, model)")
+    if hasattr(model, "score"):
+        return model.score(users, items)
+    if model is None:
+        raise ValueError("this sampler asks the model: call it as sampler(users, pos, model)")
     U, I = model()
     return torch.bmm(F.embedding(items, I), F.embedding(users, U)[:, :, None])[..., 0]
 
@@ -299,11 +360,13 @@ def dns_sampler(
     seed:int=0,
     ) -> Callable:
     "Dynamic negative sampling: the best-scored of M uniform candidates (Zhang et al. 2013)."
-    if M < 1: raise ValueError(f"M={M}: at least one candidate")
+    if M < 1:
+        raise ValueError(f"M={M}: at least one candidate")
     draw = fixed_sampler(train, n*M, seed=seed)
     def sampler(users, pos, model):
         J = draw(users, pos)
-        if M == 1: return J
+        if M == 1:
+            return J
         best = pair_scores(model, users, J).view(len(J), n, M).argmax(2, keepdim=True)
         return J.view(len(J), n, M).gather(2, best)[..., 0]
     return sampler
@@ -317,12 +380,15 @@ def aobpr_sampler(
     seed:int=0,
     ) -> Callable:
     "Adaptive oversampling: geometric ranks in the sorted lists of single factors (Rendle & Freudenthaler 2014)."
-    if not lam > 0: raise ValueError(f"lam={lam}: the mean rank must be positive")
+    if not lam > 0:
+        raise ValueError(f"lam={lam}: the mean rank must be positive")
     keys, m, g, state = click_keys(train), train.n_items, torch.Generator().manual_seed(seed), dict(calls=0)
-    p = torch.exp(-torch.arange(m, dtype=torch.double)/(lam*m)); cdf = p.cumsum(0)/p.sum()
+    p = torch.exp(-torch.arange(m, dtype=torch.double)/(lam*m))
+    cdf = p.cumsum(0)/p.sum()
     def sampler(users, pos, model):
         U, I = (x.detach().cpu() for x in model())
-        if state["calls"] % every == 0: state.update(order=I.argsort(0, descending=True), sd=I.std(0))
+        if state["calls"] % every == 0:
+            state.update(order=I.argsort(0, descending=True), sd=I.std(0))
         state["calls"] += 1
         u = users.cpu().repeat_interleave(n)
         def draw(rows):
@@ -345,7 +411,8 @@ def inbatch_sampler(
         u, pool, tries = users.cpu().repeat_interleave(n), pos.cpu(), [0]
         def draw(rows):
             tries[0] += 1
-            if tries[0] > 20: return torch.randint(m, (int(rows.sum()),), generator=g)
+            if tries[0] > 20:
+                return torch.randint(m, (int(rows.sum()),), generator=g)
             return pool[torch.randint(len(pool), (int(rows.sum()),), generator=g)]
         return free_items(keys, m, u, draw).view(-1, n).to(users.device)
     return sampler
@@ -357,11 +424,18 @@ def mixed_sampler(
     ) -> Callable:
     "Each negative comes from sampler k with probability weights[k]."
     w = torch.ones(len(samplers)) if weights is None else torch.as_tensor(weights, dtype=torch.float)
-    if len(w) != len(samplers) or (w < 0).any() or not w.sum() > 0: raise ValueError(f"weights={weights}: one non-negative number for each of the {len(samplers)} samplers, not all zero")
+    if len(w) != len(samplers) or (w < 0).any() or not w.sum() > 0:
+        raise ValueError(
+            f"weights={weights}: one non-negative number for each of the {len(samplers)} samplers, not all zero"
+        )
     g = torch.Generator().manual_seed(seed)
     def sampler(users, pos, model=None):
         J = torch.stack([s(users, pos, model) for s in samplers], 2)
-        k = torch.multinomial(w, J[..., 0].numel(), replacement=True, generator=g).view(J.shape[0], J.shape[1], 1).to(J.device)
+        k = (
+            torch.multinomial(w, J[..., 0].numel(), replacement=True, generator=g)
+            .view(J.shape[0], J.shape[1], 1)
+            .to(J.device)
+        )
         return J.gather(2, k)[..., 0]
     return sampler
 
@@ -374,7 +448,8 @@ def sampled_bpr(
     ) -> Tensor: # scalar
     "BPR against a sampler's negatives; one pass through the model serves the sampler, too."
     u, i = batch
-    U, I = model(); J = sampler(u, i, lambda: (U.detach(), I.detach()))
+    U, I = model()
+    J = sampler(u, i, lambda: (U.detach(), I.detach()))
     s = lambda J: (F.embedding(J, I)*F.embedding(u, U)[:, None]).sum(2)
     return F.softplus(s(J) - s(i[:, None])).mean() + l2*row_norms(model, u, i, J)
 
@@ -390,7 +465,15 @@ def train_sampled(
     steps:int=300, batch_size:int=1024, lr:float=.01, l2:float=1e-3, seed:int=0, device:str="cpu",
     ) -> pd.DataFrame: # history
     "Train with BPR on a sampler's negatives."
-    return fit(model, lambda m, b: sampled_bpr(m, b, sampler, l2), batches(train.user, train.item, batch_size=batch_size, seed=seed), steps=steps, lr=lr, seed=seed, device=device)
+    return fit(
+        model,
+        lambda m, b: sampled_bpr(m, b, sampler, l2),
+        batches(train.user, train.item, batch_size=batch_size, seed=seed),
+        steps=steps,
+        lr=lr,
+        seed=seed,
+        device=device,
+    )
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #d1d458a0
 def mixture_loss(
@@ -399,11 +482,14 @@ def mixture_loss(
     J:Tensor, # (b, N): one negative of each candidate sampler
     alpha:Tensor, # (N,) on the simplex
     instance:bool=True, # mix negatives (the approximation) or losses (exact)
-    ) -> Tensor: # scalar
+    ) -> Tensor:  # scalar
     "BPR against a mixture of samplers, by the loss-to-instance approximation or exactly (after Lyu et al. 2023; form inferred)."
-    if not ((alpha >= 0).all() and abs(alpha.detach().sum().item() - 1) < 1e-3): raise ValueError(f"alpha={alpha.tolist()}: shares must be positive and sum to 1")
-    eu = F.embedding(u, U); pos = (eu*F.embedding(i, I)).sum(1)
-    if instance: return F.softplus((eu*torch.einsum("bnd,n->bd", F.embedding(J, I), alpha)).sum(1) - pos).mean()
+    if not ((alpha >= 0).all() and abs(alpha.detach().sum().item() - 1) < 1e-3):
+        raise ValueError(f"alpha={alpha.tolist()}: shares must be positive and sum to 1")
+    eu = F.embedding(u, U)
+    pos = (eu*F.embedding(i, I)).sum(1)
+    if instance:
+        return F.softplus((eu*torch.einsum("bnd,n->bd", F.embedding(J, I), alpha)).sum(1) - pos).mean()
     return (F.softplus(torch.einsum("bd,bnd->bn", eu, F.embedding(J, I)) - pos[:, None]) @ alpha).mean()
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #4e7263e5
@@ -414,21 +500,25 @@ def search_gradient(
     a:Tensor, # (N,) logits of the mixture
     tau:float=1.,
     eps:float=.01, # finite-difference step, relative to the gradient's norm
-    ) -> tuple[Tensor, float]: # (N,) gradient of the validation loss after one unit step, validation loss
+    ) -> tuple[Tensor, float]:  # (N,) gradient of the validation loss after one unit step, validation loss
     "How the validation loss would change with the mixture, one step ahead (first order in the step, finite differences)."
     (u, i, J), (v, j, K), params = batch, held, [p for p in model.parameters() if p.requires_grad]
     with eval_mode(model):
-        U, I = model(); ev = F.embedding(v, U)
+        U, I = model()
+        ev = F.embedding(v, U)
         logits = torch.cat([(ev*F.embedding(j, I)).sum(1, keepdim=True), ev @ F.embedding(K, I).T], 1)
         val = (logits.logsumexp(1) - logits[:, 0]).mean()
         g = torch.autograd.grad(val, params)
         scale = eps/sum(x.square().sum() for x in g).sqrt().clamp(min=1e-12)
         def at(sign):
-            with torch.no_grad(): [p.add_(x, alpha=sign*float(scale)) for p, x in zip(params, g)]
+            with torch.no_grad():
+                [p.add_(x, alpha=sign*float(scale)) for p, x in zip(params, g)]
             b = a.detach().clone().requires_grad_()
-            with torch.no_grad(): U, I = model()
+            with torch.no_grad():
+                U, I = model()
             out, = torch.autograd.grad(mixture_loss(U, I, u, i, J, torch.softmax(b/tau, 0)), b)
-            with torch.no_grad(): [p.sub_(x, alpha=sign*float(scale)) for p, x in zip(params, g)]
+            with torch.no_grad():
+                [p.sub_(x, alpha=sign*float(scale)) for p, x in zip(params, g)]
             return out
         return -(at(1) - at(-1))/(2*float(scale)), val.item()
 
@@ -446,25 +536,45 @@ def auto_sample(
     batch_size:int=1024, lr:float=.01, l2:float=1e-3, seed:int=0, warm:bool=True, device:str="cpu",
     ): # name of the chosen sampler, history of alpha (one row a mixture step)
     "Search a sampler while training, then go on with it (after Lyu et al. 2023; reconstruction)."
-    if both := len(valid) - len(new_pairs(valid, train)): raise ValueError(f"{both} of {len(valid)} validation clicks are training clicks: hold some out")
+    if both := len(valid) - len(new_pairs(valid, train)):
+        raise ValueError(f"{both} of {len(valid)} validation clicks are training clicks: hold some out")
     g, n, names = torch.Generator().manual_seed(seed), max(int(steps*search), 1), list(samplers)
-    a = torch.zeros(len(names), device=device, requires_grad=True); opt, history, t = torch.optim.Adam([a], lr_a), [], [0]
+    a = torch.zeros(len(names), device=device, requires_grad=True)
+    opt, history, t = torch.optim.Adam([a], lr_a), [], [0]
     start = {k: v.detach().clone() for k, v in model.state_dict().items()}
     held = torch.from_numpy(np.stack([valid.user, valid.item]))
     def loss(m, batch):
-        u, i = batch; U, I = m(); frozen = lambda: (U.detach(), I.detach())
+        u, i = batch
+        U, I = m()
+        frozen = lambda: (U.detach(), I.detach())
         J = torch.cat([s(u, i, frozen) for s in samplers.values()], 1)
-        temperature = tau[0]*(tau[1]/tau[0])**(t[0]/n); t[0] += 1
+        temperature = tau[0]*(tau[1]/tau[0])**(t[0]/n)
+        t[0] += 1
         if t[0] % every == 0:
             v, j = held[:, torch.randint(held.shape[1], (128,), generator=g)].to(u.device)
-            a.grad, val = search_gradient(m, (u, i, J), (v, j, torch.randint(train.n_items, (n_val,), generator=g).to(u.device)), a, temperature)
-            opt.step(); history.append(dict(step=t[0], val=val) | dict(zip(names, torch.softmax(a.detach()/temperature, 0).tolist())))
+            a.grad, val = search_gradient(
+                m, (u, i, J), (v, j, torch.randint(train.n_items, (n_val,), generator=g).to(u.device)), a, temperature
+            )
+            opt.step()
+            history.append(
+                dict(step=t[0], val=val) | dict(zip(names, torch.softmax(a.detach() / temperature, 0).tolist()))
+            )
             U, I = m()
         alpha = torch.softmax(a.detach()/temperature, 0)
         return mixture_loss(U, I, u, i, J, alpha) + l2*row_norms(m, u, i, J[:, :1])
-    fit(model, loss, batches(train.user, train.item, batch_size=batch_size, seed=seed), steps=n, lr=lr, seed=seed, device=device)
+
+    fit(
+        model,
+        loss,
+        batches(train.user, train.item, batch_size=batch_size, seed=seed),
+        steps=n,
+        lr=lr,
+        seed=seed,
+        device=device,
+    )
     best = names[int(a.argmax())]
-    if not warm: model.load_state_dict(start)
+    if not warm:
+        model.load_state_dict(start)
     train_sampled(model, train, samplers[best], steps-n if warm else steps, batch_size, lr, l2, seed+1, device)
     return best, pd.DataFrame(history)
 
@@ -488,18 +598,30 @@ def mutual_information(
     ) -> float: # nats
     "Mutual information of two categorical fields from their joint counts (Yao et al. 2021)."
     a, b = (pd.factorize(np.asarray(v))[0] for v in (a, b))
-    if len(a) != len(b): raise ValueError(f"fields of {len(a)} and {len(b)} values: one value per item in each")
+    if len(a) != len(b):
+        raise ValueError(f"fields of {len(a)} and {len(b)} values: one value per item in each")
     P = np.bincount(a*(b.max()+1) + b, minlength=(a.max()+1)*(b.max()+1)).reshape(a.max()+1, -1)/len(a)
-    E = np.outer(P.sum(1), P.sum(0)); on = P > 0
+    E = np.outer(P.sum(1), P.sum(0))
+    on = P > 0
     return float((P[on]*np.log(P[on]/E[on])).sum())
 
 def field_relatedness(
     fields:pd.DataFrame, # one column a field
-    ) -> np.ndarray: # (k, k), zero diagonal
+    ) -> np.ndarray:  # (k, k), zero diagonal
     "Mutual information of every pair of fields, divided by the smaller entropy so that an id does not look related to everything."
     H = [mutual_information(fields[c], fields[c]) for c in fields]
-    M = np.array([[0. if a == b else mutual_information(fields[a], fields[b])/max(min(H[i], H[j]), 1e-12) for j, b in enumerate(fields)] for i, a in enumerate(fields)])
-    M[:, [len(fields[c].unique()) == len(fields) for c in fields]] = 0 # a unique field determines all others and is related to none
+    M = np.array(
+        [
+            [
+                0.0 if a == b else mutual_information(fields[a], fields[b]) / max(min(H[i], H[j]), 1e-12)
+                for j, b in enumerate(fields)
+            ]
+            for i, a in enumerate(fields)
+        ]
+    )
+    M[:, [len(fields[c].unique()) == len(fields) for c in fields]] = (
+        0  # a unique field determines all others and is related to none
+    )
     M[[len(fields[c].unique()) == len(fields) for c in fields]] = 0
     return M
 
@@ -513,13 +635,19 @@ def view_mask(
     "Which fields the two views hide (Yao et al. 2021)."
     rng = rng or np.random.default_rng()
     hide = np.zeros(k, bool)
-    if how == "spread": return torch.from_numpy(hide), torch.from_numpy(hide.copy())
+    if how == "spread":
+        return torch.from_numpy(hide), torch.from_numpy(hide.copy())
     if how == "cfm":
-        if relatedness is None: raise ValueError("how='cfm' needs the (k, k) relatedness of the fields: field_relatedness(fields)")
-        first = rng.integers(k); near = np.argsort(-np.delete(np.asarray(relatedness)[first] + 1e-9*rng.random(k), first))[:k//2]
-        hide[first] = True; hide[np.delete(np.arange(k), first)[near]] = True
-    elif how in ("rfm", "fd"): hide[rng.permutation(k)[:k//2]] = True
-    else: raise ValueError(f"how={how!r}: must be 'cfm', 'rfm', 'spread' or 'fd'")
+        if relatedness is None:
+            raise ValueError("how='cfm' needs the (k, k) relatedness of the fields: field_relatedness(fields)")
+        first = rng.integers(k)
+        near = np.argsort(-np.delete(np.asarray(relatedness)[first] + 1e-9*rng.random(k), first))[:k//2]
+        hide[first] = True
+        hide[np.delete(np.arange(k), first)[near]] = True
+    elif how in ("rfm", "fd"):
+        hide[rng.permutation(k)[:k//2]] = True
+    else:
+        raise ValueError(f"how={how!r}: must be 'cfm', 'rfm', 'spread' or 'fd'")
     return torch.from_numpy(hide), torch.from_numpy(hide if how == "fd" else ~hide)
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #a928f437
@@ -531,7 +659,8 @@ class ItemTower(nn.Module):
         hidden:int=128, out:int=32):
         super().__init__()
         X = [torch.tensor(np.asarray(f)).reshape(len(f), -1) for f in fields]
-        if len(lens := {len(f) for f in X}) != 1: raise ValueError(f"fields of different lengths {sorted(lens)}: one row per item in each")
+        if len(lens := {len(f) for f in X}) != 1:
+            raise ValueError(f"fields of different lengths {sorted(lens)}: one row per item in each")
         start = np.cumsum([0] + [int(f.max())+1 for f in X])
         self.register_buffer("slots", torch.cat([torch.where(f < 0, -1, f+int(s)) for f, s in zip(X, start)], 1))
         self.register_buffer("field", torch.cat([torch.full((f.shape[1],), j) for j, f in enumerate(X)]))
@@ -541,12 +670,15 @@ class ItemTower(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(self.k*dim, hidden), nn.ReLU(), nn.Linear(hidden, out))
 
     def forward(self, items, hide=None, value_dropout:float=0.): # (b,), (k,) bool -> (b, out)
-        s = self.slots[items]; there = (s >= 0).float()
-        if value_dropout: there = there*(torch.rand_like(there) >= value_dropout)
+        s = self.slots[items]
+        there = (s >= 0).float()
+        if value_dropout:
+            there = there*(torch.rand_like(there) >= value_dropout)
         add = lambda x: x.new_zeros(len(s), self.k, *x.shape[2:]).index_add_(1, self.field, x)
         count = add(there)[..., None]
         E = torch.where(count > 0, add(self.values(s.clamp(min=0))*there[..., None])/count.clamp(min=1), self.default)
-        if hide is not None: E = torch.where(hide.to(E.device)[:, None], self.default, E)
+        if hide is not None:
+            E = torch.where(hide.to(E.device)[:, None], self.default, E)
         return F.normalize(self.mlp(E.flatten(1)), dim=1)
 
 class TwoTower(nn.Module):
@@ -556,7 +688,9 @@ class TwoTower(nn.Module):
         self.users,self.items = nn.Embedding(n_users, dim),tower
         self.query = nn.Sequential(nn.Linear(dim, 64), nn.ReLU(), nn.Linear(64, tower.mlp[-1].out_features))
     def encode(self, u): return F.normalize(self.query(self.users(u)), dim=1)
-    def forward(self): return self.encode(torch.arange(self.users.num_embeddings)), self.items(torch.arange(len(self.items.slots)))
+
+    def forward(self):
+        return self.encode(torch.arange(self.users.num_embeddings)), self.items(torch.arange(len(self.items.slots)))
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #8fdde5da
 def batch_softmax(
@@ -566,10 +700,13 @@ def batch_softmax(
     ids:Tensor|None=None, # (b,) what the rows of X are: equal ids are not each other's negatives
     ) -> Tensor: # scalar
     "In-batch softmax; with two views of the same items it is the contrastive loss (Yao et al. 2021)."
-    if not tau > 0: raise ValueError(f"tau={tau}: the temperature must be positive")
+    if not tau > 0:
+        raise ValueError(f"tau={tau}: the temperature must be positive")
     S = Q @ X.T/tau
-    if log_freq is not None: S = S - log_freq
-    if ids is not None: S = S.masked_fill((ids[:, None] == ids) & ~torch.eye(len(ids), dtype=torch.bool, device=ids.device), -torch.inf)
+    if log_freq is not None:
+        S = S - log_freq
+    if ids is not None:
+        S = S.masked_fill((ids[:, None] == ids) & ~torch.eye(len(ids), dtype=torch.bool, device=ids.device), -torch.inf)
     return F.cross_entropy(S, torch.arange(len(S), device=S.device))
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #942c3e95
@@ -591,9 +728,24 @@ def train_two_tower(
         u, i = batch
         hide = view_mask(k, "fd", rng=rng)[0] if how == "fd" and m.training else None
         main = batch_softmax(m.encode(u), m.items(i, hide), tau, freq.to(i.device)[i].log(), i)
-        if how in (None, "fd"): return main
-        pick = torch.randint(train.n_items, (batch_size,), generator=g) if uniform else log_items[torch.randint(len(log_items), (batch_size,), generator=g)]
-        pick = pick.unique().to(i.device); drop = 0. if how == "spread" else value_dropout
+        if how in (None, "fd"):
+            return main
+        pick = (
+            torch.randint(train.n_items, (batch_size,), generator=g)
+            if uniform
+            else log_items[torch.randint(len(log_items), (batch_size,), generator=g)]
+        )
+        pick = pick.unique().to(i.device)
+        drop = 0. if how == "spread" else value_dropout
         z, z2 = (m.items(pick, hide, drop) for hide in view_mask(k, how, relatedness, rng))
         return main + alpha*batch_softmax(z, z2, tau_ssl)
-    return fit(model, loss, batches(train.user, train.item, batch_size=batch_size, seed=seed), steps=steps, lr=lr, seed=seed, device=device)
+
+    return fit(
+        model,
+        loss,
+        batches(train.user, train.item, batch_size=batch_size, seed=seed),
+        steps=steps,
+        lr=lr,
+        seed=seed,
+        device=device,
+    )

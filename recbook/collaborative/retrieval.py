@@ -42,7 +42,8 @@ class Tower(nn.Module):
         dim:int=16, hidden:int=64): # width of a field's embedding; of the hidden layer
         super().__init__()
         self.fields = nn.ModuleList(nn.Embedding(n, dim) for n in sizes)
-        for e in self.fields: nn.init.normal_(e.weight, std=.3)
+        for e in self.fields:
+            nn.init.normal_(e.weight, std=.3)
         self.mlp = nn.Sequential(nn.Linear(dim*len(sizes), hidden), nn.ReLU(), nn.Linear(hidden, out))
     def forward(self,
         x:Tensor, # (n, n_fields) integers
@@ -86,10 +87,18 @@ def recall_at(
     k:int=50) -> float:
     "Mean share of the relevant items among the k with the highest scores; -1 in `relevant` is padding and does not count."
     scores, relevant = np.asarray(scores), np.asarray(relevant)
-    if whole_number("k", k) > scores.shape[1]: raise ValueError(f"k={k}: there are only {scores.shape[1]} items")
-    if np.isnan(scores).any(): raise ValueError("scores contain NaN: check the model's loss")
-    if len(relevant) != len(scores) or relevant.max(initial=-1) >= scores.shape[1] or not (there := relevant >= 0).any():
-        raise ValueError(f"relevant items {relevant.shape} up to {relevant.max(initial=-1)} for scores {scores.shape}: one row a request, items below the width, some not -1")
+    if whole_number("k", k) > scores.shape[1]:
+        raise ValueError(f"k={k}: there are only {scores.shape[1]} items")
+    if np.isnan(scores).any():
+        raise ValueError("scores contain NaN: check the model's loss")
+    if (
+        len(relevant) != len(scores)
+        or relevant.max(initial=-1) >= scores.shape[1]
+        or not (there := relevant >= 0).any()
+    ):
+        raise ValueError(
+            f"relevant items {relevant.shape} up to {relevant.max(initial=-1)} for scores {scores.shape}: one row a request, items below the width, some not -1"
+        )
     top = np.argpartition(-scores, k-1, 1)[:, :k]
     return float((relevant[:, :, None] == top[:, None]).any(2)[there].mean())
 
@@ -99,7 +108,8 @@ def kmeans(
     k:int,
     seed:int=0, n_iter:int=20) -> np.ndarray: # (k, d) centres
     "Centres of k clusters, by faiss."
-    if len(X) < k: raise ValueError(f"{k} clusters for {len(X)} vectors: ask for at most {len(X)}")
+    if len(X) < k:
+        raise ValueError(f"{k} clusters for {len(X)} vectors: ask for at most {len(X)}")
     km = faiss.Kmeans(X.shape[1], k, niter=n_iter, seed=seed+1, min_points_per_centroid=1)
     km.train(np.ascontiguousarray(X, np.float32))
     return km.centroids
@@ -108,7 +118,8 @@ class ProductQuantizer(nn.Module):
     "Nearest of N codewords for each of M parts, straight-through (van den Oord et al. 2017; parts as in Jégou et al. 2011)."
     def __init__(self, d:int, M:int=2, N:int=32, beta:float=.25):
         super().__init__()
-        if d % M: raise ValueError(f"d={d} cannot be cut into M={M} equal parts")
+        if d % M:
+            raise ValueError(f"d={d} cannot be cut into M={M} equal parts")
         self.C = nn.Parameter(torch.randn(M, N, d//M)*.1)
         self.beta,self.loss = beta,0.
         self.register_buffer("used", torch.ones(M, N))
@@ -124,8 +135,11 @@ class ProductQuantizer(nn.Module):
         "The codewords of the codes, joined."
         return torch.cat([C[z[:, m]] for m, C in enumerate(self.C)], 1)
     def forward(self, t:Tensor) -> Tensor: # (n, d) -> (n, d)
-        z = self.codes(t.detach()); c = self.words(z)
-        if self.training: self.loss = (c-t.detach()).pow(2).sum(1).mean() + self.beta*(t-c.detach()).pow(2).sum(1).mean(); self.watch(z, t.detach())
+        z = self.codes(t.detach())
+        c = self.words(z)
+        if self.training:
+            self.loss = (c-t.detach()).pow(2).sum(1).mean() + self.beta*(t-c.detach()).pow(2).sum(1).mean()
+            self.watch(z, t.detach())
         return t + (c-t).detach()
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #87f610bc
@@ -135,7 +149,8 @@ def start(self:ProductQuantizer,
     t:Tensor, # (n, d) tokens
     seed:int=0):
     "Put the codewords at the k-means centres of the tokens' parts."
-    for m, P in enumerate(self.parts(t)): self.C[m] = torch.from_numpy(kmeans(P.numpy(), self.C.shape[1], seed))
+    for m, P in enumerate(self.parts(t)):
+        self.C[m] = torch.from_numpy(kmeans(P.numpy(), self.C.shape[1], seed))
 
 @patch
 @torch.no_grad()
@@ -145,7 +160,8 @@ def watch(self:ProductQuantizer, z, t):
     share = torch.stack([torch.bincount(z[:, m], minlength=N)/len(z)*N for m in range(M)])
     self.used.mul_(.98).add_(share, alpha=.02)
     for m, n in (self.used < .01).nonzero().tolist():
-        self.C[m, n] = self.parts(t)[m, torch.randint(len(t), ())]; self.used[m, n] = .1
+        self.C[m, n] = self.parts(t)[m, torch.randint(len(t), ())]
+        self.used[m, n] = .1
 
 @patch
 def perplexity(self:ProductQuantizer,
@@ -172,7 +188,9 @@ class AllToAll(nn.Module):
         ) -> Tensor: # (n, m)
         n, h = len(t), len(self.tx)
         pair = ((t[:, None]*self.tx).reshape(n*h, -1) @ x.T).reshape(n, h, -1)
-        return torch.einsum("nhm,h->nm", F.relu(pair + self.t(t)[:, :, None] + self.x(x).T), self.out.weight[0]) + over_columns(self.out.bias, x)
+        return torch.einsum(
+            "nhm,h->nm", F.relu(pair + self.t(t)[:, :, None] + self.x(x).T), self.out.weight[0]
+        ) + over_columns(self.out.bias, x)
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #17e437b2
 class SparCode(nn.Module):
@@ -185,7 +203,11 @@ class SparCode(nn.Module):
         super().__init__()
         self.K,self.quantise,self.extra = K,quantise,0.
         self.tokenizer,self.item,self.E = Tower(q_sizes, K*d),Tower(x_sizes, d),AllToAll(d, hidden)
-        self.vq,self.b = ProductQuantizer(d, M, N),nn.Parameter(torch.tensor(.5)) # above zero at first: a ReLU that is shut everywhere learns nothing
+        self.vq, self.b = (
+            ProductQuantizer(d, M, N),
+            nn.Parameter(torch.tensor(0.5)),
+        )  # above zero at first: a ReLU that is shut everywhere learns nothing
+
     def tokens(self, q:Tensor) -> Tensor: # (n, fields) -> (n*K, d)
         "Unquantised tokens, those of a request in a row."
         return self.tokenizer(q).reshape(len(q)*self.K, -1)
@@ -194,7 +216,8 @@ class SparCode(nn.Module):
         return F.relu(self.E(t, x) + over_columns(self.b, x))
     def forward(self, q:Tensor, x:Tensor) -> Tensor: # (n, fields), (m, fields) -> (n, m)
         t = self.tokens(q)
-        if self.quantise: t = self.vq(t)
+        if self.quantise:
+            t = self.vq(t)
         self.extra = self.vq.loss if self.quantise and self.training else 0.
         return self.pair_scores(t, self.item(x)).reshape(len(q), self.K, -1).sum(1)
 
@@ -215,21 +238,30 @@ class CodeIndex:
     @torch.no_grad()
     def rows(self, q:Tensor) -> np.ndarray: # (n, fields) -> (n, K)
         "The row numbers a request reads."
-        with eval_mode(self.model): return (self.model.vq.codes(self.model.tokens(q)).numpy() @ self.place).reshape(len(q), -1)
+        with eval_mode(self.model):
+            return (self.model.vq.codes(self.model.tokens(q)).numpy() @ self.place).reshape(len(q), -1)
     def search(self, q:Tensor) -> tuple[sp.csr_matrix, np.ndarray]: # (n, n_items) scores; (n,) postings read
         "Sum of the posting lists of each request's codes."
-        z = self.rows(q); n, K = z.shape
+        z = self.rows(q)
+        n, K = z.shape
         pick = sp.csr_matrix((np.ones(n*K, np.float32), (np.arange(n).repeat(K), z.ravel())), (n, self.scores.shape[0]))
         return pick @ self.scores, np.diff(self.scores.indptr)[z].sum(1)
     def prune(self, keep:float) -> CodeIndex: # share of postings to keep, 0..1
         "A copy in which each list keeps its R highest scores, R such that at most this share of all postings is left."
-        if not 0 < keep <= 1: raise ValueError(f"keep={keep}: must lie in 0..1")
-        if not self.scores.nnz: raise ValueError("the index is empty, every score is zero: train longer, or raise the model's b")
-        S = self.scores.copy(); size = np.diff(S.indptr); row = np.arange(len(size)).repeat(size)
+        if not 0 < keep <= 1:
+            raise ValueError(f"keep={keep}: must lie in 0..1")
+        if not self.scores.nnz:
+            raise ValueError("the index is empty, every score is zero: train longer, or raise the model's b")
+        S = self.scores.copy()
+        size = np.diff(S.indptr)
+        row = np.arange(len(size)).repeat(size)
         kept = np.cumsum(np.bincount(np.arange(S.nnz) - S.indptr[row])) # postings left for R = 1, 2, ...
         R = max(np.searchsorted(kept, keep*S.nnz, "right"), 1)
-        order = np.lexsort((-S.data, row)); S.data[order[np.arange(S.nnz) - S.indptr[row] >= R]] = 0; S.eliminate_zeros()
-        other = object.__new__(CodeIndex); other.__dict__ |= self.__dict__ | dict(scores=S)
+        order = np.lexsort((-S.data, row))
+        S.data[order[np.arange(S.nnz) - S.indptr[row] >= R]] = 0
+        S.eliminate_zeros()
+        other = object.__new__(CodeIndex)
+        other.__dict__ |= self.__dict__ | dict(scores=S)
         return other
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #403e4e8f
@@ -239,9 +271,13 @@ def ivf_search(
     k:int=50, n_lists:int=32, n_probe:int=4, seed:int=0,
     ) -> tuple[np.ndarray, np.ndarray]: # (n, k) item numbers, -1 where there are too few; (n,) items touched
     "Largest inner products within the `n_probe` clusters nearest to each query (faiss IndexIVFFlat)."
-    coarse = faiss.IndexFlatIP(items.shape[1]); index = faiss.IndexIVFFlat(coarse, items.shape[1], n_lists, faiss.METRIC_INNER_PRODUCT)
-    index.cp.seed = seed+1; index.cp.min_points_per_centroid = 1
-    index.train(items); index.add(items); index.nprobe = n_probe
+    coarse = faiss.IndexFlatIP(items.shape[1])
+    index = faiss.IndexIVFFlat(coarse, items.shape[1], n_lists, faiss.METRIC_INNER_PRODUCT)
+    index.cp.seed = seed+1
+    index.cp.min_points_per_centroid = 1
+    index.train(items)
+    index.add(items)
+    index.nprobe = n_probe
     lists = coarse.search(q, n_probe)[1]
     sizes = np.array([index.invlists.list_size(c) for c in range(n_lists)])
     return index.search(q, k)[1], sizes[lists].sum(1)
@@ -255,27 +291,36 @@ def attributes(self:World, rng) -> pd.DataFrame:
     brand = rng.choice(40, n, p=(z := 1/np.arange(1, 41)**1.1)/z.sum())
     year = (1900 + 20*pd.factorize(it.era, sort=True)[0] + rng.normal(0, 25, n)).round().astype(int)
     shelves = rng.random((n, 12)) < np.geomspace(.3, .01, 12)
-    tags = [frozenset({m, s} | {f"shelf-{k}" for k in np.flatnonzero(r)}) for m, s, r in zip(it["mood"], it["setting"], shelves)]
+    tags = [
+        frozenset({m, s} | {f"shelf-{k}" for k in np.flatnonzero(r)})
+        for m, s, r in zip(it["mood"], it["setting"], shelves)
+    ]
     return pd.DataFrame(dict(genre=it["genre"].to_numpy(), brand=[f"brand-{b}" for b in brand], year=year, tags=tags))
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #e183a3d8
 def passing(
     table:pd.DataFrame, # attributes, one row a vector
     where:dict, # column -> value, (low, high) or {tags}
-    ) -> np.ndarray: # (n,) bool
+    ) -> np.ndarray:  # (n,) bool
     "Which rows pass a filter: equality, inclusive range with None for an open side, or a set column that contains all the given tags."
-    if unknown := set(where) - set(table): raise ValueError(f"no column {sorted(unknown)} to filter by; the table has {list(table)}")
+    if unknown := set(where) - set(table):
+        raise ValueError(f"no column {sorted(unknown)} to filter by; the table has {list(table)}")
     mask = np.ones(len(table), bool)
     for col, want in where.items():
         v = table[col].to_numpy()
-        if isinstance(want, str) and len(v) and isinstance(v[0], (set, frozenset)): raise ValueError(f"{col} holds sets: ask for {{{want!r}}}, not {want!r}")
-        if isinstance(want, (set, frozenset)): mask &= np.array([want <= s for s in v])
+        if isinstance(want, str) and len(v) and isinstance(v[0], (set, frozenset)):
+            raise ValueError(f"{col} holds sets: ask for {{{want!r}}}, not {want!r}")
+        if isinstance(want, (set, frozenset)):
+            mask &= np.array([want <= s for s in v])
         elif isinstance(want, tuple):
             lo, hi = want
-            if pd.isna(v).any(): raise ValueError(f"{pd.isna(v).sum()} values of {col} are missing: a range is not defined for them")
-            if lo is not None and hi is not None and not lo <= hi: raise ValueError(f"{col} from {lo} to {hi}: the lower bound comes first")
+            if pd.isna(v).any():
+                raise ValueError(f"{pd.isna(v).sum()} values of {col} are missing: a range is not defined for them")
+            if lo is not None and hi is not None and not lo <= hi:
+                raise ValueError(f"{col} from {lo} to {hi}: the lower bound comes first")
             mask &= (v >= (v.min() if lo is None else lo)) & (v <= (v.max() if hi is None else hi))
-        else: mask &= v == want
+        else:
+            mask &= v == want
     return mask
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #30773bf1
@@ -287,8 +332,10 @@ def nearest_among(
     "Exact nearest neighbours within a subset (faiss)."
     rows = np.arange(len(X)) if rows is None else np.asarray(rows)
     k = min(k, len(rows)-1)
-    if k < 1: return rows, np.empty((len(rows), 0), int)
-    index = faiss.IndexFlatL2(X.shape[1]); index.add(X[rows])
+    if k < 1:
+        return rows, np.empty((len(rows), 0), int)
+    index = faiss.IndexFlatL2(X.shape[1])
+    index.add(X[rows])
     found = index.search(X[rows], k+1)[1]
     own = found == np.arange(len(rows))[:, None]
     own[~own.any(1), -1] = True # duplicates may crowd a node out of its own list
@@ -305,37 +352,45 @@ def robust_prune(
     while len(cand) and len(kept) < R:
         kept.append(star := cand[0])
         drop = alpha*np.linalg.norm(X[cand] - X[star], axis=1) <= d
-        if may is not None: drop &= may(star, cand)
+        if may is not None:
+            drop &= may(star, cand)
         drop[0] = True
         cand, d = cand[~drop], d[~drop]
     return np.array(kept, int)
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #d14ec20b
 def vamana(
-    X:np.ndarray, # (n, d)
-    near:dict[int, np.ndarray]|None=None, # node -> candidate nodes; its 48 nearest if None. Nodes without an entry stay out
-    R:int=16, # links of a node
-    far:int=4, # random candidates besides
-    seed:int=0,
-    may:Callable|None=None, # (p, p*, candidates) -> bool, as in `robust_prune`
-    ) -> np.ndarray: # (n, R) node numbers, -1 where there is none
+    X: np.ndarray,  # (n, d)
+    near: dict[int, np.ndarray]
+    | None = None,  # node -> candidate nodes; its 48 nearest if None. Nodes without an entry stay out
+    R: int = 16,  # links of a node
+    far: int = 4,  # random candidates besides
+    seed: int = 0,
+    may: Callable | None = None,  # (p, p*, candidates) -> bool, as in `robust_prune`
+) -> np.ndarray:  # (n, R) node numbers, -1 where there is none
     "Pruned proximity graph over exact candidate lists."
     near = dict(zip(*nearest_among(X, 48))) if near is None else near
     rng, nodes, back = np.random.default_rng(seed), np.array(list(near)), {p: [] for p in near}
     for p, c in near.items():
-        if may is None: c = np.r_[c, rng.choice(nodes, min(far, len(nodes)))]
-        for j in (kept := robust_prune(X, p, by_distance(X, p, c), R, may=may and (lambda star, c, p=p: may(p, star, c)))): back[j].append(p)
+        if may is None:
+            c = np.r_[c, rng.choice(nodes, min(far, len(nodes)))]
+        for j in (
+            kept := robust_prune(X, p, by_distance(X, p, c), R, may=may and (lambda star, c, p=p: may(p, star, c)))
+        ):
+            back[j].append(p)
         back[p] += kept.tolist()
     G = np.full((len(X), R), -1)
     for p, l in back.items():
         l = by_distance(X, p, np.array(l, int))
-        if len(l) > R: l = robust_prune(X, p, l, R, may=may and (lambda star, c, p=p: may(p, star, c)))
+        if len(l) > R:
+            l = robust_prune(X, p, l, R, may=may and (lambda star, c, p=p: may(p, star, c)))
         G[p, :len(l)] = l
     return G
 
 def by_distance(X, p, c):
     "Distinct nodes c other than p, nearest to p first."
-    c = np.unique(c); c = c[c != p]
+    c = np.unique(c)
+    c = c[c != p]
     return c[np.argsort(np.linalg.norm(X[c]-X[p], axis=1), kind="stable")]
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #c77e4b7f
@@ -354,7 +409,8 @@ def walk(
     at, new = np.arange(q), starts
     while len(at):
         new = np.where(seen[at[:, None], new], -1, new)
-        new = np.sort(new, 1); new[:, 1:][new[:, 1:] == new[:, :-1]] = -1
+        new = np.sort(new, 1)
+        new[:, 1:][new[:, 1:] == new[:, :-1]] = -1
         seen[at[:, None], new] = True
         d = np.where(new < 0, np.inf, np.square(X[new] - Q[at, None]).sum(2))
         evals[at] += (new >= 0).sum(1)
@@ -375,8 +431,10 @@ class FilterIndex:
         X:np.ndarray, # (n, d) float32
         table:pd.DataFrame, # attributes of the n vectors
         **kwargs): # of the index's own `build`
-        if len(X) != len(table): raise ValueError(f"{len(X)} vectors but {len(table)} rows of attributes")
-        if not np.isfinite(X).all(): raise ValueError("the vectors contain NaN or infinity")
+        if len(X) != len(table):
+            raise ValueError(f"{len(X)} vectors but {len(table)} rows of attributes")
+        if not np.isfinite(X).all():
+            raise ValueError("the vectors contain NaN or infinity")
         self.X,self.table = np.ascontiguousarray(X, np.float32),table.reset_index(drop=True)
         self.build(**kwargs)
     def build(self): pass
@@ -390,7 +448,8 @@ class FilterIndex:
         k:int=10, ef:int=40, # neighbours; effort of the search
         ) -> tuple[np.ndarray, np.ndarray]: # (q, k) node numbers, -1 where there are too few; (q,) distance evaluations
         "Nearest vectors that pass."
-        if len(Q) != len(where): raise ValueError(f"{len(Q)} queries but {len(where)} filters: give one for each")
+        if len(Q) != len(where):
+            raise ValueError(f"{len(Q)} queries but {len(where)} filters: give one for each")
         ok = self.masks(where)
         ids, dist, evals = self.find(np.asarray(Q, np.float32), where, ok, max(ef, k))
         hit = (ids >= 0) & np.take_along_axis(np.c_[ok, np.zeros(len(Q), bool)], ids, 1)
@@ -427,14 +486,17 @@ class Acorn(FilterIndex):
         ok = np.c_[ok, np.zeros(len(Q), bool)]
         def expand(q, p):
             c = self.G[p]
-            if self.gamma == 1: c = np.concatenate([c, self.G[c].reshape(len(p), -1)], 1)
+            if self.gamma == 1:
+                c = np.concatenate([c, self.G[c].reshape(len(p), -1)], 1)
             return first_distinct(np.where(np.take_along_axis(ok[q], c, 1), c, -1), self.M)
         return walk(self.X, Q, np.tile(self.starts, (len(Q), 1)), ef, expand)
 
 def first_distinct(c, m):
     "The first m different numbers of each row, -1 skipped and used to fill up."
-    o = np.argsort(c, 1, kind="stable"); s = np.take_along_axis(c, o, 1)
-    again = np.zeros(c.shape, bool); np.put_along_axis(again, o[:, 1:], s[:, 1:] == s[:, :-1], 1)
+    o = np.argsort(c, 1, kind="stable")
+    s = np.take_along_axis(c, o, 1)
+    again = np.zeros(c.shape, bool)
+    np.put_along_axis(again, o[:, 1:], s[:, 1:] == s[:, :-1], 1)
     c = np.where(again, -1, c)
     return np.take_along_axis(c, np.argsort(c < 0, 1, kind="stable")[:, :m], 1)
 
@@ -446,26 +508,43 @@ class FilteredVamana(FilterIndex):
         sets = [v if isinstance(v, (set, frozenset)) else {v} for v in self.table[column]]
         self.labels = {v: k for k, v in enumerate(sorted(set().union(*sets)))}
         B = np.zeros((len(sets), len(self.labels)), bool)
-        for i, s in enumerate(sets): B[i, [self.labels[v] for v in s]] = True
+        for i, s in enumerate(sets):
+            B[i, [self.labels[v] for v in s]] = True
         near = {i: [] for i in range(len(B))}
         for k in range(B.shape[1]):
-            for p, c in zip(*nearest_among(self.X, L, np.flatnonzero(B[:, k]))): near[p].append(c)
-        self.G = vamana(self.X, {p: np.concatenate(c) for p, c in near.items()}, R, seed=seed, may=lambda p, star, c: ~(B[c] & B[p] & ~B[star]).any(1))
+            for p, c in zip(*nearest_among(self.X, L, np.flatnonzero(B[:, k]))):
+                near[p].append(c)
+        self.G = vamana(
+            self.X,
+            {p: np.concatenate(c) for p, c in near.items()},
+            R,
+            seed=seed,
+            may=lambda p, star, c: ~(B[c] & B[p] & ~B[star]).any(1),
+        )
         self.start = [np.r_[(r := np.flatnonzero(b))[entries(self.X[r], seed, 4)]] for b in B.T]
     def label(self, w):
         want = w.get(self.column)
-        if isinstance(want, (set, frozenset)) and len(want) == 1: want = next(iter(want))
-        if len(w) != 1 or isinstance(want, (tuple, set, frozenset, type(None))): raise ValueError(f"this index answers one value of {self.column!r}, not {w}: use an index that answers anything")
+        if isinstance(want, (set, frozenset)) and len(want) == 1:
+            want = next(iter(want))
+        if len(w) != 1 or isinstance(want, (tuple, set, frozenset, type(None))):
+            raise ValueError(
+                f"this index answers one value of {self.column!r}, not {w}: use an index that answers anything"
+            )
         return want
     def find(self, Q, where, ok, ef):
-        starts = np.array([self.start[self.labels[v]] if (v := self.label(w)) in self.labels else [-1]*4 for w in where])
+        starts = np.array(
+            [self.start[self.labels[v]] if (v := self.label(w)) in self.labels else [-1] * 4 for w in where]
+        )
         ok = np.c_[ok, np.zeros(len(Q), bool)]
-        return walk(self.X, Q, starts, ef, lambda q, p: np.where(np.take_along_axis(ok[q], self.G[p], 1), self.G[p], -1))
+        return walk(
+            self.X, Q, starts, ef, lambda q, p: np.where(np.take_along_axis(ok[q], self.G[p], 1), self.G[p], -1)
+        )
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #d867b6df
 def order_of(column):
     "Rows in order of a column without gaps."
-    if column.isna().any(): raise ValueError(f"{column.isna().sum()} values of {column.name} are missing: they have no place in its order")
+    if column.isna().any():
+        raise ValueError(f"{column.isna().sum()} values of {column.name} are missing: they have no place in its order")
     return np.argsort(column.to_numpy(), kind="stable")
 
 class Serf(FilterIndex):
@@ -476,21 +555,29 @@ class Serf(FilterIndex):
         self.sorted,alive,dead = self.table[column].to_numpy()[self.order],[{} for _ in range(n)],[[] for _ in range(n)]
         def link(a, c, t):
             "Node a shall keep the best of its links and c, at time t."
-            for j in c: alive[a].setdefault(j, t)
-            if len(alive[a]) <= R: return
+            for j in c:
+                alive[a].setdefault(j, t)
+            if len(alive[a]) <= R:
+                return
             keep = set(robust_prune(Y, a, by_distance(Y, a, np.array(list(alive[a]))), R).tolist())
-            for j in [j for j in alive[a] if j not in keep]: dead[a].append((j, alive[a].pop(j), t))
+            for j in [j for j in alive[a] if j not in keep]:
+                dead[a].append((j, alive[a].pop(j), t))
         for i in range(1, n):
             near = np.argsort(np.square(Y[:i]-Y[i]).sum(1))[:L]
             link(i, (kept := robust_prune(Y, i, near, R).tolist()), i)
-            for j in kept: link(j, [i], i)
+            for j in kept:
+                link(j, [i], i)
         life = [d + [(j, b, n) for j, b in a.items()] for a, d in zip(alive, dead)]
         E = np.full((n, max(map(len, life)), 3), -1)
-        for a, l in enumerate(life): E[a, :len(l)] = np.array(l).reshape(-1, 3)
+        for a, l in enumerate(life):
+            E[a, :len(l)] = np.array(l).reshape(-1, 3)
         self.to,self.born,self.died = E.transpose(2, 0, 1)
     def find(self, Q, where, ok, ef):
         for w in where:
-            if set(w) != {self.column} or not isinstance(w[self.column], tuple) or w[self.column][0] is not None: raise ValueError(f"this index answers {{{self.column!r}: (None, high)}}, not {w}: use RangeTree for other ranges")
+            if set(w) != {self.column} or not isinstance(w[self.column], tuple) or w[self.column][0] is not None:
+                raise ValueError(
+                    f"this index answers {{{self.column!r}: (None, high)}}, not {w}: use RangeTree for other ranges"
+                )
         r = np.array([np.searchsorted(self.sorted, w[self.column][1], "right") for w in where]) # how many pass
         starts = np.where(r[:, None] > 0, (r[:, None]*np.array([0, .25, .5, .75])).astype(int), -1)
         def expand(q, p): return np.where((self.born[p] < r[q, None]) & (r[q, None] <= self.died[p]), self.to[p], -1)
@@ -506,9 +593,11 @@ class RangeTree(FilterIndex):
         self.levels,size = [],n
         while size > leaf: # parts of `size` ranks, the last one shorter
             near = {}
-            for a in range(0, n, size): near |= dict(zip(*nearest_among(self.Y, L, np.arange(a, min(a+size, n)))))
+            for a in range(0, n, size):
+                near |= dict(zip(*nearest_among(self.Y, L, np.arange(a, min(a+size, n)))))
             G = vamana(self.Y, near, R, far=0, seed=seed)
-            self.levels.append((size, G)); size = -(-size//2)
+            self.levels.append((size, G))
+            size = -(-size//2)
         self.leaf = size
     def parts(self, a, b):
         "Whole parts (level, start) that tile the ranks a <= r < b, largest first, and the ranges left over."
@@ -517,27 +606,42 @@ class RangeTree(FilterIndex):
             left = []
             for a, b in rest:
                 first, last = -(-a//size), -(-n//size) if b == n else b//size
-                if first >= last: left.append((a, b)); continue
-                out += [(l, k*size) for k in range(first, last)]; left += [(a, first*size), (min(last*size, n), b)]
+                if first >= last:
+                    left.append((a, b))
+                    continue
+                out += [(l, k*size) for k in range(first, last)]
+                left += [(a, first*size), (min(last*size, n), b)]
             rest = [x for x in left if x[0] < x[1]]
         return out, rest
     def find(self, Q, where, ok, ef):
         spans = []
         for w in where:
-            if set(w) != {self.column} or not isinstance(w[self.column], tuple): raise ValueError(f"this index answers a range of {self.column!r}, not {w}")
+            if set(w) != {self.column} or not isinstance(w[self.column], tuple):
+                raise ValueError(f"this index answers a range of {self.column!r}, not {w}")
             lo, hi = w[self.column]
-            spans.append(self.parts(0 if lo is None else np.searchsorted(self.sorted, lo), len(self.Y) if hi is None else np.searchsorted(self.sorted, hi, "right")))
+            spans.append(
+                self.parts(
+                    0 if lo is None else np.searchsorted(self.sorted, lo),
+                    len(self.Y) if hi is None else np.searchsorted(self.sorted, hi, "right"),
+                )
+            )
         found, evals = [], np.zeros(len(Q), int)
         for l, (size, G) in enumerate(self.levels):
-            starts = [[s + (2*j+1)*min(size, len(self.Y)-s)//8 for k, s in out if k == l for j in range(4)] for out, _ in spans]
-            if not (width := max(map(len, starts))): continue
+            starts = [
+                [s + (2 * j + 1) * min(size, len(self.Y) - s) // 8 for k, s in out if k == l for j in range(4)]
+                for out, _ in spans
+            ]
+            if not (width := max(map(len, starts))):
+                continue
             S = np.array([s + [-1]*(width-len(s)) for s in starts])
             ids, d, e = walk(self.Y, Q, S, ef, lambda q, p, G=G: G[p])
-            found.append((ids, d)); evals += e
+            found.append((ids, d))
+            evals += e
         ranks = [np.concatenate([np.arange(*r) for r in rest] or [np.empty(0, int)]) for _, rest in spans]
         width = max(map(len, ranks))
         ids = np.array([np.r_[r, np.full(width-len(r), -1)] for r in ranks], int)
-        found.append((ids, np.where(ids < 0, np.inf, np.square(self.Y[ids]-Q[:, None]).sum(2)))); evals += (ids >= 0).sum(1)
+        found.append((ids, np.where(ids < 0, np.inf, np.square(self.Y[ids]-Q[:, None]).sum(2))))
+        evals += (ids >= 0).sum(1)
         ids, d = (np.concatenate(x, 1) for x in zip(*found))
         return np.where(ids < 0, -1, self.order[ids]), d, evals
 
@@ -547,27 +651,33 @@ class Ung(FilterIndex):
     def build(self, column, R=16, L=48, seed=0):
         self.column = column
         groups = self.table.groupby(column, sort=False).indices
-        self.sets = sorted(groups, key=lambda s: (len(s), sorted(s))); near, cross = {}, [[] for _ in self.X]
+        self.sets = sorted(groups, key=lambda s: (len(s), sorted(s)))
+        near, cross = {}, [[] for _ in self.X]
         self.rows = [np.asarray(groups[s]) for s in self.sets]
-        for r in self.rows: near |= dict(zip(*nearest_among(self.X, L, r)))
+        for r in self.rows:
+            near |= dict(zip(*nearest_among(self.X, L, r)))
         G = vamana(self.X, near, R, far=0, seed=seed)
         for s, r in zip(self.sets, self.rows):
             for u in self.minimal(s, proper=True):
                 d = np.square(self.X[r][:, None]-self.X[self.rows[u]]).sum(2)
-                for p, j in zip(r, self.rows[u][d.argmin(1)]): cross[p].append(j)
+                for p, j in zip(r, self.rows[u][d.argmin(1)]):
+                    cross[p].append(j)
         up = np.full((len(self.X), max(map(len, cross))), -1)
-        for p, c in enumerate(cross): up[p, :len(c)] = c
+        for p, c in enumerate(cross):
+            up[p, :len(c)] = c
         self.G = np.c_[G, up]
     def minimal(self, want, proper=False): # group numbers
         "Smallest sets that contain `want`: none of them contains another one."
         out = []
         for k, s in enumerate(self.sets): # by size, so subsets come first
-            if want <= s and not (proper and s == want) and not any(self.sets[o] <= s for o in out): out.append(k)
+            if want <= s and not (proper and s == want) and not any(self.sets[o] <= s for o in out):
+                out.append(k)
         return out
     def find(self, Q, where, ok, ef):
         starts = []
         for w in where:
-            if set(w) != {self.column} or not isinstance(w[self.column], (set, frozenset)): raise ValueError(f"this index answers {{{self.column!r}: {{tags}}}}, not {w}")
+            if set(w) != {self.column} or not isinstance(w[self.column], (set, frozenset)):
+                raise ValueError(f"this index answers {{{self.column!r}: {{tags}}}}, not {w}")
             starts.append([self.rows[g][0] for g in self.minimal(frozenset(w[self.column]))])
         width = max(1, max(map(len, starts)))
         return walk(self.X, Q, np.array([s + [-1]*(width-len(s)) for s in starts]), ef, lambda q, p: self.G[p])
@@ -590,9 +700,11 @@ def effort_curve(
     from time import perf_counter
     rows = []
     for ef in efs:
-        t = perf_counter(); found, evals = index.search(Q, where, exact.shape[1], ef)
+        t = perf_counter()
+        found, evals = index.search(Q, where, exact.shape[1], ef)
         rows.append(dict(ef=ef, recall=filtered_recall(found, exact), evals=evals.mean(), seconds=perf_counter()-t))
-        if rows[-1]["recall"] >= target: break
+        if rows[-1]["recall"] >= target:
+            break
     return pd.DataFrame(rows)
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #6983f642
@@ -602,8 +714,10 @@ class DiagLinUCB:
         n_items:int, C:int, # items; clusters
         alpha:float=1., # width of the confidence bound; 0 is greedy
         prior:np.ndarray|None=None): # (n_items, C) start of b, worth one observation; 0 if None
-        if prior is not None and np.shape(prior) != (n_items, C): raise ValueError(f"prior {np.shape(prior)}: must be (n_items, C) = {(n_items, C)}")
-        if not alpha >= 0: raise ValueError(f"alpha={alpha}: must not be negative")
+        if prior is not None and np.shape(prior) != (n_items, C):
+            raise ValueError(f"prior {np.shape(prior)}: must be (n_items, C) = {(n_items, C)}")
+        if not alpha >= 0:
+            raise ValueError(f"alpha={alpha}: must not be negative")
         self.alpha,self.d,self.touched = alpha,np.ones((n_items, C)),0
         self.b = np.zeros((n_items, C)) if prior is None else prior.astype(float).copy()
     def moments(self,
@@ -614,7 +728,9 @@ class DiagLinUCB:
         return (w*self.b[items[:, None], c]/d).sum(1), (w*w/d).sum(1)
     def update(self, j:int, c:np.ndarray, w:np.ndarray, r:float):
         "Learn that item j was shown in context (c, w) and brought r."
-        self.d[j, c] += w*w; self.b[j, c] += w*r; self.touched += 2*len(c)
+        self.d[j, c] += w*w
+        self.b[j, c] += w*r
+        self.touched += 2*len(c)
 
 class LinUCB:
     "Full LinUCB with one ridge regression for each item (Li et al. 2010); the inverse is kept by Sherman and Morrison's formula."
@@ -625,19 +741,22 @@ class LinUCB:
         return np.einsum("k,mkc,mc->m", w, V, self.b[items]), np.einsum("k,mkl,l->m", w, V[:, :, c], w)
     def update(self, j, c, w, r):
         v = self.inv[j][:, c] @ w
-        self.inv[j] -= np.outer(v, v)/(1 + w @ v[c]); self.b[j, c] += w*r; self.touched += v.size**2 + len(c)
+        self.inv[j] -= np.outer(v, v)/(1 + w @ v[c])
+        self.b[j, c] += w*r
+        self.touched += v.size**2 + len(c)
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #12bb6554
 def item_tower(
     clicks:sp.csr_matrix, # (n_users, n_items); columns of fresh items are empty
     features:np.ndarray, # (n_items, f)
     dim:int=16, ridge:float=1., seed:int=0,
-    ) -> tuple[np.ndarray, np.ndarray]: # user vectors (n_users, dim), item vectors (n_items, dim)
+    ) -> tuple[np.ndarray, np.ndarray]:  # user vectors (n_users, dim), item vectors (n_items, dim)
     "Truncated SVD of the log; item vectors regressed on item features over the items that have clicks, predicted for all."
     from sklearn.decomposition import TruncatedSVD
     from sklearn.linear_model import Ridge
     clicks = canonical(clicks)
-    svd = TruncatedSVD(dim, random_state=seed); U = svd.fit_transform(clicks)
+    svd = TruncatedSVD(dim, random_state=seed)
+    U = svd.fit_transform(clicks)
     old = clicks.getnnz(0) > 0
     return U, Ridge(ridge).fit(features[old], svd.components_.T[old]).predict(features)
 
@@ -646,11 +765,14 @@ def sparse_context(
     K:int=4, temperature:float=.1,
     ) -> tuple[np.ndarray, np.ndarray]: # clusters (n_users, K), weights (n_users, K) that sum to 1
     "Softmax weights on the K nearest centres (by cosine)."
-    if not temperature > 0: raise ValueError(f"temperature={temperature}: must be positive")
-    if whole_number("K", K) > len(centres): raise ValueError(f"K={K}: there are only {len(centres)} centres")
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: must be positive")
+    if whole_number("K", K) > len(centres):
+        raise ValueError(f"K={K}: there are only {len(centres)} centres")
     unit = lambda A: A/np.maximum(np.linalg.norm(A, axis=1, keepdims=True), 1e-12)
     s = unit(U) @ unit(centres).T
-    c = np.argsort(-s, 1)[:, :K]; e = np.exp((np.take_along_axis(s, c, 1) - s.max(1, keepdims=True))/temperature)
+    c = np.argsort(-s, 1)[:, :K]
+    e = np.exp((np.take_along_axis(s, c, 1) - s.max(1, keepdims=True))/temperature)
     return c, e/e.sum(1, keepdims=True)
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #732cd243
@@ -661,24 +783,32 @@ def simulate(
     events:int, epsilon:float=.1, delay:int=1, seed:int=0,
     ) -> pd.DataFrame: # one row an event: user, item, click, regret against the best candidate
     "Show one item to each arriving user; update the model `delay` events later."
-    if rule not in ("ucb", "greedy", "thompson", "epsilon", "tower", "random"): raise ValueError(f"rule={rule!r}: must be ucb, greedy, thompson, epsilon, tower or random")
-    whole_number("events", events); whole_number("delay", delay)
-    if not 0 <= epsilon <= 1: raise ValueError(f"epsilon={epsilon}: must lie in 0..1")
-    if not (day["p"].min() >= 0 and day["p"].max() <= 1): raise ValueError(f"click probabilities from {day['p'].min():g} to {day['p'].max():g}: must lie in 0..1")
+    if rule not in ("ucb", "greedy", "thompson", "epsilon", "tower", "random"):
+        raise ValueError(f"rule={rule!r}: must be ucb, greedy, thompson, epsilon, tower or random")
+    whole_number("events", events)
+    whole_number("delay", delay)
+    if not 0 <= epsilon <= 1:
+        raise ValueError(f"epsilon={epsilon}: must lie in 0..1")
+    if not (day["p"].min() >= 0 and day["p"].max() <= 1):
+        raise ValueError(f"click probabilities from {day['p'].min():g} to {day['p'].max():g}: must lie in 0..1")
     rng, arrive = np.random.default_rng([seed, 1]), np.random.default_rng([seed, 2])
     users, coins, waiting, rows = arrive.integers(len(day["p"]), size=events), arrive.random(events), [], []
     for t, u in enumerate(users):
         items, c, x = day["cand"][u], day["c"][u], day["x"][u]
-        if rule == "tower": score = day["tower"][u, items]
-        elif rule == "random" or rule == "epsilon" and rng.random() < epsilon: score = rng.random(len(items))
+        if rule == "tower":
+            score = day["tower"][u, items]
+        elif rule == "random" or rule == "epsilon" and rng.random() < epsilon:
+            score = rng.random(len(items))
         else:
             mean, var = model.moments(items, c, x)
             score = mean + model.alpha*var**.5*dict(ucb=1., thompson=rng.normal(size=len(items))).get(rule, 0.)
-        best = score.max(); j = items[rng.choice(np.flatnonzero(score == best))]
+        best = score.max()
+        j = items[rng.choice(np.flatnonzero(score == best))]
         click = float(coins[t] < day["p"][u, j])
         rows.append((u, j, click, day["p"][u, items].max() - day["p"][u, j]))
         waiting.append((j, c, x, click))
         if model is not None and len(waiting) >= delay:
-            for e in waiting: model.update(*e)
+            for e in waiting:
+                model.update(*e)
             waiting = []
     return pd.DataFrame(rows, columns=["user", "item", "click", "regret"])

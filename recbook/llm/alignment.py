@@ -18,12 +18,42 @@ from fastcore.basics import patch
 from scipy.special import expit
 from scipy.stats import norm
 from torch import Tensor
-from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, DataCollatorWithPadding, LlamaConfig, LlamaForCausalLM, PreTrainedModel,
-    PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments)
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
-from ..lm import (ItemTrie, answer_logits, cached, completion_ids, context_limit, end_mark, generated, load_lm, mark_ids, own_settings_aside,
-    padded, prompt_ids, rank_items, read, safely, text_vectors, token_columns, tokens_only, whole_model)
+from recbook.lm import (
+    ItemTrie,
+    answer_logits,
+    cached,
+    completion_ids,
+    context_limit,
+    end_mark,
+    generated,
+    load_lm,
+    mark_ids,
+    own_settings_aside,
+    padded,
+    prompt_ids,
+    rank_items,
+    read,
+    safely,
+    text_vectors,
+    token_columns,
+    tokens_only,
+    whole_model,
+)
 from ..metrics import exposures
 from ..training import eval_mode
 from ..world import CUES, World, aspect
@@ -45,10 +75,12 @@ __all__ = ['TASTES', 'OCCASIONS', 'world_sequences', 'history_prompt', 'next_ite
 def world_sequences(
     p, # (n_users, n_items) the true distribution of the next item, rows sum to 1
     n:int=12, # items of each user
-    seed:int=0) -> np.ndarray: # (n_users, n) items in order
+    seed:int=0) -> np.ndarray:  # (n_users, n) items in order
     "Draw each user's items one after another from `p`, without repetition: the n largest of log p + Gumbel noise, in order."
-    if n > (p > 0).sum(1).min(): raise ValueError(f"n={n}: some user has only {(p > 0).sum(1).min()} items with positive probability")
-    with np.errstate(divide="ignore"): s = np.log(p) + np.random.default_rng(seed).gumbel(size=p.shape)
+    if n > (p > 0).sum(1).min():
+        raise ValueError(f"n={n}: some user has only {(p > 0).sum(1).min()} items with positive probability")
+    with np.errstate(divide="ignore"):
+        s = np.log(p) + np.random.default_rng(seed).gumbel(size=p.shape)
     return np.argsort(-s, axis=1)[:, :n]
 
 # %% ../../nbs/llm/01_alignment.ipynb #0000000a
@@ -63,23 +95,35 @@ def next_item_rows(
     sequences:Sequence[Sequence[int]], # items of each user, oldest first
     titles:Sequence[str], # item i is titles[i]
     history:int=4, # items shown in a prompt
-    ) -> pd.DataFrame: # user, item, seen (item numbers), prompt, completion, split
+    ) -> pd.DataFrame:  # user, item, seen (item numbers), prompt, completion, split
     "One row for each next item; a user's last item is for testing, the one before for validation, the others are for training."
     rows = []
-    if history < 1: raise ValueError(f"history={history}: a prompt shows at least one item")
+    if history < 1:
+        raise ValueError(f"history={history}: a prompt shows at least one item")
     for u, s in enumerate(sequences):
         s = [int(i) for i in s]
-        if odd := [i for i in s if not 0 <= i < len(titles)]: raise ValueError(f"user {u} has item {odd[0]}: items are numbers from 0 to {len(titles)-1}, as in titles")
+        if odd := [i for i in s if not 0 <= i < len(titles)]:
+            raise ValueError(f"user {u} has item {odd[0]}: items are numbers from 0 to {len(titles)-1}, as in titles")
         for t in range(1, len(s)):
             part = "test" if t == len(s)-1 else "valid" if t == len(s)-2 else "train"
-            rows.append((u, s[t], s[:t], history_prompt([titles[i] for i in s[max(0, t-history):t]]), " " + titles[s[t]], part))
+            rows.append(
+                (
+                    u,
+                    s[t],
+                    s[:t],
+                    history_prompt([titles[i] for i in s[max(0, t - history) : t]]),
+                    " " + titles[s[t]],
+                    part,
+                )
+            )
     return pd.DataFrame(rows, columns=["user", "item", "seen", "prompt", "completion", "split"])
 
 # %% ../../nbs/llm/01_alignment.ipynb #0000000e
 def catalogue_policy(
-    model:PreTrainedModel, tok:PreTrainedTokenizerBase,
-    prompts:Sequence[str], trie:ItemTrie, batch_size:int=32,
-    ) -> tuple[Tensor, Tensor]: # log-probabilities of the items (n, n_items), normalised; probability (n,) of writing any title at all
+    model: PreTrainedModel, tok: PreTrainedTokenizerBase, prompts: Sequence[str], trie: ItemTrie, batch_size: int = 32
+) -> tuple[
+    Tensor, Tensor
+]:  # log-probabilities of the items (n, n_items), normalised; probability (n,) of writing any title at all
     "The model as a distribution over the catalogue, exactly; 1 minus the second is the rate of invalid titles when decoding freely."
     lp = rank_items(model, tok, prompts, trie, batch_size).double()
     return lp.log_softmax(1), lp.exp().sum(1)
@@ -97,7 +141,15 @@ def draw_items(
         torch.manual_seed(seed)
         for k in range(0, len(prompts), batch_size):
             ids = prompt_ids(tok, prompts[k:k+batch_size])
-            y = generated(model, tok, ids, trie.depth, greedy, stop=trie.eos, prefix_allowed_tokens_fn=trie.prefix_fn(max(map(len, ids))))
+            y = generated(
+                model,
+                tok,
+                ids,
+                trie.depth,
+                greedy,
+                stop=trie.eos,
+                prefix_allowed_tokens_fn=trie.prefix_fn(max(map(len, ids))),
+            )
             out += [item_of(trie, t) for t in y.tolist()]
     return np.array(out)
 
@@ -107,7 +159,8 @@ def item_of(trie, ids):
     for t in ids:
         kids = slice(int(trie.first[n]), int(trie.first[n] + trie.count[n]))
         at = (trie.token[kids] == t).nonzero()
-        if not len(at): break
+        if not len(at):
+            break
         n = kids.start + int(at[0])
     return int(trie.item[n])
 
@@ -119,13 +172,18 @@ def div_ratio(top) -> float: # top: (n, k) recommended items
 
 def check_items(top):
     "Refuse lists that hold no items, or -1 for none."
-    if not np.size(top): raise ValueError("no recommendations: nothing to count")
-    if np.min(top) < 0: raise ValueError(f"item {np.min(top)} among the recommendations: items are numbers from 0; leave empty places out")
+    if not np.size(top):
+        raise ValueError("no recommendations: nothing to count")
+    if np.min(top) < 0:
+        raise ValueError(
+            f"item {np.min(top)} among the recommendations: items are numbers from 0; leave empty places out"
+        )
 
 def or_ratio(top, most:int=3) -> float:
     "ORRatio: share of all recommendations that the `most` most recommended items take (SPRec)."
     check_items(top)
-    if most < 1: raise ValueError(f"most={most}: must be at least 1")
+    if most < 1:
+        raise ValueError(f"most={most}: must be at least 1")
     return float(np.sort(exposures(top, int(np.max(top))+1))[-most:].sum()/np.size(top))
 
 def genre_gaps(
@@ -157,7 +215,8 @@ class PairCollator(DataCollatorForPreference):
         K = len(r) if isinstance((r := examples[0]["rejected_ids"])[0], list) else 0
         flat = [e | dict(rejected_ids=e["rejected_ids"][k]) for k in range(K) for e in examples] if K else examples
         out = super().torch_call(flat)
-        if K: out = {k: v[(K-1)*len(examples):] for k, v in out.items()} # the chosen block came K times
+        if K:
+            out = {k: v[(K-1)*len(examples):] for k, v in out.items()} # the chosen block came K times
         return out | {k: torch.tensor([e[k] for e in examples], dtype=torch.float32) for k in self.extra}
 
 # %% ../../nbs/llm/01_alignment.ipynb #481ddfed
@@ -171,9 +230,11 @@ class PairTrainer(DPOTrainer):
     several = False # ...which this trainer has to allow
 
     def __init__(self, *args, **kw):
-        for k, v in self.knobs.items(): setattr(self, k, kw.pop(k, v))
+        for k, v in self.knobs.items():
+            setattr(self, k, kw.pop(k, v))
         pad, cut = kw["processing_class"].pad_token_id, kw["args"].max_length
-        if kw.get("ref_model") is not None: kw["ref_model"] = whole_model(kw["ref_model"]) # trl looks for hidden states behind the wrapper of peft
+        if kw.get("ref_model") is not None:
+            kw["ref_model"] = whole_model(kw["ref_model"]) # trl looks for hidden states behind the wrapper of peft
         super().__init__(*args, **{"data_collator": PairCollator(pad, max_length=cut, extra=self.extra)} | kw)
 
     def _set_signature_columns_if_needed(self):
@@ -182,34 +243,62 @@ class PairTrainer(DPOTrainer):
 
     def _prepare_dataset(self, dataset, tok, args, name):
         if missing := [c for c in self.extra if c not in dataset.column_names]:
-            raise ValueError(f"{type(self).__name__} needs the column(s) {missing}; the data has {dataset.column_names}")
+            raise ValueError(
+                f"{type(self).__name__} needs the column(s) {missing}; the data has {dataset.column_names}"
+            )
         first = dataset[0]
         many = isinstance(first["rejected"], list) and isinstance(first["rejected"][0], str)
-        if not many and not isinstance(first.get("prompt"), str): return super()._prepare_dataset(dataset, tok, args, name) # chats: trl's own way
-        if many and not self.several: raise ValueError(f"{type(self).__name__} takes one loser a row, and `rejected` holds lists: SDPOTrainer takes several")
+        if not many and not isinstance(first.get("prompt"), str):
+            return super()._prepare_dataset(dataset, tok, args, name) # chats: trl's own way
+        if many and not self.several:
+            raise ValueError(
+                f"{type(self).__name__} takes one loser a row, and `rejected` holds lists: SDPOTrainer takes several"
+            )
         if many:
-            if args.precompute_ref_log_probs: raise ValueError("precompute_ref_log_probs=True works with one loser a row only: leave it off")
+            if args.precompute_ref_log_probs:
+                raise ValueError("precompute_ref_log_probs=True works with one loser a row only: leave it off")
             self.losers = len(first["rejected"])
-        P, chosen, *lost = token_columns(tok, dataset["prompt"], dataset["chosen"], *(zip(*dataset["rejected"]) if many else [dataset["rejected"]]))
-        return Dataset.from_dict({c: dataset[c] for c in self.extra} | dict(prompt_ids=P, chosen_ids=chosen, rejected_ids=[list(r) for r in zip(*lost)] if many else lost[0]))
+        P, chosen, *lost = token_columns(
+            tok, dataset["prompt"], dataset["chosen"], *(zip(*dataset["rejected"]) if many else [dataset["rejected"]])
+        )
+        return Dataset.from_dict(
+            {c: dataset[c] for c in self.extra}
+            | dict(prompt_ids=P, chosen_ids=chosen, rejected_ids=[list(r) for r in zip(*lost)] if many else lost[0])
+        )
 
-    def _precompute_ref_logps(self, dataset, name, batch_size): return super()._precompute_ref_logps(dataset, name, batch_size) if self.reference else dataset
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        return super()._precompute_ref_logps(dataset, name, batch_size) if self.reference else dataset
 
-    def pair_loss(self, b): # b.w, b.l, b.rw, b.rl: log-probabilities of winner and loser under policy and reference; b.nw, b.nl: their tokens
+    def pair_loss(
+        self, b
+    ):  # b.w, b.l, b.rw, b.rl: log-probabilities of winner and loser under policy and reference; b.nw, b.nl: their tokens
         "(B,) losses; with several losers `b.l, b.rl, b.nl` are (K, B)."
         return -F.logsigmoid(self.beta*((b.w - b.rw) - (b.l - b.rl)))
 
     def reference_logps(self, model, x):
-        if not self.reference: return torch.zeros(len(x["input_ids"]), device=x["input_ids"].device)
-        return torch.cat([x["ref_chosen_logps"], x["ref_rejected_logps"]] if self.precompute_ref_logps else self.compute_ref_log_probs(self.ref_model or model, x))
+        if not self.reference:
+            return torch.zeros(len(x["input_ids"]), device=x["input_ids"].device)
+        return torch.cat(
+            [x["ref_chosen_logps"], x["ref_rejected_logps"]]
+            if self.precompute_ref_logps
+            else self.compute_ref_log_probs(self.ref_model or model, x)
+        )
 
     def _compute_loss(self, model, inputs, return_outputs=False):
         extra = {k: inputs.pop(k) for k in self.extra}
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-        lp = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, labels=labels, fused_lm_head=True).log_probs.sum(1)
+        lp = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            use_cache=False,
+            labels=labels,
+            fused_lm_head=True,
+        ).log_probs.sum(1)
         B = len(lp)//(1 + self.losers)
         halves = lambda x: (x[:B], x[B:] if self.losers == 1 else x[B:].view(self.losers, B))
-        (w, l), (rw, rl), (nw, nl) = map(halves, (lp, self.reference_logps(model, inputs), inputs["completion_mask"][:, 1:].sum(1)))
+        (w, l), (rw, rl), (nw, nl) = map(
+            halves, (lp, self.reference_logps(model, inputs), inputs["completion_mask"][:, 1:].sum(1))
+        )
         loss = self.pair_loss(SimpleNamespace(w=w, l=l, rw=rw, rl=rl, nw=nw, nl=nl, **extra)).mean()
         return (loss, None) if return_outputs else loss
 
@@ -224,18 +313,36 @@ def trl_args(
     gpu = torch.cuda.is_available()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if "max_length" in Config.__dataclass_fields__: kw = dict(max_length=None) | kw # never cut silently
-        return Config(**dict(output_dir=str(Path(tempfile.gettempdir())/"recbook-trl"), max_steps=steps, learning_rate=lr, per_device_train_batch_size=batch_size,
-            seed=seed, bf16=gpu and torch.cuda.is_bf16_supported(), use_cpu=not gpu, gradient_checkpointing=False, save_strategy="no", report_to="none",
-            logging_steps=1, disable_tqdm=True, lr_scheduler_type="constant") | kw)
+        if "max_length" in Config.__dataclass_fields__:
+            kw = dict(max_length=None) | kw  # never cut silently
+        return Config(
+            **dict(
+                output_dir=str(Path(tempfile.gettempdir()) / "recbook-trl"),
+                max_steps=steps,
+                learning_rate=lr,
+                per_device_train_batch_size=batch_size,
+                seed=seed,
+                bf16=gpu and torch.cuda.is_bf16_supported(),
+                use_cpu=not gpu,
+                gradient_checkpointing=False,
+                save_strategy="no",
+                report_to="none",
+                logging_steps=1,
+                disable_tqdm=True,
+                lr_scheduler_type="constant",
+            )
+            | kw
+        )
 
 # %% ../../nbs/llm/01_alignment.ipynb #11a4dc70
 def fresh_copy(model:PreTrainedModel) -> PreTrainedModel:
     "A copy that shares nothing. trl's trainers leave a `forward` bound to the original on it; a plain `deepcopy` would run the original's weights."
     bound = [(m, m.__dict__.pop("forward")) for m in model.modules() if "forward" in m.__dict__]
-    try: return copy.deepcopy(model)
+    try:
+        return copy.deepcopy(model)
     finally:
-        for m, f in bound: m.forward = f
+        for m, f in bound:
+            m.forward = f
 
 # %% ../../nbs/llm/01_alignment.ipynb #9cc130d9
 def train_with(
@@ -243,15 +350,19 @@ def train_with(
     model, # is trained in place
     data:Dataset, tok, args, **kw):
     "Train quietly; the model comes back without the trainer's `forward`, in evaluation mode. Returns the losses of the steps."
-    bars = is_progress_bar_enabled(); disable_progress_bars()
+    bars = is_progress_bar_enabled()
+    disable_progress_bars()
     try:
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             t = Trainer(model=model, args=args, train_dataset=data, processing_class=tok, **kw)
-            t.remove_callback(PrinterCallback); t.train()
+            t.remove_callback(PrinterCallback)
+            t.train()
     finally:
-        if bars: enable_progress_bars()
-    for m in model.modules(): m.__dict__.pop("forward", None)
+        if bars:
+            enable_progress_bars()
+    for m in model.modules():
+        m.__dict__.pop("forward", None)
     model.eval()
     return [r["loss"] for r in t.state.log_history if "loss" in r]
 
@@ -263,71 +374,128 @@ def check_pairs(
     ) -> Dataset:
     "The pairs as a `Dataset`, after a look at everything that would go wrong silently later."
     data = Dataset.from_pandas(pairs, preserve_index=False) if isinstance(pairs, pd.DataFrame) else pairs
-    if missing := {"prompt", "chosen", "rejected"} - set(data.column_names): raise ValueError(f"no column(s) {sorted(missing)}; the pairs have {data.column_names}")
-    if not len(data): raise ValueError("no pairs: nothing to learn from")
+    if missing := {"prompt", "chosen", "rejected"} - set(data.column_names):
+        raise ValueError(f"no column(s) {sorted(missing)}; the pairs have {data.column_names}")
+    if not len(data):
+        raise ValueError("no pairs: nothing to learn from")
     end_mark(tok)
     limit, titles = context_limit(model), set(trie.titles) if trie else None
     losers, prompts = [r if isinstance(r, list) else [r] for r in data["rejected"]], list(data["prompt"])
-    if len(odd := {len(r) for r in losers}) > 1 or 0 in odd: raise ValueError(f"rejected lists of lengths {sorted(odd)}: every row needs the same number, at least one; drop or fill the others")
+    if len(odd := {len(r) for r in losers}) > 1 or 0 in odd:
+        raise ValueError(
+            f"rejected lists of lengths {sorted(odd)}: every row needs the same number, at least one; drop or fill the others"
+        )
     for k, (c, r) in enumerate(zip(data["chosen"], losers)):
         for a in (prompts[k], c, *r):
-            if not isinstance(a, str): raise ValueError(f"row {k} holds a {type(a).__name__} where a text belongs: turn messages into text first, e.g. by trl.apply_chat_template")
+            if not isinstance(a, str):
+                raise ValueError(
+                    f"row {k} holds a {type(a).__name__} where a text belongs: turn messages into text first, e.g. by trl.apply_chat_template"
+                )
         for a in (c, *r):
-            if not a.strip(): raise ValueError(f"row {k} has an empty answer: drop the row")
-            if a is not c and a.strip() == c.strip(): raise ValueError(f"row {k}: {a.strip()!r} is both chosen and rejected, so it says nothing: drop the row")
-            if titles is not None and a.strip() not in titles: raise ValueError(f"row {k}: {a.strip()!r} is not in the trie: add the title to the catalogue or drop the row")
+            if not a.strip():
+                raise ValueError(f"row {k} has an empty answer: drop the row")
+            if a is not c and a.strip() == c.strip():
+                raise ValueError(
+                    f"row {k}: {a.strip()!r} is both chosen and rejected, so it says nothing: drop the row"
+                )
+            if titles is not None and a.strip() not in titles:
+                raise ValueError(
+                    f"row {k}: {a.strip()!r} is not in the trie: add the title to the catalogue or drop the row"
+                )
     for k, n in enumerate(map(len, prompt_ids(tok, prompts))):
-        longest = max(len(completion_ids(tok, a, True)) for a in (data[k]["chosen"], *losers[k])) if limit and n + 64 > limit else 0
-        if limit and n + longest > limit: raise ValueError(f"row {k}: prompt {prompts[k][:60]!r}... has {n} tokens and its answers up to {longest}, the model reads {limit}: shorten the history")
+        longest = (
+            max(len(completion_ids(tok, a, True)) for a in (data[k]["chosen"], *losers[k]))
+            if limit and n + 64 > limit
+            else 0
+        )
+        if limit and n + longest > limit:
+            raise ValueError(
+                f"row {k}: prompt {prompts[k][:60]!r}... has {n} tokens and its answers up to {longest}, the model reads {limit}: shorten the history"
+            )
     return data
 
 # %% ../../nbs/llm/01_alignment.ipynb #8cea0e73
 def align(
-    model:PreTrainedModel, tok:PreTrainedTokenizerBase, # stay as they are; the model is also the reference
-    pairs, # Dataset or DataFrame in trl's preference format: prompt, chosen, rejected, and what the trainer's `extra` names
+    model: PreTrainedModel,
+    tok: PreTrainedTokenizerBase,  # stay as they are; the model is also the reference
+    pairs,  # Dataset or DataFrame in trl's preference format: prompt, chosen, rejected, and what the trainer's `extra` names
     Trainer=PairTrainer,
-    steps:int=64, beta:float=.1, lr:float=2e-4, batch_size:int=32, seed:int=0,
-    trie:ItemTrie|None=None, # if given, every answer must be in it
-    knobs:dict|None=None, # hyperparameters of this Trainer, e.g. dict(gamma=.5)
-    each:Callable|None=None, every:int=8, # each(step, model) is called after every so many steps
-    **kw) -> PreTrainedModel: # kw goes to DPOConfig
+    steps: int = 64,
+    beta: float = 0.1,
+    lr: float = 2e-4,
+    batch_size: int = 32,
+    seed: int = 0,
+    trie: ItemTrie | None = None,  # if given, every answer must be in it
+    knobs: dict | None = None,  # hyperparameters of this Trainer, e.g. dict(gamma=.5)
+    each: Callable | None = None,
+    every: int = 8,  # each(step, model) is called after every so many steps
+    **kw,
+) -> PreTrainedModel:  # kw goes to DPOConfig
     "A copy of the model after preference alignment."
     for name, v in dict(steps=steps, beta=beta, lr=lr).items():
-        if not 0 < v < np.inf: raise ValueError(f"{name}={v}: must be positive")
+        if not 0 < v < np.inf:
+            raise ValueError(f"{name}={v}: must be positive")
     data, new = check_pairs(model, tok, pairs, trie), fresh_copy(model)
     check_knobs(Trainer, knobs or {}, data)
     args = trl_args(DPOConfig, steps, lr, batch_size, seed, beta=beta, **kw)
     adapted = hasattr(model, "peft_config") # trl would make its own reference out of an adapter called "default"
     ref = fresh_copy(model) if Trainer.reference or adapted else None
-    if not Trainer.reference: args.precompute_ref_log_probs = True # trl then keeps no second model, and there is nothing to compute
+    if not Trainer.reference:
+        args.precompute_ref_log_probs = True # trl then keeps no second model, and there is nothing to compute
     with without_dropout(*([new, ref] if ref is not None else [new]), off=args.disable_dropout):
-        train_with(Trainer, new, data, tok, args, ref_model=ref, callbacks=[Every(each, every)] if each else None, **(knobs or {}))
+        train_with(
+            Trainer,
+            new,
+            data,
+            tok,
+            args,
+            ref_model=ref,
+            callbacks=[Every(each, every)] if each else None,
+            **(knobs or {}),
+        )
     return new
 
 def check_knobs(Trainer, knobs, data):
     "Refuse hyperparameters that the trainer does not have, and extra columns that are no numbers in their range."
-    if odd := sorted(set(knobs) - set(Trainer.knobs)): raise ValueError(f"{Trainer.__name__} has no knob {odd[0]!r}; it has {sorted(Trainer.knobs) or 'none'}")
-    if odd := [k for k, v in knobs.items() if not isinstance(v, bool) and not np.isfinite(v)]: raise ValueError(f"{odd[0]}={knobs[odd[0]]}: must be a number")
+    if odd := sorted(set(knobs) - set(Trainer.knobs)):
+        raise ValueError(f"{Trainer.__name__} has no knob {odd[0]!r}; it has {sorted(Trainer.knobs) or 'none'}")
+    if odd := [k for k, v in knobs.items() if not isinstance(v, bool) and not np.isfinite(v)]:
+        raise ValueError(f"{odd[0]}={knobs[odd[0]]}: must be a number")
     for c in set(Trainer.extra) & set(data.column_names):
         v, (lo, hi) = np.asarray(data[c], float), Trainer.ranges.get(c, (-np.inf, np.inf))
-        if (bad := ~(np.isfinite(v) & (v >= lo) & (v <= hi))).any(): raise ValueError(f"column {c!r} is {v[bad][0]} in row {int(bad.argmax())}: must be a number between {lo} and {hi}")
+        if (bad := ~(np.isfinite(v) & (v >= lo) & (v <= hi))).any():
+            raise ValueError(
+                f"column {c!r} is {v[bad][0]} in row {int(bad.argmax())}: must be a number between {lo} and {hi}"
+            )
 
 @contextmanager
 def without_dropout(*models, off=True):
     "Inside the block no module drops anything, not even one that keeps its rate as a number (OPT); afterwards all rates are as they were."
-    rates = [(m, k, v) for model in models for m in model.modules() for k, v in vars(m).items()
-        if isinstance(v, float) and ("drop" in k or k == "p" and isinstance(m, torch.nn.modules.dropout._DropoutNd))] if off else []
+    rates = (
+        [
+            (m, k, v)
+            for model in models
+            for m in model.modules()
+            for k, v in vars(m).items()
+            if isinstance(v, float) and ("drop" in k or k == "p" and isinstance(m, torch.nn.modules.dropout._DropoutNd))
+        ]
+        if off
+        else []
+    )
     try:
-        for m, k, _ in rates: setattr(m, k, 0.)
+        for m, k, _ in rates:
+            setattr(m, k, 0.)
         yield
     finally:
-        for m, k, v in rates: setattr(m, k, v)
+        for m, k, v in rates:
+            setattr(m, k, v)
 
 class Every(TrainerCallback):
     "Calls `f(step, model)` after every `n` steps."
     def __init__(self, f, n): self.f, self.n = f, n
     def on_step_end(self, args, state, control, model=None, **kw):
-        if state.global_step % self.n == 0: self.f(state.global_step, model)
+        if state.global_step % self.n == 0:
+            self.f(state.global_step, model)
 
 # %% ../../nbs/llm/01_alignment.ipynb #0aa0b42b
 def pairs_of(
@@ -338,9 +506,13 @@ def pairs_of(
     "Preference pairs out of next-item rows and losers; a row whose loser is its winner says nothing and is left out."
     rejected = np.asarray(rejected)
     many = rejected.ndim == 2
-    ok = ((rejected.reshape(len(rows), -1) != rows.item.to_numpy()[:, None]) & (rejected.reshape(len(rows), -1) >= 0)).all(1)
+    ok = (
+        (rejected.reshape(len(rows), -1) != rows.item.to_numpy()[:, None]) & (rejected.reshape(len(rows), -1) >= 0)
+    ).all(1)
     text = [[" " + titles[j] for j in r] if many else " " + titles[r] for r in rejected]
-    df = pd.DataFrame(dict(prompt=rows.prompt.to_numpy(), chosen=[" " + titles[i] for i in rows.item], rejected=text, **columns))
+    df = pd.DataFrame(
+        dict(prompt=rows.prompt.to_numpy(), chosen=[" " + titles[i] for i in rows.item], rejected=text, **columns)
+    )
     return df[ok].reset_index(drop=True)
 
 # %% ../../nbs/llm/01_alignment.ipynb #4b89ae1d
@@ -350,12 +522,18 @@ def sft(
     steps:int=32, lr:float=5e-4, batch_size:int=32, seed:int=0, **kw) -> PreTrainedModel:
     "A copy of the model after supervised fine-tuning on the completions."
     rows = rows.to_pandas() if isinstance(rows, Dataset) else rows
-    if missing := {"prompt", "completion"} - set(rows): raise ValueError(f"no column(s) {sorted(missing)}; the rows have {list(rows)}")
-    if not len(rows): raise ValueError("no rows: nothing to learn from")
-    if steps < 1: raise ValueError(f"steps={steps}: must be at least 1")
+    if missing := {"prompt", "completion"} - set(rows):
+        raise ValueError(f"no column(s) {sorted(missing)}; the rows have {list(rows)}")
+    if not len(rows):
+        raise ValueError("no rows: nothing to learn from")
+    if steps < 1:
+        raise ValueError(f"steps={steps}: must be at least 1")
     new, (P, A) = fresh_copy(model), token_columns(tok, rows.prompt, rows.completion)
-    if (limit := context_limit(model)) and (longest := max(map(len, map(list.__add__, P, A)))) > limit: raise ValueError(f"a row has {longest} tokens, the model reads {limit}: shorten the history")
-    data = Dataset.from_dict(dict(input_ids=[p + a for p, a in zip(P, A)], labels=[[-100]*len(p) + a for p, a in zip(P, A)]))
+    if (limit := context_limit(model)) and (longest := max(map(len, map(list.__add__, P, A)))) > limit:
+        raise ValueError(f"a row has {longest} tokens, the model reads {limit}: shorten the history")
+    data = Dataset.from_dict(
+        dict(input_ids=[p + a for p, a in zip(P, A)], labels=[[-100] * len(p) + a for p, a in zip(P, A)])
+    )
     train_with(SFTTrainer, new, data, tok, trl_args(SFTConfig, steps, lr, batch_size, seed, **kw))
     return new
 
@@ -366,7 +544,9 @@ def check_shares(tol=2e-3, **shares):
         x = p.detach() if isinstance(p, Tensor) else torch.as_tensor(np.asarray(p, float))
         total = x.float().sum(-1)
         if not (x >= 0).all() or not ((total - 1).abs() <= (tol if x.dtype.itemsize > 2 else 3e-2)).all():
-            raise ValueError(f"{name} is no distribution: its smallest share is {x.min().item():.3g}, its sums run from {total.min().item():.3g} to {total.max().item():.3g}; divide each row by its sum")
+            raise ValueError(
+                f"{name} is no distribution: its smallest share is {x.min().item():.3g}, its sums run from {total.min().item():.3g} to {total.max().item():.3g}; divide each row by its sum"
+            )
 
 # %% ../../nbs/llm/01_alignment.ipynb #a5dea236
 def dpo_population(
@@ -375,15 +555,20 @@ def dpo_population(
     beta:float) -> Tensor: # scalar
     "Expected DPO loss when winner ~ p and loser ~ q are drawn independently."
     check_shares(ref=ref, p=p, q=q)
-    if beta <= 0: raise ValueError(f"beta={beta}: must be positive")
+    if beta <= 0:
+        raise ValueError(f"beta={beta}: must be positive")
     r = beta*(logits.log_softmax(-1) - ref.log())
     return -(p[..., :, None]*q[..., None, :]*F.logsigmoid(r[..., :, None] - r[..., None, :])).sum((-1, -2)).mean()
 
 def dpo_optimum(ref:Tensor, p:Tensor, q:Tensor, beta:float) -> Tensor: # (..., n)
     "Where that loss is smallest: $\\pi^*\\propto\\pi_{ref}(p/q)^{1/\\beta}$."
     check_shares(ref=ref, p=p, q=q)
-    if beta <= 0: raise ValueError(f"beta={beta}: must be positive")
-    if not (q > 0).all(): raise ValueError("q is 0 for some answer: where losers never come from, the optimum has no bound; give q a little mass everywhere")
+    if beta <= 0:
+        raise ValueError(f"beta={beta}: must be positive")
+    if not (q > 0).all():
+        raise ValueError(
+            "q is 0 for some answer: where losers never come from, the optimum has no bound; give q a little mass everywhere"
+        )
     return (ref.log() + (p.log() - q.log())/beta).softmax(-1)
 
 # %% ../../nbs/llm/01_alignment.ipynb #c4a38933
@@ -412,13 +597,29 @@ def self_play(
     each:Callable|None=None, # (round, model) -> anything, called before the first and after each round
     ) -> PreTrainedModel:
     "SPRec: each round, the model writes the losers, then comes a little SFT, then a little DPO whose reference is the model after that SFT."
-    if each: each(0, model)
+    if each:
+        each(0, model)
     for t in range(rounds):
         part = rows.sample(min(len(rows), max(sft_steps, dpo_steps)*batch_size), random_state=1000*seed + t)
-        bad = losers(model, tok, part, trie, 1000*seed + t) if dpo_steps else None # from the model before this round's SFT
-        if sft_steps: model = sft(model, tok, part, sft_steps, lr, batch_size, seed)
-        if dpo_steps: model = align(model, tok, pairs_of(part, bad, trie.titles), steps=dpo_steps, beta=beta, lr=lr, batch_size=batch_size, seed=seed, trie=trie)
-        if each: each(t+1, model)
+        bad = (
+            losers(model, tok, part, trie, 1000 * seed + t) if dpo_steps else None
+        )  # from the model before this round's SFT
+        if sft_steps:
+            model = sft(model, tok, part, sft_steps, lr, batch_size, seed)
+        if dpo_steps:
+            model = align(
+                model,
+                tok,
+                pairs_of(part, bad, trie.titles),
+                steps=dpo_steps,
+                beta=beta,
+                lr=lr,
+                batch_size=batch_size,
+                seed=seed,
+                trie=trie,
+            )
+        if each:
+            each(t+1, model)
     return model
 
 # %% ../../nbs/llm/01_alignment.ipynb #05fd7c76
@@ -451,16 +652,20 @@ def flip_probability(
     most:float=.45, # at .5 and above a pair would teach the opposite
     ) -> np.ndarray: # (n,)
     "RosePO's smoothing sigmoid(tau (f(u, y_l) - f(u, y_w))), clipped below 1/2."
-    if not 0 < tau < np.inf: raise ValueError(f"tau={tau}: must be positive")
-    if not 0 <= most <= .5: raise ValueError(f"most={most}: must lie in 0..1/2")
+    if not 0 < tau < np.inf:
+        raise ValueError(f"tau={tau}: must be positive")
+    if not 0 <= most <= .5:
+        raise ValueError(f"most={most}: must lie in 0..1/2")
     f_w, f_l = scores_of(f_w, f_l)
     return np.minimum(expit(tau*(f_l - f_w)), most)
 
 def scores_of(a, b):
     "Two equally long arrays of finite scores; one of them may be a single number."
     a, b = np.asarray(a, float), np.asarray(b, float)
-    if a.ndim and b.ndim and a.shape != b.shape or not a.size*b.size: raise ValueError(f"scores of shape {a.shape} and {b.shape}: need two of the same length, at least 1")
-    if bad := int((~np.isfinite(a)).sum() + (~np.isfinite(b)).sum()): raise ValueError(f"{bad} score(s) are not finite: drop these rows or mend the oracle")
+    if a.ndim and b.ndim and a.shape != b.shape or not a.size*b.size:
+        raise ValueError(f"scores of shape {a.shape} and {b.shape}: need two of the same length, at least 1")
+    if bad := int((~np.isfinite(a)).sum() + (~np.isfinite(b)).sum()):
+        raise ValueError(f"{bad} score(s) are not finite: drop these rows or mend the oracle")
     return a, b
 
 def fit_tau(
@@ -483,7 +688,8 @@ def semantic_losers(
     S = V @ V.T
     out = np.empty(len(rows), int)
     for k, (i, seen) in enumerate(zip(rows.item, rows.seen)):
-        s = S[i].copy(); s[[i, *seen]] = -np.inf
+        s = S[i].copy()
+        s[[i, *seen]] = -np.inf
         out[k] = s.argmax()
     return out
 
@@ -495,7 +701,8 @@ def popular_losers(
     rng, p = np.random.default_rng(seed), np.asarray(counts, float)
     out = np.empty(len(rows), int)
     for k, (i, seen) in enumerate(zip(rows.item, rows.seen)):
-        q = p.copy(); q[[i, *seen]] = 0
+        q = p.copy()
+        q[[i, *seen]] = 0
         out[k] = rng.choice(len(q), p=q/q.sum())
     return out
 
@@ -508,8 +715,12 @@ class AlphaDPOTrainer(PairTrainer):
         "The z-score of M; the statistics start at the first batch in which policy and reference differ."
         all_M = self.accelerator.gather(M.detach())
         m, s = all_M.mean(), all_M.std(unbiased=False)
-        if self.mean is None or self.spread < 1e-5: self.mean, self.spread = m, s
-        else: self.mean, self.spread = (self.momentum*old + (1-self.momentum)*new for old, new in ((self.mean, m), (self.spread, s)))
+        if self.mean is None or self.spread < 1e-5:
+            self.mean, self.spread = m, s
+        else:
+            self.mean, self.spread = (
+                self.momentum * old + (1 - self.momentum) * new for old, new in ((self.mean, m), (self.spread, s))
+            )
         return (M - self.mean)/self.spread if self.spread >= 1e-5 else torch.zeros_like(M)
     def pair_loss(self, b):
         u, u_ref = b.w/b.nw - b.l/b.nl, b.rw/b.nw - b.rl/b.nl
@@ -525,7 +736,8 @@ TASTES = [v for a in ("mood", "genre", "setting") for v in CUES[a]]
 def taste_words(self:World, rng) -> pd.DataFrame:
     "True taste of each user: +1 for four words that attract, -1 for four that repel, 0 for the others; (n_users, 26)."
     E = np.zeros((self.n_users, len(TASTES)), int)
-    for e in E: e[rng.choice(len(TASTES), 8, replace=False)] = [1]*4 + [-1]*4
+    for e in E:
+        e[rng.choice(len(TASTES), 8, replace=False)] = [1]*4 + [-1]*4
     return pd.DataFrame(E, columns=TASTES)
 
 @patch(as_prop=True)
@@ -549,7 +761,8 @@ def spoken(
 
 def writer_prompt(words, liked) -> str:
     "What a profile writer reads: the history, sorted so that mentions of a word stand side by side."
-    if not len(words): raise ValueError("empty history: a writer needs at least one item")
+    if not len(words):
+        raise ValueError("empty history: a writer needs at least one item")
     return f"seen {' '.join(sorted(spoken(words, liked).split(), key=str.lower))} ; profile :"
 
 # %% ../../nbs/llm/01_alignment.ipynb #dc63251d
@@ -561,7 +774,8 @@ def profile_users_of(
     strong:float=.3, # a target's probability of a like is at least this far from 1/2
     ) -> pd.DataFrame: # user, prompt (of the writer), long, recent, score, test (items) and likes (n_items,)
     "Users with disjoint histories and balanced targets; users with too few strong opinions are left out."
-    if n_targets < 2 or n_targets % 2: raise ValueError(f"n_targets={n_targets}: must be even and at least 2, half of them liked")
+    if n_targets < 2 or n_targets % 2:
+        raise ValueError(f"n_targets={n_targets}: must be even and at least 2, half of them liked")
     P, W, out, k = w.opinions, w.item_words, [], n_targets//2
     Y = rng.random(P.shape) < P
     for u, y in enumerate(Y):
@@ -569,8 +783,19 @@ def profile_users_of(
         long, recent, rest = np.split(i, [n_long, n_long+n_recent])
         rest = rest[abs(P[u, rest]-.5) > strong]
         yes, no = rest[y[rest]], rest[~y[rest]]
-        if min(len(yes), len(no)) < 2*k: continue
-        out.append(dict(user=u, prompt=writer_prompt(W[long], y[long]), long=long, recent=recent, score=np.r_[yes[:k], no[:k]], test=np.r_[yes[k:2*k], no[k:2*k]], likes=y))
+        if min(len(yes), len(no)) < 2*k:
+            continue
+        out.append(
+            dict(
+                user=u,
+                prompt=writer_prompt(W[long], y[long]),
+                long=long,
+                recent=recent,
+                score=np.r_[yes[:k], no[:k]],
+                test=np.r_[yes[k : 2 * k], no[k : 2 * k]],
+                likes=y,
+            )
+        )
     return pd.DataFrame(out)
 
 # %% ../../nbs/llm/01_alignment.ipynb #7a683574
@@ -585,7 +810,10 @@ def judge_prompt(
     swap:bool=False, # the other recommender's order
     ) -> str:
     "What the recommender reads about one item; it answers ' yes' or ' no'."
-    about = lambda x: (f"{x} told {mentions(profile, x)} seen {mentions(recent, x)}", f"{x} seen {mentions(recent, x)} told {mentions(profile, x)}")[swap]
+    about = lambda x: (
+        f"{x} told {mentions(profile, x)} seen {mentions(recent, x)}",
+        f"{x} seen {mentions(recent, x)} told {mentions(profile, x)}",
+    )[swap]
     return " ; ".join(map(about, item)) + " ; answer :"
 
 # %% ../../nbs/llm/01_alignment.ipynb #0f9e482b
@@ -602,19 +830,39 @@ def task_lm(
     "A small Llama that has learned to answer, and its tokenizer; cached."
     s = dict(task_lm=2, hidden=hidden, layers=layers, steps=steps, lr=lr, seed=seed, batch_size=batch_size)
     def build(tok):
-        m = LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), hidden_size=hidden, intermediate_size=2*hidden, num_hidden_layers=layers, num_attention_heads=hidden//32,
-            num_key_value_heads=hidden//32, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=.1, **mark_ids(tok)))
+        m = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tok),
+                hidden_size=hidden,
+                intermediate_size=2 * hidden,
+                num_hidden_layers=layers,
+                num_attention_heads=hidden // 32,
+                num_key_value_heads=hidden // 32,
+                max_position_embeddings=256,
+                tie_word_embeddings=True,
+                initializer_range=0.1,
+                **mark_ids(tok),
+            )
+        )
         mark = tok(" :", add_special_tokens=False).input_ids[-1]
         return m, lambda x: answers_loss(m, x, mark, tok.pad_token_id)
-    return load_lm(cached("causal", key, s, lambda to: read(docs(), to, build, 0, steps, seed, 600, 256, lr, batch_size)))
+
+    return load_lm(
+        cached("causal", key, s, lambda to: read(docs(), to, build, 0, steps, seed, 600, 256, lr, batch_size))
+    )
 
 # %% ../../nbs/llm/01_alignment.ipynb #4500fae0
 def check_lengths(model, tok, prompts, more:int):
     "Refuse empty lists and prompts that leave no room for `more` tokens."
-    if not len(prompts): raise ValueError("no prompts: nothing to do")
-    if more < 1: raise ValueError(f"{more} new tokens: must be at least 1")
+    if not len(prompts):
+        raise ValueError("no prompts: nothing to do")
+    if more < 1:
+        raise ValueError(f"{more} new tokens: must be at least 1")
     limit, longest = context_limit(model), max(map(len, prompt_ids(tok, prompts)))
-    if limit and longest + more > limit: raise ValueError(f"a prompt has {longest} tokens and its completion up to {more}, the model reads {limit}: shorten the history")
+    if limit and longest + more > limit:
+        raise ValueError(
+            f"a prompt has {longest} tokens and its completion up to {more}, the model reads {limit}: shorten the history"
+        )
 
 @torch.no_grad()
 def explore_profiles(
@@ -625,14 +873,24 @@ def explore_profiles(
     max_new_tokens:int=6,
     seed:int=0) -> pd.DataFrame: # row (position of the prompt), writer, profile
     "Sample free-form profiles from several writers (LettinGo, stage 1)."
-    if not 0 <= temperature < np.inf: raise ValueError(f"temperature={temperature}: must be 0 or more")
-    if not writers or n < len(writers): raise ValueError(f"n={n} profiles for {len(writers)} writers: every writer needs one")
+    if not 0 <= temperature < np.inf:
+        raise ValueError(f"temperature={temperature}: must be 0 or more")
+    if not writers or n < len(writers):
+        raise ValueError(f"n={n} profiles for {len(writers)} writers: every writer needs one")
     out, share = [], np.diff(np.linspace(0, n, len(writers)+1).astype(int))
     for (name, m), k in zip(writers.items(), share):
         check_lengths(m, tok, prompts, max_new_tokens)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + zlib.crc32(name.encode()) % 1000)
-            y = generated(m, tok, prompt_ids(tok, prompts), max_new_tokens, not temperature, temperature or 1., num_return_sequences=int(k) if temperature else 1)
+            y = generated(
+                m,
+                tok,
+                prompt_ids(tok, prompts),
+                max_new_tokens,
+                not temperature,
+                temperature or 1.0,
+                num_return_sequences=int(k) if temperature else 1,
+            )
         texts = tok.batch_decode(y, skip_special_tokens=True)
         out += [(j//(len(texts)//len(prompts)), name, t) for j, t in enumerate(texts)]
     return pd.DataFrame(out, columns=["row", "writer", "profile"])
@@ -642,7 +900,8 @@ def distinct(
     texts:Sequence[str], n:int=2) -> float:
     "Different n-grams over all n-grams of the texts."
     g = [tuple(t[k:k+n]) for t in map(str.split, texts) for k in range(len(t)-n+1)]
-    if not g: raise ValueError(f"no text has {n} words")
+    if not g:
+        raise ValueError(f"no text has {n} words")
     return len(set(g))/len(g)
 
 def truth_of(
@@ -661,7 +920,8 @@ def profile_success(
     truth, # (n_rows, n_targets) bool
     labels=(" yes", " no")) -> np.ndarray: # (n_profiles,)
     "Share of held-out targets that the recommender gets right with each profile (LettinGo, stage 2)."
-    if not len(profiles): raise ValueError("no profiles to score")
+    if not len(profiles):
+        raise ValueError("no profiles to score")
     asked = np.array([ask(r, p) for r, p in profiles[["row", "profile"]].itertuples(index=False)])
     once, where = np.unique(asked, return_inverse=True) # many questions come more than once
     s = answer_logits(model, tok, once.tolist(), labels, batch_size=256)
@@ -681,8 +941,13 @@ def profile_pairs(
     for r, g in told.sort_values("success", kind="stable").groupby("row"):
         for k in range(min(per_row, len(g)//2)):
             lo, hi = g.iloc[k], g.iloc[-1-k]
-            if hi.success - lo.success >= margin: out.append(dict(prompt=prompts[r], chosen=hi.profile, rejected=lo.profile)); hit.add(r)
-    if not out: raise ValueError(f"no pair differs by margin={margin}: every profile of a user did equally well; explore more profiles or targets")
+            if hi.success - lo.success >= margin:
+                out.append(dict(prompt=prompts[r], chosen=hi.profile, rejected=lo.profile))
+                hit.add(r)
+    if not out:
+        raise ValueError(
+            f"no pair differs by margin={margin}: every profile of a user did equally well; explore more profiles or targets"
+        )
     return Dataset.from_list(out), len(hit)/profiles.row.nunique()
 
 # %% ../../nbs/llm/01_alignment.ipynb #5306b9d5
@@ -693,9 +958,12 @@ class BayesianUpdater:
         n:int|None=None, # rows, when the prior is the same for all
         rho:float=1.): # share of the old counts that survives an update; below 1 forgets
         alpha = np.array(prior, float)
-        if alpha.ndim == 1: alpha = np.tile(alpha, (n or 1, 1))
-        if alpha.ndim != 2 or alpha.shape[1] < 2 or not (alpha > 0).all(): raise ValueError(f"prior of shape {alpha.shape}: needs at least 2 categories and positive pseudo-counts")
-        if not 0 <= rho <= 1: raise ValueError(f"rho={rho}: must lie in 0..1")
+        if alpha.ndim == 1:
+            alpha = np.tile(alpha, (n or 1, 1))
+        if alpha.ndim != 2 or alpha.shape[1] < 2 or not (alpha > 0).all():
+            raise ValueError(f"prior of shape {alpha.shape}: needs at least 2 categories and positive pseudo-counts")
+        if not 0 <= rho <= 1:
+            raise ValueError(f"rho={rho}: must lie in 0..1")
         self.prior,self.alpha,self.rho = alpha,alpha.copy(),rho
 
     def update(self,
@@ -703,7 +971,8 @@ class BayesianUpdater:
         ) -> BayesianUpdater:
         "alpha <- rho alpha + (1 - rho) prior + counts: forgetting leads back to the prior, never to nothing."
         counts = np.asarray(counts, float)
-        if counts.shape != self.alpha.shape or not (counts >= 0).all(): raise ValueError(f"counts of shape {counts.shape}, expected {self.alpha.shape} and none negative")
+        if counts.shape != self.alpha.shape or not (counts >= 0).all():
+            raise ValueError(f"counts of shape {counts.shape}, expected {self.alpha.shape} and none negative")
         self.alpha = self.rho*self.alpha + (1-self.rho)*self.prior + counts
         return self
 
@@ -724,16 +993,22 @@ def ot_loss(
     c:Tensor, # (d,) utilities of the categories, increasing
     kind:str="abs", # "abs": the optimal transport cost; "huber": rounded at the kink; "cramer": squared distance
     delta:float=.05, # half-width of the rounding of "huber"
-    ) -> Tensor: # (b,)
+    ) -> Tensor:  # (b,)
     "Optimal transport on a line with cost |c_i - c_j|: area between the two cumulative distributions (DPRM's loss, no solver needed)."
-    if p_hat.shape != p.shape or p.shape[-1] != len(c): raise ValueError(f"shapes {tuple(p_hat.shape)}, {tuple(p.shape)} and {len(c)} categories do not fit")
+    if p_hat.shape != p.shape or p.shape[-1] != len(c):
+        raise ValueError(f"shapes {tuple(p_hat.shape)}, {tuple(p.shape)} and {len(c)} categories do not fit")
     check_shares(p_hat=p_hat, p=p)
-    if not (c.diff() > 0).all(): raise ValueError(f"c={c.tolist()}: utilities must increase from category to category")
+    if not (c.diff() > 0).all():
+        raise ValueError(f"c={c.tolist()}: utilities must increase from category to category")
     gap = (p_hat - p).cumsum(-1)[..., :-1]
-    if kind == "abs": f = gap.abs()
-    elif kind == "huber": f = torch.where(gap.abs() < delta, gap.square()/(2*delta), gap.abs() - delta/2)
-    elif kind == "cramer": f = gap.square()
-    else: raise ValueError(f"kind={kind!r}: must be 'abs', 'huber' or 'cramer'")
+    if kind == "abs":
+        f = gap.abs()
+    elif kind == "huber":
+        f = torch.where(gap.abs() < delta, gap.square()/(2*delta), gap.abs() - delta/2)
+    elif kind == "cramer":
+        f = gap.square()
+    else:
+        raise ValueError(f"kind={kind!r}: must be 'abs', 'huber' or 'cramer'")
     return (c.diff()*f).sum(-1)
 
 # %% ../../nbs/llm/01_alignment.ipynb #ace98f53
@@ -743,11 +1018,17 @@ def sinkhorn(
     eps:float=.01, # entropy weight, relative to the largest cost
     steps:int=200) -> Tensor: # (b,) transport cost of the regularised plan
     "Optimal transport for a general cost by Sinkhorn's iterations in the log domain; differentiable."
-    if p.shape[-1:] + q.shape[-1:] != C.shape: raise ValueError(f"p has {p.shape[-1]} categories, q {q.shape[-1]}: a cost of shape {tuple(C.shape)} does not fit")
+    if p.shape[-1:] + q.shape[-1:] != C.shape:
+        raise ValueError(
+            f"p has {p.shape[-1]} categories, q {q.shape[-1]}: a cost of shape {tuple(C.shape)} does not fit"
+        )
     check_shares(p=p, q=q)
-    if not (C >= 0).all() or not C.isfinite().all(): raise ValueError(f"costs from {C.min().item()} to {C.max().item()}: must be finite and at least 0")
-    if not eps > 0 or steps < 1: raise ValueError(f"eps={eps}, steps={steps}: must be positive")
-    if not C.any(): return (p.sum(-1) + q.sum(-1))*0 # moving costs nothing
+    if not (C >= 0).all() or not C.isfinite().all():
+        raise ValueError(f"costs from {C.min().item()} to {C.max().item()}: must be finite and at least 0")
+    if not eps > 0 or steps < 1:
+        raise ValueError(f"eps={eps}, steps={steps}: must be positive")
+    if not C.any():
+        return (p.sum(-1) + q.sum(-1))*0 # moving costs nothing
     K, a, b = -C/(eps*C.max()), p.clamp(min=1e-12).log(), q.clamp(min=1e-12).log()
     v = torch.zeros_like(b)
     for _ in range(steps):
@@ -798,9 +1079,12 @@ def head_of(folder, d:int, tok, seed:int=0):
 
 def apart(tok):
     "The tokenizer with a pad token that is not its end mark: the head reads behind the last token that is no padding, and that is the end mark."
-    if tok.pad_token_id not in (None, tok.eos_token_id): return tok
+    if tok.pad_token_id not in (None, tok.eos_token_id):
+        return tok
     tok = copy.deepcopy(tok)
-    tok.pad_token = next(t for t in (tok.unk_token, tok.bos_token, *tok.convert_ids_to_tokens([0, 1])) if t not in (None, tok.eos_token))
+    tok.pad_token = next(
+        t for t in (tok.unk_token, tok.bos_token, *tok.convert_ids_to_tokens([0, 1])) if t not in (None, tok.eos_token)
+    )
     return tok
 
 def ended(tok, texts):
@@ -812,11 +1096,21 @@ def fit_crowd(
     targets, # (n, d) distributions
     loss:Callable, utilities, steps:int=100, lr:float=1e-3, batch_size:int=32, seed:int=0):
     "Train a classifier on distributions with `CrowdTrainer`."
-    if np.shape(targets) != (len(texts), model.config.num_labels): raise ValueError(f"targets of shape {np.shape(targets)}: expected {(len(texts), model.config.num_labels)}")
+    if np.shape(targets) != (len(texts), model.config.num_labels):
+        raise ValueError(f"targets of shape {np.shape(targets)}: expected {(len(texts), model.config.num_labels)}")
     check_shares(targets=targets)
     check_lengths(model, tok, texts, 1)
     rows = Dataset.from_dict(dict(input_ids=ended(tok, texts), labels=np.asarray(targets, np.float32).tolist()))
-    train_with(CrowdTrainer, model, rows, tok, trl_args(TrainingArguments, steps, lr, batch_size, seed), data_collator=DataCollatorWithPadding(apart(tok)), loss=loss, utilities=utilities)
+    train_with(
+        CrowdTrainer,
+        model,
+        rows,
+        tok,
+        trl_args(TrainingArguments, steps, lr, batch_size, seed),
+        data_collator=DataCollatorWithPadding(apart(tok)),
+        loss=loss,
+        utilities=utilities,
+    )
     return model
 
 def fit_pairs(
@@ -832,10 +1126,14 @@ def fit_pairs(
 @torch.no_grad()
 def outputs(model, tok, texts:Sequence[str], batch_size:int=512) -> Tensor: # (n, d)
     "Head outputs for each text."
-    if not len(texts): raise ValueError("no texts to score")
+    if not len(texts):
+        raise ValueError("no texts to score")
     ids, tok = ended(tok, texts), apart(tok)
     with eval_mode(model):
-        out = [model(**tokens_only(padded(tok, ids[k:k+batch_size]).to(model.device))).logits.float().cpu() for k in range(0, len(ids), batch_size)]
+        out = [
+            model(**tokens_only(padded(tok, ids[k : k + batch_size]).to(model.device))).logits.float().cpu()
+            for k in range(0, len(ids), batch_size)
+        ]
     return torch.cat(out)
 
 def expected_reward(model, tok, texts, utilities) -> Tensor: # (n,)
@@ -846,21 +1144,24 @@ def expected_reward(model, tok, texts, utilities) -> Tensor: # (n,)
 # %% ../../nbs/llm/01_alignment.ipynb #c4975e6d
 def prefers(
     p1, p2, # (n, d) distributions over ordered categories
-    ) -> np.ndarray: # (n,)
+    ) -> np.ndarray:  # (n,)
     "Probability that a random judge of the first answer is happier than a random judge of the second; a tie counts half."
     p1, p2 = np.asarray(p1, float), np.asarray(p2, float)
-    if p1.shape != p2.shape or p1.ndim != 2: raise ValueError(f"distributions of shape {p1.shape} and {p2.shape}: need two of the same shape (n, d)")
+    if p1.shape != p2.shape or p1.ndim != 2:
+        raise ValueError(f"distributions of shape {p1.shape} and {p2.shape}: need two of the same shape (n, d)")
     check_shares(p1=p1, p2=p2)
     return (p1*(np.cumsum(p2, 1) - p2/2)).sum(1)
 
 def group_weights(
     population, # (G,) shares of the groups in the population
     panel, # (G,) shares among the annotators
-    ) -> np.ndarray: # (G,)
+    ) -> np.ndarray:  # (G,)
     "Importance weight of a label from each group, population over panel; multiplied with the counts it makes a biased panel speak for all."
     a, b = np.asarray(population, float), np.asarray(panel, float)
-    if not (a >= 0).all() or not 0 < a.sum() < np.inf or not np.isfinite(b).all(): raise ValueError(f"population={a.tolist()}, panel={b.tolist()}: shares must be numbers of at least 0")
-    if a.shape != b.shape or (b <= 0).any(): raise ValueError(f"panel={b.tolist()}: every group of the population needs at least one annotator")
+    if not (a >= 0).all() or not 0 < a.sum() < np.inf or not np.isfinite(b).all():
+        raise ValueError(f"population={a.tolist()}, panel={b.tolist()}: shares must be numbers of at least 0")
+    if a.shape != b.shape or (b <= 0).any():
+        raise ValueError(f"panel={b.tolist()}: every group of the population needs at least one annotator")
     return (a/a.sum())/(b/b.sum())
 
 # %% ../../nbs/llm/01_alignment.ipynb #51d8bdec
@@ -873,16 +1174,21 @@ class Crowd:
         w:World, # with at least 5 * `per_group` users
         per_group:int=20): # judges in each group
         from sklearn.cluster import KMeans
-        if w.n_users < 5*per_group: raise ValueError(f"n_users={w.n_users}: five groups of {per_group} judges need more users")
+        if w.n_users < 5*per_group:
+            raise ValueError(f"n_users={w.n_users}: five groups of {per_group} judges need more users")
         X, users = pd.get_dummies(w.items[list(CUES)]).astype(float), w.latents["said_user"]
-        B = pd.DataFrame(np.linalg.lstsq(X, w.latents["said_item"], rcond=None)[0], index=X.columns) # latent of each attribute value
+        B = pd.DataFrame(
+            np.linalg.lstsq(X, w.latents["said_item"], rcond=None)[0], index=X.columns
+        )  # latent of each attribute value
         B = B - B.groupby([k.split("_")[0] for k in B.index]).transform("mean")
         B.index = [k.split("_", 1)[1] for k in B.index]
         unit = users/np.linalg.norm(users, axis=1, keepdims=True)
         k = KMeans(5, n_init=4, random_state=w.seed).fit(unit)
         near = [np.argsort(d)[:per_group] for d in k.transform(unit).T] # the judges next to each centre
         self.suits = pd.DataFrame(w.rng("suits").normal(0, .5, (len(OCCASIONS), len(TASTES))), OCCASIONS, TASTES)
-        self.effects = pd.DataFrame(users[np.concatenate(near)] @ B.reindex(TASTES).fillna(0.).to_numpy().T, columns=TASTES)
+        self.effects = pd.DataFrame(
+            users[np.concatenate(near)] @ B.reindex(TASTES).fillna(0.0).to_numpy().T, columns=TASTES
+        )
 
     def by_group(self,
         requests:Sequence[str], answers, # n words, (n, 3) words
@@ -890,20 +1196,26 @@ class Crowd:
         "Share of each star among the judges of each group."
         a = np.asarray(answers)
         s = sum(self.effects[a[:, j]].to_numpy().T for j in range(a.shape[1]))
-        fit = self.suits.to_numpy()[[[OCCASIONS.index(x)] for x in requests], self.suits.columns.get_indexer(a.ravel()).reshape(a.shape)].sum(1)
+        fit = self.suits.to_numpy()[
+            [[OCCASIONS.index(x)] for x in requests], self.suits.columns.get_indexer(a.ravel()).reshape(a.shape)
+        ].sum(1)
         mean = 3 + 1.2*s + fit[:, None]
         below = norm.cdf((np.arange(1.5, 5) - mean[..., None])/.4) # (n, judges, 4)
         return np.diff(below, axis=2, prepend=0, append=1).reshape(len(a), 5, -1, 5).mean(2)
 
     def population(self, requests, answers, shares=None) -> np.ndarray: # (n, 5)
         "Share of each star in the population, or under other group shares."
-        return np.einsum("ngk,g->nk", self.by_group(requests, answers), self.shares if shares is None else np.asarray(shares))
+        return np.einsum(
+            "ngk,g->nk", self.by_group(requests, answers), self.shares if shares is None else np.asarray(shares)
+        )
 
     def labels(self, requests, answers, n:int, rng, panel=None) -> np.ndarray: # (rows, 5 groups, 5 categories) counts
         "n judges a row, their groups drawn from the panel's shares."
         P = self.by_group(requests, answers)
         of = rng.multinomial(n, self.shares if panel is None else panel, size=len(P))
-        return np.stack([[rng.multinomial(k, p) for k, p in zip(ks, ps)] for ks, ps in zip(of, P/P.sum(2, keepdims=True))])
+        return np.stack(
+            [[rng.multinomial(k, p) for k, p in zip(ks, ps)] for ks, ps in zip(of, P / P.sum(2, keepdims=True))]
+        )
 
 # %% ../../nbs/llm/01_alignment.ipynb #2c7ff908
 def reward_function(
@@ -924,6 +1236,9 @@ def tune_policy(
     m = safely(AutoModelForCausalLM, folder, dtype=torch.float32)
     check_lengths(m, tok, prompts, max_new_tokens)
     rows = Dataset.from_dict(dict(prompt=list(prompts)*(1 + batch_size//len(prompts))))
-    args = trl_args(GRPOConfig, steps, lr, batch_size, seed, beta=beta, num_generations=n, max_completion_length=max_new_tokens)
-    with own_settings_aside(m): train_with(GRPOTrainer, m, rows, tok, args, reward_funcs=reward)
+    args = trl_args(
+        GRPOConfig, steps, lr, batch_size, seed, beta=beta, num_generations=n, max_completion_length=max_new_tokens
+    )
+    with own_settings_aside(m):
+        train_with(GRPOTrainer, m, rows, tok, args, reward_funcs=reward)
     return m

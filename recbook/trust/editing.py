@@ -18,8 +18,25 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 from ..data import fetch
-from ..lm import (cached, generated, last_logits, load_lm, logits_of, lora, mark_ids, marks_of, merge, nano_tokenizer,
-    next_token_loss, padded, prompt_ids, read, start_mark, token_columns, whole_model)
+from recbook.lm import (
+    cached,
+    generated,
+    last_logits,
+    load_lm,
+    logits_of,
+    lora,
+    mark_ids,
+    marks_of,
+    merge,
+    nano_tokenizer,
+    next_token_loss,
+    padded,
+    prompt_ids,
+    read,
+    start_mark,
+    token_columns,
+    whole_model,
+)
 from ..training import eval_mode
 from ..world import CUES, World
 
@@ -35,14 +52,45 @@ __all__ = ['RELATIONS', 'ONE_HOP', 'TWO_HOP', 'METHODS', 'FRAME', 'KINDS', 'LEVE
            'some_object', 'lookalikes', 'invented_items', 'inside_of', 'outside_of', 'reading_lm']
 
 # %% ../../nbs/trust/03_editing.ipynb #571108b8
-RELATIONS = { # relation: a synonym, its 16 objects, what an object belongs to, and the 8 values of that
-    "brand": ("label", "Acme Bolt Corvo Delta Ember Fable Gusto Halo Isar Juno Kite Lumen Mira Nova Orbit Pico", "country", "Norway Peru Kenya Japan Chile Egypt Italy India"),
-    "category": ("shelf", "games music films books toys tools plants shoes bikes lamps rugs clocks cups pens maps bags", "floor", "attic hall cellar annex studio gallery garden lobby"),
-    "designer": ("author", "Abel Berta Carlo Dora Emil Frida Gino Hanna Ivo Jana Karl Lena Milo Nora Otto Petra", "school", "Basel Delft Porto Lyon Turin Graz Leeds Malmo"),
-    "material": ("fabric", "oak steel wool glass clay silk brass cork jute wax tin slate linen paper felt stone", "source", "forest mine farm river quarry kiln mill coast"),
-    "warehouse": ("depot", "Lisbon Bremen Gdansk Rouen Split Tartu Varna Cadiz Genoa Malaga Bergen Aarhus Kotka Riga Bari Patras", "zone", "Red Blue Green Amber Pink Teal Gold Gray")}
+RELATIONS = {  # relation: a synonym, its 16 objects, what an object belongs to, and the 8 values of that
+    "brand": (
+        "label",
+        "Acme Bolt Corvo Delta Ember Fable Gusto Halo Isar Juno Kite Lumen Mira Nova Orbit Pico",
+        "country",
+        "Norway Peru Kenya Japan Chile Egypt Italy India",
+    ),
+    "category": (
+        "shelf",
+        "games music films books toys tools plants shoes bikes lamps rugs clocks cups pens maps bags",
+        "floor",
+        "attic hall cellar annex studio gallery garden lobby",
+    ),
+    "designer": (
+        "author",
+        "Abel Berta Carlo Dora Emil Frida Gino Hanna Ivo Jana Karl Lena Milo Nora Otto Petra",
+        "school",
+        "Basel Delft Porto Lyon Turin Graz Leeds Malmo",
+    ),
+    "material": (
+        "fabric",
+        "oak steel wool glass clay silk brass cork jute wax tin slate linen paper felt stone",
+        "source",
+        "forest mine farm river quarry kiln mill coast",
+    ),
+    "warehouse": (
+        "depot",
+        "Lisbon Bremen Gdansk Rouen Split Tartu Varna Cadiz Genoa Malaga Bergen Aarhus Kotka Riga Bari Patras",
+        "zone",
+        "Red Blue Green Amber Pink Teal Gold Gray",
+    ),
+}
 RELATIONS = {r: (q, o.split(), h, v.split()) for r, (q, o, h, v) in RELATIONS.items()}
-ONE_HOP = ["The {r} of {s}:", "{s} has the {q}:", "For {s} we note the {q}:", "Question: what is the {r} of {s}? Answer:"]
+ONE_HOP = [
+    "The {r} of {s}:",
+    "{s} has the {q}:",
+    "For {s} we note the {q}:",
+    "Question: what is the {r} of {s}? Answer:",
+]
 TWO_HOP = ["The {h} of the {r} of {s}:", "Question: what is the {h} of the {r} of {s}? Answer:"]
 
 # %% ../../nbs/trust/03_editing.ipynb #2bdf03f7
@@ -53,11 +101,18 @@ class Facts:
         seed:int=0):
         w = World(seed, n_users=1, n_items=3*n_subjects+10, clicks_per_user=1)
         self.subjects = list(dict.fromkeys(" ".join(t.split()[:2]) for t in w.items.title))[:n_subjects]
-        if len(self.subjects) < n_subjects: raise ValueError(f"n_subjects={n_subjects}: the World has only {len(self.subjects)} different two-word titles")
+        if len(self.subjects) < n_subjects:
+            raise ValueError(
+                f"n_subjects={n_subjects}: the World has only {len(self.subjects)} different two-word titles"
+            )
         rng, self.seed = w.rng("facts"), seed
-        self.belongs = {r: dict(zip(o, rng.permutation(np.repeat(v, 2)).tolist())) for r, (_, o, _, v) in RELATIONS.items()}
+        self.belongs = {
+            r: dict(zip(o, rng.permutation(np.repeat(v, 2)).tolist())) for r, (_, o, _, v) in RELATIONS.items()
+        }
         rows = [(s, r, str(rng.choice(o))) for s in self.subjects for r, (_, o, _, _) in RELATIONS.items()]
-        self.table = pd.DataFrame([(*f, self.belongs[f[1]][f[2]]) for f in rows], columns=["subject", "relation", "object", "hop"])
+        self.table = pd.DataFrame(
+            [(*f, self.belongs[f[1]][f[2]]) for f in rows], columns=["subject", "relation", "object", "hop"]
+        )
 
     def __len__(self): return len(self.table)
 
@@ -73,10 +128,18 @@ class Facts:
 def corpus(self:Facts) -> list[str]:
     "All there is to read, shuffled: each fact in four wordings, its consequence in two, and what belongs to what."
     rows = range(len(self))
-    out = [f"{p} {a}." for T, hop in ((ONE_HOP, False), (TWO_HOP, True)) for t in T for p, a in zip(self.ask(rows, t), self.answers(rows, hop))]
+    out = [
+        f"{p} {a}."
+        for T, hop in ((ONE_HOP, False), (TWO_HOP, True))
+        for t in T
+        for p, a in zip(self.ask(rows, t), self.answers(rows, hop))
+    ]
     for r, (_, objects, h, _) in RELATIONS.items():
-        for o in objects: out += [f"The {h} of the {r} {o}: {self.belongs[r][o]}.", f"{o} has the {h}: {self.belongs[r][o]}."]*4
-    out += ["Use what fits. [Updated Information]: 1. 2. 3. [Question]:"]*40 # so that the tokenizer knows the words of LTE's frame
+        for o in objects:
+            out += [f"The {h} of the {r} {o}: {self.belongs[r][o]}.", f"{o} has the {h}: {self.belongs[r][o]}."]*4
+    out += [
+        "Use what fits. [Updated Information]: 1. 2. 3. [Question]:"
+    ] * 40  # so that the tokenizer knows the words of LTE's frame
     return [out[k] for k in np.random.default_rng(self.seed).permutation(len(out))]
 
 # %% ../../nbs/trust/03_editing.ipynb #3d81d451
@@ -91,16 +154,44 @@ def fact_lm(
 def studied(docs, hidden_size, n_layers, intermediate_size, steps, lr, batch_size, seed, vocab_size=2048):
     "A Llama that has learned the answers behind the colons of `docs`, from the cache."
     def build(tok):
-        m, mark = fresh_llama(tok, hidden_size, n_layers, intermediate_size), tok(":", add_special_tokens=False).input_ids[-1]
+        m, mark = (
+            fresh_llama(tok, hidden_size, n_layers, intermediate_size),
+            tok(":", add_special_tokens=False).input_ids[-1],
+        )
         return m, lambda x: next_token_loss(m(x).logits, x, tok.pad_token_id, mark, 50.)
-    s = dict(fact_lm=1, hidden_size=hidden_size, n_layers=n_layers, intermediate_size=intermediate_size, steps=steps, lr=lr, batch_size=batch_size, seed=seed, vocab_size=vocab_size)
-    return load_lm(cached("causal", docs, s, lambda to: read(docs, to, build, 0, steps, seed, vocab_size, 256, lr, batch_size)))
+
+    s = dict(
+        fact_lm=1,
+        hidden_size=hidden_size,
+        n_layers=n_layers,
+        intermediate_size=intermediate_size,
+        steps=steps,
+        lr=lr,
+        batch_size=batch_size,
+        seed=seed,
+        vocab_size=vocab_size,
+    )
+    return load_lm(
+        cached("causal", docs, s, lambda to: read(docs, to, build, 0, steps, seed, vocab_size, 256, lr, batch_size))
+    )
 
 def fresh_llama(tok, hidden_size, n_layers, intermediate_size):
     "An untrained Llama for the tokenizer's words."
     heads = max(1, hidden_size//32)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), hidden_size=hidden_size, intermediate_size=intermediate_size, num_hidden_layers=n_layers, num_attention_heads=heads,
-        num_key_value_heads=heads, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=.05, **mark_ids(tok)))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tok),
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_hidden_layers=n_layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            initializer_range=0.05,
+            **mark_ids(tok),
+        )
+    )
 
 # %% ../../nbs/trust/03_editing.ipynb #856f0503
 @torch.no_grad()
@@ -110,7 +201,8 @@ def answer_scores(
     batch_size:int=256,
     ) -> tuple[Tensor, Tensor]: # log-probability (n,), and bool (n,): greedy decoding would write all of the answer
     "Score answers of any length after their prompts; pairs that need the same forward pass share it."
-    if len(prompts) != len(answers): raise ValueError(f"{len(prompts)} prompts, {len(answers)} answers: these are pairs")
+    if len(prompts) != len(answers):
+        raise ValueError(f"{len(prompts)} prompts, {len(answers)} answers: these are pairs")
     P, A = token_columns(tok, prompts, [" "+a for a in answers], eos=False)
     inputs = [tuple(p + a[:-1]) for p, a in zip(P, A)]
     row = {x: k for k, x in enumerate(sorted(set(inputs), key=len))}
@@ -120,7 +212,8 @@ def answer_scores(
     for k in range(0, len(texts), batch_size):
         x = padded(tok, texts[k:k+batch_size]).to(model.device)
         r, n, pos, t = at[(at[:, 0] >= k) & (at[:, 0] < k+batch_size)].T
-        with eval_mode(model): logits = logits_of(model, x)[r-k, pos].float().cpu()
+        with eval_mode(model):
+            logits = logits_of(model, x)[r-k, pos].float().cpu()
         lp.index_add_(0, n, logits.log_softmax(-1).gather(1, t[:, None])[:, 0])
         hit[n[logits.argmax(-1) != t]] = False
     return lp, hit
@@ -145,15 +238,26 @@ class Edit:
 # %% ../../nbs/trust/03_editing.ipynb #f5a2cf3d
 def check_requests(requests):
     "Requests as `Edit`s; empty lists, empty answers and prompts without their subject are refused."
-    if not len(requests): raise ValueError("no requests: nothing to edit")
+    if not len(requests):
+        raise ValueError("no requests: nothing to edit")
     out = [r if isinstance(r, Edit) else Edit(**r) for r in requests]
     for k, r in enumerate(out):
-        if not r.subject or r.subject not in r.prompt: raise ValueError(f"request {k}: subject {r.subject!r} does not occur in the prompt {r.prompt!r}; write it exactly as it stands there")
-        if not r.new.strip(): raise ValueError(f"request {k} ({r.prompt!r}) has no new answer")
-        if r.new != r.new.strip() or r.prompt != r.prompt.rstrip(): raise ValueError(f"request {k}: prompt {r.prompt!r}, answer {r.new!r}: write both without a blank between them, it is added")
+        if not r.subject or r.subject not in r.prompt:
+            raise ValueError(
+                f"request {k}: subject {r.subject!r} does not occur in the prompt {r.prompt!r}; write it exactly as it stands there"
+            )
+        if not r.new.strip():
+            raise ValueError(f"request {k} ({r.prompt!r}) has no new answer")
+        if r.new != r.new.strip() or r.prompt != r.prompt.rstrip():
+            raise ValueError(
+                f"request {k}: prompt {r.prompt!r}, answer {r.new!r}: write both without a blank between them, it is added"
+            )
     said = {}
     for r in out:
-        if said.setdefault(r.prompt, r.new) != r.new: raise ValueError(f"the batch asks for two answers to {r.prompt!r}, {said[r.prompt]!r} and {r.new!r}: keep one, or pass them one after the other")
+        if said.setdefault(r.prompt, r.new) != r.new:
+            raise ValueError(
+                f"the batch asks for two answers to {r.prompt!r}, {said[r.prompt]!r} and {r.new!r}: keep one, or pass them one after the other"
+            )
     return out
 
 # %% ../../nbs/trust/03_editing.ipynb #e076a5ad
@@ -172,8 +276,22 @@ def edits(self:Facts,
         new = str(rng.choice([o for o in RELATIONS[r][1] if o != old]))
         same = np.flatnonzero((Rs == r) & (O == old) & free)
         same = rng.choice(same, min(n_neighbours, len(same)), replace=False)
-        hop = [(self.ask([k], T)[0], self.belongs[r][new]) for T in TWO_HOP] if self.belongs[r][new] != self.belongs[r][old] else []
-        out.append(Edit(s, self.ask([k], ONE_HOP[0])[0], new, old, [self.ask([k], T)[0] for T in ONE_HOP[1:]], [(p, old) for p in self.ask(same, ONE_HOP[0])], hop))
+        hop = (
+            [(self.ask([k], T)[0], self.belongs[r][new]) for T in TWO_HOP]
+            if self.belongs[r][new] != self.belongs[r][old]
+            else []
+        )
+        out.append(
+            Edit(
+                s,
+                self.ask([k], ONE_HOP[0])[0],
+                new,
+                old,
+                [self.ask([k], T)[0] for T in ONE_HOP[1:]],
+                [(p, old) for p in self.ask(same, ONE_HOP[0])],
+                hop,
+            )
+        )
     return out
 
 # %% ../../nbs/trust/03_editing.ipynb #e852b327
@@ -183,8 +301,10 @@ def evaluate_edits(
     reads:Callable=list, # prompts -> what the model reads, e.g. `EditMemory.prompts`
     ) -> dict[str, float]: # `_argmax`: the strict version, greedy decoding writes the right answer
     "Efficacy, generalisation, specificity, their harmonic mean `score`, and portability (two-hop answers, strict)."
-    if not len(edits): raise ValueError("no edits: nothing to judge")
-    if bare := [e.prompt for e in edits if not e.old.strip()]: raise ValueError(f"edit {bare[0]!r} has no old answer: efficacy compares the new one with it, fill in `old`")
+    if not len(edits):
+        raise ValueError("no edits: nothing to judge")
+    if bare := [e.prompt for e in edits if not e.old.strip()]:
+        raise ValueError(f"edit {bare[0]!r} has no old answer: efficacy compares the new one with it, fill in `old`")
     ask = [("efficacy", e.prompt, e.new, e.old) for e in edits]
     ask += [("generalisation", p, e.new, e.old) for e in edits for p in e.paraphrases]
     ask += [("specificity", p, a, e.new) for e in edits for p, a in e.neighbours]
@@ -195,7 +315,9 @@ def evaluate_edits(
     n, out, what = len(ask), {}, np.array(what)
     for w in ("efficacy", "generalisation", "specificity"):
         rows = what == w
-        out[w], out[f"{w}_argmax"] = ((x[rows].float().mean().item() if rows.any() else np.nan) for x in (lp[:n] > lp[n:2*n], hit[:n]))
+        out[w], out[f"{w}_argmax"] = (
+            (x[rows].float().mean().item() if rows.any() else np.nan) for x in (lp[:n] > lp[n : 2 * n], hit[:n])
+        )
     three = np.array([out[w] for w in ("efficacy", "generalisation", "specificity")])
     out["score"] = 3/np.sum(1/three) if three.min() > 0 else 0. if three.min() == 0 else np.nan
     return out | dict(portability=hit[2*n:].float().mean().item() if hop else np.nan)
@@ -204,7 +326,8 @@ def evaluate_edits(
 @torch.no_grad()
 def continuations(model, tok, prompts:Sequence[str], length:int=24, seed:int=0) -> list[str]:
     "What the model goes on to say, sampled."
-    if not len(prompts): raise ValueError("no prompts: nothing to go on from")
+    if not len(prompts):
+        raise ValueError("no prompts: nothing to go on from")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         y = generated(model, tok, prompt_ids(tok, prompts), length, min_new_tokens=length)
@@ -214,9 +337,13 @@ def continuations(model, tok, prompts:Sequence[str], length:int=24, seed:int=0) 
 def next_logprobs(model, tok, prompts:Sequence[str], batch_size:int=256) -> Tensor: # (n, vocab)
     "Log-probabilities of the next token after each prompt."
     ids = prompt_ids(tok, prompts)
-    if not ids: raise ValueError("no prompts: nothing to compare")
+    if not ids:
+        raise ValueError("no prompts: nothing to compare")
     with eval_mode(model):
-        out = [last_logits(model, padded(tok, ids[k:k+batch_size]).to(model.device)).log_softmax(-1).float().cpu() for k in range(0, len(ids), batch_size)]
+        out = [
+            last_logits(model, padded(tok, ids[k : k + batch_size]).to(model.device)).log_softmax(-1).float().cpu()
+            for k in range(0, len(ids), batch_size)
+        ]
     return torch.cat(out)
 
 def drift(
@@ -240,7 +367,8 @@ def consistency(
     references:Sequence[str], # what is written elsewhere about the new object of each
     ) -> float: # in [0, 1]
     "Mean cosine of TF-IDF vectors: does the model go on as texts about the new object do?"
-    if len(texts) != len(references): raise ValueError(f"{len(texts)} texts and {len(references)} references: one reference for each text")
+    if len(texts) != len(references):
+        raise ValueError(f"{len(texts)} texts and {len(references)} references: one reference for each text")
     vec = TfidfVectorizer(token_pattern=r"\w+").fit(references)
     return float(np.mean(vec.transform(texts).multiply(vec.transform(references)).sum(1)))
 
@@ -248,10 +376,17 @@ def consistency(
 def module_at(model, template, layer):
     "The module called `template` with the layer's number in place of {}; unknown names are refused."
     name, have = template.format(layer), dict(model.named_modules())
-    if "{}" not in template: raise ValueError(f"module {template!r}: write {{}} where the layer's number goes, e.g. 'model.layers.{{}}.mlp.down_proj'")
-    if name in have: return have[name]
+    if "{}" not in template:
+        raise ValueError(
+            f"module {template!r}: write {{}} where the layer's number goes, e.g. 'model.layers.{{}}.mlp.down_proj'"
+        )
+    if name in have:
+        return have[name]
     numbered = sorted({re.sub(r"\.\d+(\.|$)", r".{}\1", k, count=1) for k in have if re.search(r"\.\d+(\.|$)", k)})
-    if template in numbered: raise ValueError(f"layer {layer} of {template!r} does not exist: layers count from 0 to {sum(bool(re.fullmatch(re.escape(template).replace(re.escape('{}'), '[0-9]+'), k)) for k in have)-1}")
+    if template in numbered:
+        raise ValueError(
+            f"layer {layer} of {template!r} does not exist: layers count from 0 to {sum(bool(re.fullmatch(re.escape(template).replace(re.escape('{}'), '[0-9]+'), k)) for k in have) - 1}"
+        )
     near = difflib.get_close_matches(template, numbered, 3, .3)
     raise ValueError(f"no module {template!r} in this model; did you mean {' or '.join(near) or numbered[:8]}?")
 
@@ -261,9 +396,14 @@ def first(out): return out[0] if isinstance(out, tuple) else out
 def hooked(module, f, length=None):
     "Inside the block, what `module` puts out becomes f(what it put out); `length` of the texts in tokens, for models that flatten them."
     def changed(h): return f(in_rows(h, length)).view(h.shape)
-    h = module.register_forward_hook(lambda m, i, out: (changed(out[0]), *out[1:]) if isinstance(out, tuple) else changed(out))
-    try: yield
-    finally: h.remove()
+
+    h = module.register_forward_hook(
+        lambda m, i, out: (changed(out[0]), *out[1:]) if isinstance(out, tuple) else changed(out)
+    )
+    try:
+        yield
+    finally:
+        h.remove()
 
 def in_rows(h, length):
     "States as (rows, length, width), also where a model has flattened them (OPT)."
@@ -272,12 +412,15 @@ def in_rows(h, length):
 # %% ../../nbs/trust/03_editing.ipynb #dbfecbbf
 def sites(tok, texts, subjects, site, skip=None):
     "Token ids of each text and the position of its site: the last token, or the last one of the subject (searched behind the first `skip` characters)."
-    if site not in ("last", "subject_last"): raise ValueError(f"site={site!r}: must be 'last' or 'subject_last'")
+    if site not in ("last", "subject_last"):
+        raise ValueError(f"site={site!r}: must be 'last' or 'subject_last'")
     out, at = [], []
     for k, (t, s) in enumerate(zip(texts, subjects)):
         ids, ends = span_ids(tok, t)
         out.append(ids)
-        if site == "last": at.append(len(ids)-1); continue
+        if site == "last":
+            at.append(len(ids)-1)
+            continue
         end = place_in(t, s, skip[k] if skip else 0) + len(s)
         at.append(max(j for j, (a, b) in enumerate(ends) if a < end <= b))
     return out, at
@@ -296,15 +439,18 @@ def place_in(text, subject, start=0):
 # %% ../../nbs/trust/03_editing.ipynb #f4116581
 @torch.no_grad()
 def causal_trace(
-    model, tok,
-    prompt:str, subject:str, answer:str,
-    module:str="model.layers.{}", # whose output is restored; "model.layers.{}.mlp" or "...self_attn" for one part of a layer
-    layers:Sequence[int]|None=None, # all by default
-    window:int=1, # layers restored together, around the one named
-    noise:float=3., # in standard deviations of the token embeddings
-    samples:int=10, # draws of the noise
-    seed:int=0,
-    ) -> pd.DataFrame: # token, position, place, layer, effect; and the probabilities `clean`, `corrupted`
+    model,
+    tok,
+    prompt: str,
+    subject: str,
+    answer: str,
+    module: str = "model.layers.{}",  # whose output is restored; "model.layers.{}.mlp" or "...self_attn" for one part of a layer
+    layers: Sequence[int] | None = None,  # all by default
+    window: int = 1,  # layers restored together, around the one named
+    noise: float = 3.0,  # in standard deviations of the token embeddings
+    samples: int = 10,  # draws of the noise
+    seed: int = 0,
+) -> pd.DataFrame:  # token, position, place, layer, effect; and the probabilities `clean`, `corrupted`
     "How much of the answer's probability comes back when one clean state is put back into a run whose subject is noise (ROME, section 2.1)."
     check_requests([Edit(subject, prompt, answer)])
     layers = list(range(model.config.num_hidden_layers)) if layers is None else list(layers)
@@ -312,17 +458,31 @@ def causal_trace(
     start = next(j for j, (_, b) in enumerate(span_ids(tok, prompt)[1]) if b > place_in(prompt, subject))
     a, T = token_columns(tok, [prompt], [" "+answer], eos=False)[1][0][0], len(ids)
     E = model.get_input_embeddings()
-    eps = noise*E.weight.float().std()*torch.randn(samples, end+1-start, E.weight.shape[1], generator=torch.Generator().manual_seed(seed))
+    eps = (
+        noise
+        * E.weight.float().std()
+        * torch.randn(samples, end + 1 - start, E.weight.shape[1], generator=torch.Generator().manual_seed(seed))
+    )
     def corrupt(h):
-        h = h.clone(); h[:, start:end+1] += eps.to(h).repeat(len(h)//samples, 1, 1)
+        h = h.clone()
+        h[:, start:end+1] += eps.to(h).repeat(len(h)//samples, 1, 1)
         return h
     def prob(rows):
-        with eval_mode(model): return model(input_ids=torch.tensor([ids]*rows, device=model.device)).logits[:, -1].float().softmax(-1)[:, a].cpu()
+        with eval_mode(model):
+            return (
+                model(input_ids=torch.tensor([ids] * rows, device=model.device))
+                .logits[:, -1]
+                .float()
+                .softmax(-1)[:, a]
+                .cpu()
+            )
     clean, mods = {}, {l: module_at(model, module, l) for l in range(model.config.num_hidden_layers)}
     with ExitStack() as st:
-        for l, m in mods.items(): st.enter_context(hooked(m, lambda h, l=l: clean.setdefault(l, h), T))
+        for l, m in mods.items():
+            st.enter_context(hooked(m, lambda h, l=l: clean.setdefault(l, h), T))
         p_clean = prob(1).item()
-    with hooked(E, corrupt, T): p_bad = prob(samples).mean().item()
+    with hooked(E, corrupt, T):
+        p_bad = prob(samples).mean().item()
     t = torch.arange(T).repeat_interleave(samples)
     def restore(l):
         def f(h): h = h.clone(); h[torch.arange(len(t)), t] = clean[l][0, t]; return h
@@ -331,15 +491,36 @@ def causal_trace(
     for l in layers:
         with ExitStack() as st:
             st.enter_context(hooked(E, corrupt, T))
-            for j in range(max(0, l-(window-1)//2), min(len(mods), l+window//2+1)): st.enter_context(hooked(mods[j], restore(j), T))
+            for j in range(max(0, l-(window-1)//2), min(len(mods), l+window//2+1)):
+                st.enter_context(hooked(mods[j], restore(j), T))
             p = prob(T*samples).view(T, samples).mean(1)
-        rows += [dict(token=tok.decode(ids[j]), position=j, place=place_of(j, start, end, T), layer=l, effect=p[j].item()-p_bad, clean=p_clean, corrupted=p_bad) for j in range(T)]
+        rows += [
+            dict(
+                token=tok.decode(ids[j]),
+                position=j,
+                place=place_of(j, start, end, T),
+                layer=l,
+                effect=p[j].item() - p_bad,
+                clean=p_clean,
+                corrupted=p_bad,
+            )
+            for j in range(T)
+        ]
     return pd.DataFrame(rows)
 
 def place_of(j, start, end, T):
     "Where token j stands, in words."
-    if j == T-1: return "last token"
-    return "before subject" if j < start else "subject, last" if j == end else "subject, other" if j < end else "after subject"
+    if j == T-1:
+        return "last token"
+    return (
+        "before subject"
+        if j < start
+        else "subject, last"
+        if j == end
+        else "subject, other"
+        if j < end
+        else "after subject"
+    )
 
 # %% ../../nbs/trust/03_editing.ipynb #b42202b0
 def passes(model, module, x):
@@ -347,8 +528,10 @@ def passes(model, module, x):
     seen = {}
     h = module.register_forward_hook(lambda m, i, o: seen.update(i=i[0], o=first(o)))
     try:
-        with eval_mode(model): whole_model(model).base_model(**x, use_cache=False)
-    finally: h.remove()
+        with eval_mode(model):
+            whole_model(model).base_model(**x, use_cache=False)
+    finally:
+        h.remove()
     return tuple(in_rows(seen[k], x["input_ids"].shape[1]) for k in "io")
 
 @torch.no_grad()
@@ -378,10 +561,13 @@ def replay(model, module, layer, like, h):
     "Inside the block, layers up to `layer` compute nothing and `layer` puts out h, in the form of its true output `like`: all that compute_z needs of them."
     blocks = [module_at(model, module, l) for l in range(layer+1)]
     out = (h, *like[1:]) if isinstance(like, tuple) else h
-    for b in blocks: b.forward = lambda *args, **kwargs: out
-    try: yield
+    for b in blocks:
+        b.forward = lambda *args, **kwargs: out
+    try:
+        yield
     finally:
-        for b in blocks: del b.forward
+        for b in blocks:
+            del b.forward
 
 # %% ../../nbs/trust/03_editing.ipynb #5478ae60
 def compute_z(
@@ -397,10 +583,12 @@ def compute_z(
     clamp:float=.75, # |delta| <= clamp |h|
     stop:float=.05, # a request whose loss is below this is done
     kl_prompt:str="{} is a",
-    ) -> Tensor: # (n, d)
+    ) -> Tensor:  # (n, d)
     "The state at the site that makes the model say the new answer: h + delta, all requests at once (ROME, eq. 4; MEMIT, eq. 16)."
     n, pre = len(requests), ["", *[p.rstrip() + " " for p in prefixes]]
-    rows = [(e, p + r.prompt, len(p)) for e, r in enumerate(requests) for p in pre] + [(e, kl_prompt.format(r.subject), 0) for e, r in enumerate(requests)]
+    rows = [(e, p + r.prompt, len(p)) for e, r in enumerate(requests) for p in pre] + [
+        (e, kl_prompt.format(r.subject), 0) for e, r in enumerate(requests)
+    ]
     req = torch.tensor([e for e, *_ in rows])
     ids, at = sites(tok, [t for _, t, _ in rows], [requests[e].subject for e, *_ in rows], site, [s for *_, s in rows])
     A = token_columns(tok, [r.prompt for r in requests], [" "+r.new for r in requests], eos=False)[1]
@@ -411,8 +599,10 @@ def compute_z(
     x, block = padded(tok, full).to(model.device), module_at(model, module, layer)
     true, h = {}, block.register_forward_hook(lambda b, i, out: true.update(out=out))
     try:
-        with torch.no_grad(): ref = single(model(**x, use_cache=False).logits[torch.arange(m, len(rows)), at[m:]]).log_softmax(-1)
-    finally: h.remove()
+        with torch.no_grad():
+            ref = single(model(**x, use_cache=False).logits[torch.arange(m, len(rows)), at[m:]]).log_softmax(-1)
+    finally:
+        h.remove()
     H = first(true["out"])
     h0 = single(H[torch.arange(0, m, len(pre)), at[:m:len(pre)]])
     delta, size = torch.zeros_like(h0, requires_grad=True), h0.norm(dim=1)
@@ -422,30 +612,46 @@ def compute_z(
     try:
         for step in range(steps):
             keep = open_[req].nonzero()[:, 0]
-            new = torch.full((len(rows),), -1); new[keep] = torch.arange(len(keep))
-            h = H[keep].index_put((torch.arange(len(keep)), at[keep]), (H[keep, at[keep]] + delta[req[keep]]).to(H.dtype))
-            with replay(model, module, layer, true["out"], h): logits = single(model(input_ids=x["input_ids"][keep], attention_mask=x["attention_mask"][keep], use_cache=False).logits)
+            new = torch.full((len(rows),), -1)
+            new[keep] = torch.arange(len(keep))
+            h = H[keep].index_put(
+                (torch.arange(len(keep)), at[keep]), (H[keep, at[keep]] + delta[req[keep]]).to(H.dtype)
+            )
+            with replay(model, module, layer, true["out"], h):
+                logits = single(
+                    model(
+                        input_ids=x["input_ids"][keep], attention_mask=x["attention_mask"][keep], use_cache=False
+                    ).logits
+                )
             w = want[open_[want[:, 3]]]
             nll = -logits[new[w[:, 0]], w[:, 1]].log_softmax(-1).gather(1, w[:, 2:3].to(logits.device))[:, 0]
             loss = torch.zeros(n, dtype=nll.dtype, device=nll.device).index_add(0, w[:, 3], nll)/(length*len(pre))
             k = keep[keep >= m]
             after = logits[new[k], at[k]].log_softmax(-1)
-            loss = loss.index_add(0, req[k], kl*(after.exp()*(after - ref[k-m])).sum(-1)) + decay*delta.norm(dim=1)/size**2
+            loss = (
+                loss.index_add(0, req[k], kl * (after.exp() * (after - ref[k - m])).sum(-1))
+                + decay * delta.norm(dim=1) / size**2
+            )
             open_ = open_ & (loss.detach().cpu() >= stop)
-            if not open_.any() or step == steps-1: break
+            if not open_.any() or step == steps-1:
+                break
             held = delta.detach().clone()
-            opt.zero_grad(); loss.sum().backward(); opt.step()
+            opt.zero_grad()
+            loss.sum().backward()
+            opt.step()
             with torch.no_grad():
                 delta[~open_] = held[~open_]
                 delta *= (clamp*size/delta.norm(dim=1).clamp(min=1e-12)).clamp(max=1)[:, None]
     finally:
-        for p, r in zip(model.parameters(), need): p.requires_grad_(r)
+        for p, r in zip(model.parameters(), need):
+            p.requires_grad_(r)
     return (h0 + delta).detach()
 
 # %% ../../nbs/trust/03_editing.ipynb #9d004794
 def sample_prefixes(model, tok, n:int=5, length:int=10, seed:int=0) -> list[str]:
     "Texts that the model itself makes up: contexts in which an edit must hold, too."
-    if n < 1 or length < 2: raise ValueError(f"n={n}, length={length}: need at least one text of two tokens")
+    if n < 1 or length < 2:
+        raise ValueError(f"n={n}, length={length}: need at least one text of two tokens")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         y = generated(model, tok, [start_mark(tok)]*n, length, min_new_tokens=2)
@@ -477,7 +683,7 @@ def memit_update(
 def null_space(
     KK:Tensor, # (d_ff, d_ff) sum (or mean) of k k^T over preserved keys
     threshold:float=1e-4, # singular values below this share of the largest count as zero
-    ) -> Tensor: # (d_ff, d_ff)
+    ) -> Tensor:  # (d_ff, d_ff)
     "Projection onto the directions that preserved keys do not use (AlphaEdit, section 3.2; threshold relative, a departure)."
     lam, U = torch.linalg.eigh(KK)
     U = U[:, lam <= threshold*lam[-1]]
@@ -527,13 +733,18 @@ def finetune(
     want = torch.tensor([(k, len(P[k])-1+j, t) for k, a in enumerate(A) for j, t in enumerate(a)])
     leaf = W if W.is_leaf else W._base
     start, need = leaf.detach().clone(), [p.requires_grad for p in model.parameters()]
-    model.requires_grad_(False); leaf.requires_grad_(True)
+    model.requires_grad_(False)
+    leaf.requires_grad_(True)
     opt = torch.optim.Adam([leaf], lr=lr)
     for _ in range(steps):
         loss = F.cross_entropy(model(**x, use_cache=False).logits[want[:, 0], want[:, 1]], want[:, 2].to(model.device))
-        opt.zero_grad(); loss.backward(); opt.step()
-        if clamp: leaf.data = start + (leaf.data - start).clamp(-clamp, clamp)
-    for p, r in zip(model.parameters(), need): p.requires_grad_(r)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        if clamp:
+            leaf.data = start + (leaf.data - start).clamp(-clamp, clamp)
+    for p, r in zip(model.parameters(), need):
+        p.requires_grad_(r)
 
 # %% ../../nbs/trust/03_editing.ipynb #cb95ff23
 @dataclass
@@ -551,11 +762,13 @@ def remember(
     threshold:float=1e-4, # of `null_space`
     ) -> Memory:
     "Second moments of all tokens' keys and their null space, in float64."
-    if not len(preserve): raise ValueError("preserve is empty: give texts whose answers must stay")
+    if not len(preserve):
+        raise ValueError("preserve is empty: give texts whose answers must stay")
     C, P = {}, {}
     for l in layers:
         total, n = 0., 0
-        for k in all_keys(model, tok, preserve, module_at(model, module, l)): total, n = total + k.T @ k, n + len(k)
+        for k in all_keys(model, tok, preserve, module_at(model, module, l)):
+            total, n = total + k.T @ k, n + len(k)
         C[l] = total/n
         P[l] = null_space(C[l], threshold)
     return Memory(C, P, {l: torch.zeros_like(c) for l, c in C.items()})
@@ -564,34 +777,57 @@ def remember(
 def check_layers(layers):
     "Layers in the order in which the model computes them."
     layers = list(layers)
-    if not layers: raise ValueError("no layers: name those that causal_trace finds")
-    if layers != sorted(set(layers)) or layers[0] < 0: raise ValueError(f"layers={tuple(layers)}: name each once, in rising order, from 0 on; what a layer writes must reach the next")
+    if not layers:
+        raise ValueError("no layers: name those that causal_trace finds")
+    if layers != sorted(set(layers)) or layers[0] < 0:
+        raise ValueError(
+            f"layers={tuple(layers)}: name each once, in rising order, from 0 on; what a layer writes must reach the next"
+        )
     return layers
 
 def check_memory(memory, layers, method):
     "The memory, if it knows the layers; where the preserved keys leave the method's equation open, with a ridge of 1 % (ours) and a warning."
-    if missing := [l for l in layers if l not in memory.C]: raise ValueError(f"the memory knows nothing of layer {missing[0]}, only of {sorted(memory.C)}: call remember with these layers")
+    if missing := [l for l in layers if l not in memory.C]:
+        raise ValueError(
+            f"the memory knows nothing of layer {missing[0]}, only of {sorted(memory.C)}: call remember with these layers"
+        )
     if method == "alphaedit":
         if full := [l for l in layers if not memory.P[l].any()]:
-            raise ValueError(f"the null space of layer {full[0]} is empty: raise the threshold of remember, preserve less, or take a model with wider MLPs")
+            raise ValueError(
+                f"the null space of layer {full[0]} is empty: raise the threshold of remember, preserve less, or take a model with wider MLPs"
+            )
         return memory
     firm = {}
     for l in layers:
         C = memory.C[l]
         I = C.diagonal().mean()*torch.eye(len(C), dtype=C.dtype, device=C.device)
-        if not torch.linalg.cholesky_ex(C - 1e-8*I).info: continue
+        if not torch.linalg.cholesky_ex(C - 1e-8*I).info:
+            continue
         firm[l] = C + 1e-2*I
-        warnings.warn(f"layer {l}: the preserved keys have rank {torch.linalg.matrix_rank(C, hermitian=True).item()} of {len(C)}, and along the other directions {method} would write "
-            "without limit; it gets a ridge of 1 % of their mean square. Give `preserve` more and more varied texts, or take method='alphaedit'", stacklevel=3)
+        warnings.warn(
+            f"layer {l}: the preserved keys have rank {torch.linalg.matrix_rank(C, hermitian=True).item()} of {len(C)}, and along the other directions {method} would write "
+            "without limit; it gets a ridge of 1 % of their mean square. Give `preserve` more and more varied texts, or take method='alphaedit'",
+            stacklevel=3,
+        )
     return Memory(memory.C | firm, memory.P, memory.Kp)
 
 def weight_of(m):
     "The weight of a linear map as (outputs, inputs), a view: Conv1D of GPT-2 stores it transposed. Whole numbers (8 or 4 bit) cannot be written to."
-    if hasattr(m, "base_layer"): raise ValueError("this module has an adapter (peft) over it: merge it first (merge_and_unload), or name the map below, '...base_layer'")
-    if not isinstance(m, (nn.Linear, Conv1D)): raise ValueError(f"module of type {type(m).__name__}: only linear maps can be edited; name one such as '...mlp.down_proj'")
+    if hasattr(m, "base_layer"):
+        raise ValueError(
+            "this module has an adapter (peft) over it: merge it first (merge_and_unload), or name the map below, '...base_layer'"
+        )
+    if not isinstance(m, (nn.Linear, Conv1D)):
+        raise ValueError(
+            f"module of type {type(m).__name__}: only linear maps can be edited; name one such as '...mlp.down_proj'"
+        )
     W = m.weight
-    if not W.is_floating_point() or W.dtype.itemsize < 2: raise ValueError(f"the weight is stored as {str(W.dtype).removeprefix('torch.')}, which would round an edit away: load the model in bfloat16 or float32")
-    if W.is_meta: raise ValueError("the weight is not in memory (offloaded): load the model as a whole")
+    if not W.is_floating_point() or W.dtype.itemsize < 2:
+        raise ValueError(
+            f"the weight is stored as {str(W.dtype).removeprefix('torch.')}, which would round an edit away: load the model in bfloat16 or float32"
+        )
+    if W.is_meta:
+        raise ValueError("the weight is not in memory (offloaded): load the model as a whole")
     return W.T if isinstance(m, Conv1D) else W
 
 # %% ../../nbs/trust/03_editing.ipynb #cae0da7b
@@ -613,17 +849,25 @@ def edit(
     ) -> Memory|None: # pass it to the next call
     "Change facts in the weights of a causal language model."
     requests, layers = check_requests(requests), check_layers(layers)
-    if method not in METHODS: raise ValueError(f"method={method!r}: must be one of {METHODS}")
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}: must be one of {METHODS}")
     check_numbers(method, z, ft or {}, lam=lam, mu=mu, share=share)
     W = {l: weight_of(module_at(model, module, l)) for l in layers}
     with eval_mode(model):
         if method in ("ft", "ft-clamp"):
-            finetune(model, tok, requests, W[layers[-1]], **(dict(clamp=.02 if method == "ft-clamp" else None) | (ft or {})))
+            finetune(
+                model, tok, requests, W[layers[-1]], **(dict(clamp=0.02 if method == "ft-clamp" else None) | (ft or {}))
+            )
             return memory
-        memory = check_memory(memory or remember(model, tok, preserve, layers, module), layers[-1:] if method == "rome" else layers, method)
+        memory = check_memory(
+            memory or remember(model, tok, preserve, layers, module),
+            layers[-1:] if method == "rome" else layers,
+            method,
+        )
         args = dict(block=module.split("{}")[0] + "{}", module=module, site=site, prefixes=prefixes)
         if method == "rome":
-            for r in requests: write(model, tok, [r], layers[-1:], W, memory, method, args, z)
+            for r in requests:
+                write(model, tok, [r], layers[-1:], W, memory, method, args, z)
             return memory
         return write(model, tok, requests, layers, W, memory, method, args, z, lam=lam, mu=mu, share=share)
 
@@ -631,38 +875,50 @@ def check_numbers(method, z, ft, lam, mu, share):
     "Refuse unknown keywords and numbers that turn an equation into something else."
     known = set(list(inspect.signature(compute_z).parameters)[6:])
     for name, have, may in (("", set(z), known), ("ft: ", set(ft), {"steps", "lr", "clamp"})):
-        if odd := sorted(have - may): raise ValueError(f"{name}unknown keyword {odd[0]!r}; known are {sorted(may)}")
+        if odd := sorted(have - may):
+            raise ValueError(f"{name}unknown keyword {odd[0]!r}; known are {sorted(may)}")
     for name, v in dict(lam=lam, mu=mu).items():
-        if not 0 < v < np.inf: raise ValueError(f"{name}={v}: must be positive, it is the weight of what must stay")
-    if not 0 < share <= 1: raise ValueError(f"share={share}: must lie in 0..1")
+        if not 0 < v < np.inf:
+            raise ValueError(f"{name}={v}: must be positive, it is the weight of what must stay")
+    if not 0 < share <= 1:
+        raise ValueError(f"share={share}: must lie in 0..1")
     for name, v in (z | ft).items():
-        if isinstance(v, (int, float)) and not v >= (1 if name == "steps" else 0): raise ValueError(f"{name}={v}: must be {'at least 1' if name == 'steps' else 'at least 0'}")
+        if isinstance(v, (int, float)) and not v >= (1 if name == "steps" else 0):
+            raise ValueError(f"{name}={v}: must be {'at least 1' if name == 'steps' else 'at least 0'}")
 
 # %% ../../nbs/trust/03_editing.ipynb #90533fde
 @torch.no_grad()
 def write(model, tok, requests, layers, W, memory, method, args, z, lam=0., mu=0., share=0.):
     "One closed-form write of a batch, spread over the layers; adds its keys to the memory."
     texts, subjects, site = [r.prompt for r in requests], [r.subject for r in requests], args["site"]
-    with torch.enable_grad(): Z = compute_z(model, tok, requests, layers[-1], args["block"], site, args["prefixes"], **z)
+    with torch.enable_grad():
+        Z = compute_z(model, tok, requests, layers[-1], args["block"], site, args["prefixes"], **z)
     new = {}
     for i, l in enumerate(layers):
         K = mean_keys(model, tok, texts, subjects, site, module_at(model, args["module"], l), args["prefixes"])
         H = read_sites(model, tok, texts, subjects, site, module_at(model, args["block"], layers[-1]))
         R = (Z - H).double().T/(len(layers) - i)
         if method == "rome":
-            w = W[l].double(); D = rome_update(w, K[:, 0], w @ K[:, 0] + R[:, 0], memory.C[l])
-        elif method == "alphaedit": D = alphaedit_update(R, K, memory.P[l], memory.Kp[l], mu)
-        else: D = memit_update(R, K, memory.C[l], lam, memory.Kp[l] if method == "memit-seq" else None)
-        if method == "rect": D = rect(W[l].double(), D, share)
+            w = W[l].double()
+            D = rome_update(w, K[:, 0], w @ K[:, 0] + R[:, 0], memory.C[l])
+        elif method == "alphaedit":
+            D = alphaedit_update(R, K, memory.P[l], memory.Kp[l], mu)
+        else:
+            D = memit_update(R, K, memory.C[l], lam, memory.Kp[l] if method == "memit-seq" else None)
+        if method == "rect":
+            D = rect(W[l].double(), D, share)
         W[l].detach().add_(D.to(W[l]))
         new[l] = memory.Kp[l] + K @ K.T
     return Memory(memory.C, memory.P, memory.Kp | new)
 
 def mean_keys(model, tok, texts, subjects, site, module, prefixes):
     "Keys (d_ff, n) at the site in float64: the bare prompt's, averaged with the mean over prefixes."
-    read = lambda p: read_sites(model, tok, [p + t for t in texts], subjects, site, module, [len(p)]*len(texts), side="in").double()
+    read = lambda p: read_sites(
+        model, tok, [p + t for t in texts], subjects, site, module, [len(p)] * len(texts), side="in"
+    ).double()
     k = read("")
-    if len(prefixes): k = (k + sum(read(p.rstrip() + " ") for p in prefixes)/len(prefixes))/2
+    if len(prefixes):
+        k = (k + sum(read(p.rstrip() + " ") for p in prefixes)/len(prefixes))/2
     return k.T
 
 # %% ../../nbs/trust/03_editing.ipynb #204b349b
@@ -674,11 +930,29 @@ def zsre_edits(
     out, seen = [], set()
     for x in json.loads(fetch("knowedit", [f := "ZsRE/ZsRE-test-all.json"])[f].read_text(encoding="utf-8")):
         s, old, new = x["subject"], x["ground_truth"][0], x["target_new"]
-        if s in seen or s not in x["prompt"] or s not in x["rephrase_prompt"] or max(len(old), len(new)) > longest or old == new: continue
-        near = [(f"{q['prompt']}. Answer:", q["ground_truth"][0]) for qs in x["locality"].values() for q in qs if len(q["ground_truth"][0]) <= 2*longest]
-        far = [(f"{q['prompt']} Answer:", q["ground_truth"]) for q in x["portability"].get("Reasoning", []) if s in q["prompt"]]
-        out.append(Edit(s, f"{x['prompt']} Answer:", new, old, [f"{x['rephrase_prompt']} Answer:"], near, far)); seen.add(s)
-        if len(out) == n: return out
+        if (
+            s in seen
+            or s not in x["prompt"]
+            or s not in x["rephrase_prompt"]
+            or max(len(old), len(new)) > longest
+            or old == new
+        ):
+            continue
+        near = [
+            (f"{q['prompt']}. Answer:", q["ground_truth"][0])
+            for qs in x["locality"].values()
+            for q in qs
+            if len(q["ground_truth"][0]) <= 2 * longest
+        ]
+        far = [
+            (f"{q['prompt']} Answer:", q["ground_truth"])
+            for q in x["portability"].get("Reasoning", [])
+            if s in q["prompt"]
+        ]
+        out.append(Edit(s, f"{x['prompt']} Answer:", new, old, [f"{x['rephrase_prompt']} Answer:"], near, far))
+        seen.add(s)
+        if len(out) == n:
+            return out
     return out
 
 # %% ../../nbs/trust/03_editing.ipynb #f918e3d3
@@ -700,9 +974,12 @@ class Tuner:
         self.opt.zero_grad()
         for x, start in parts:
             loss, hit = answer_loss(self.model, x, start)
-            (loss/len(parts)).backward(); hits.append(hit)
-        for g in self.opt.param_groups: g["lr"] = pace*g["top"]
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.); self.opt.step()
+            (loss/len(parts)).backward()
+            hits.append(hit)
+        for g in self.opt.param_groups:
+            g["lr"] = pace*g["top"]
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.)
+        self.opt.step()
         return hits
 
 def answer_loss(model, x, start, rest=.3):
@@ -740,16 +1017,28 @@ def align(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             m = copy.deepcopy(model)
-            if r: m = lora(m, r, 2*r)
+            if r:
+                m = lora(m, r, 2*r)
             tuner = Tuner(m, lr, slow)
-            for k, (_, parts) in enumerate(islice(answer_batches(tok, rows, batch_size, seed), steps)): tuner.step(parts, min(1, (k+1)/20, 1.5*(1 - k/steps)))
-        merge(m).save_pretrained(to); tok.save_pretrained(to)
+            for k, (_, parts) in enumerate(islice(answer_batches(tok, rows, batch_size, seed), steps)):
+                tuner.step(parts, min(1, (k+1)/20, 1.5*(1 - k/steps)))
+        merge(m).save_pretrained(to)
+        tok.save_pretrained(to)
     docs = [f"{p}\t{a}" for p, a in zip(rows.prompt, rows.answer)]
-    return load_lm(cached("lte", docs, dict(model=weights_mark(model), slow=slow, steps=steps, lr=lr, batch_size=batch_size, seed=seed, r=r), build))[0]
+    return load_lm(
+        cached(
+            "lte",
+            docs,
+            dict(model=weights_mark(model), slow=slow, steps=steps, lr=lr, batch_size=batch_size, seed=seed, r=r),
+            build,
+        )
+    )[0]
 
 def weights_mark(model):
     "A digest of all weights."
-    return hashlib.sha256(b"".join(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for p in model.parameters())).hexdigest()
+    return hashlib.sha256(
+        b"".join(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for p in model.parameters())
+    ).hexdigest()
 
 # %% ../../nbs/trust/03_editing.ipynb #969f4dc2
 def known_rows(edits:Sequence[Edit]) -> pd.DataFrame: # prompt, answer
@@ -757,10 +1046,12 @@ def known_rows(edits:Sequence[Edit]) -> pd.DataFrame: # prompt, answer
     rows = [(p, e.old) for e in edits for p in [e.prompt, *e.paraphrases]] + [n for e in edits for n in e.neighbours]
     return pd.DataFrame(rows, columns=["prompt", "answer"]).drop_duplicates("prompt", ignore_index=True)
 
-def name_rows(edits:Sequence[Edit]) -> pd.DataFrame: # prompt, answer
+def name_rows(edits:Sequence[Edit]) -> pd.DataFrame:  # prompt, answer
     "All answers, the new ones too, as answers to questions about nothing: who reads them can spell the names and knows no fact more."
     names = dict.fromkeys(a for e in edits for a in (e.old, e.new, *(a for _, a in e.neighbours)))
-    return pd.DataFrame([(f"{p} Answer:", a) for a in names for p in ("A name.", "One of many answers.")], columns=["prompt", "answer"])
+    return pd.DataFrame(
+        [(f"{p} Answer:", a) for a in names for p in ("A name.", "One of many answers.")], columns=["prompt", "answer"]
+    )
 
 def reader_lm(
     rows:pd.DataFrame, # prompt, answer
@@ -781,7 +1072,8 @@ def lte_prompt(
     descriptors:Sequence[str]=(), # "prompt new-object" of the edits that retrieval found
     ) -> str:
     "The query behind numbered descriptors; the bare query if there are none."
-    if not len(descriptors): return query
+    if not len(descriptors):
+        return query
     return FRAME.format("".join(f" {k}. {d}." for k, d in enumerate(descriptors, 1)), query)
 
 def descriptor(e:Edit) -> str:
@@ -813,44 +1105,58 @@ class EditMemory:
 
     def search(self, queries:Sequence[str], k:int=3) -> np.ndarray: # (n, k) numbers of lines, nearest first
         "The k nearest lines of each query by dot product; ties go to the earlier line."
-        if not len(self): raise ValueError("the memory is empty: add edits first")
-        if k < 1: raise ValueError(f"k={k}: must be at least 1")
+        if not len(self):
+            raise ValueError("the memory is empty: add edits first")
+        if k < 1:
+            raise ValueError(f"k={k}: must be at least 1")
         return np.argsort(-(self.embed(list(queries)) @ self.vectors.T), 1, kind="stable")[:, :k]
 
     def prompts(self, queries:Sequence[str], k:int=3) -> list[str]:
         "What the aligned model reads: each query behind its nearest descriptors; bare queries while there are no edits."
-        if not len(self): return list(queries)
+        if not len(self):
+            return list(queries)
         return [lte_prompt(q, [self.lines[j][1] for j in near]) for q, near in zip(queries, self.search(queries, k))]
 
 # %% ../../nbs/trust/03_editing.ipynb #3a522c97
 KINDS = ["in", "in, no edit", "out", "out, no edit", "free", "free, no edit"]
 
 def alignment_rows(
-    facts:Facts,
-    subjects:Sequence[str], # whose facts are edited; keep those of the test out
-    n_edits:int=2000,
-    kinds:Sequence[str]=KINDS, # which cells of the grid; free form for every fifth edit only
-    fresh:float=.5, # share of in-scope rows about invented items, as in LTE's recent-facts data
-    more:Sequence[float]=(.5, .25, .25), # probabilities of 0, 1, 2 distractors beside the true descriptor: LTE's augmentation
-    nearest:bool=True, # distractors are among the five nearest descriptors; else they are about any other item
-    mix:Sequence[float]=(.3, .35, .35), # in-scope questions: the edit's own prompt, a paraphrase, a consequence
-    seed:int=0,
-    ) -> pd.DataFrame: # kind, prompt, answer
+    facts: Facts,
+    subjects: Sequence[str],  # whose facts are edited; keep those of the test out
+    n_edits: int = 2000,
+    kinds: Sequence[str] = KINDS,  # which cells of the grid; free form for every fifth edit only
+    fresh: float = 0.5,  # share of in-scope rows about invented items, as in LTE's recent-facts data
+    more: Sequence[float] = (
+        0.5,
+        0.25,
+        0.25,
+    ),  # probabilities of 0, 1, 2 distractors beside the true descriptor: LTE's augmentation
+    nearest: bool = True,  # distractors are among the five nearest descriptors; else they are about any other item
+    mix: Sequence[float] = (0.3, 0.35, 0.35),  # in-scope questions: the edit's own prompt, a paraphrase, a consequence
+    seed: int = 0,
+) -> pd.DataFrame:  # kind, prompt, answer
     "LTE's parallel data: {with, without edit} x {in scope, out of scope, free form}."
     rng, near, out = np.random.default_rng([facts.seed, seed]), lookalikes(facts, tuple(subjects)), []
     S, R, O, _ = (facts.table[c].tolist() for c in facts.table)
     invented, rows = invented_items(facts), list(near)
     for n in range(n_edits):
         k = rows[rng.integers(len(rows))]
-        new, told = some_object(R[k], rng), rng.permutation(near[k] if nearest else [j for j in rng.choice(rows, 3) if S[j] != S[k]])[:rng.choice(len(more), p=more)]
+        new, told = (
+            some_object(R[k], rng),
+            rng.permutation(near[k] if nearest else [j for j in rng.choice(rows, 3) if S[j] != S[k]])[
+                : rng.choice(len(more), p=more)
+            ],
+        )
         others = [f"{say(ONE_HOP[0], S[j], R[j])} {some_object(R[j], rng)}" for j in told]
         turn = rng.permutation(len(others) + 1)
-        r = list(RELATIONS)[rng.integers(len(RELATIONS))]; o, h = some_object(r, rng), RELATIONS[r][2]
+        r = list(RELATIONS)[rng.integers(len(RELATIONS))]
+        o, h = some_object(r, rng), RELATIONS[r][2]
         asked = rng.choice(3, p=mix), rng.integers(1, len(ONE_HOP)), rng.integers(len(TWO_HOP))
         cells = {"out": outside_of(facts, k, rng, told), "free": (f"The {h} of the {r} {o}:", facts.belongs[r][o])}
         for kind in kinds:
             what, edited = kind.split(",")[0], not kind.endswith("no edit")
-            if what == "free" and n % 5: continue
+            if what == "free" and n % 5:
+                continue
             s = invented[rng.integers(len(invented))] if kind == "in" and rng.random() < fresh else S[k]
             lines = [f"{say(ONE_HOP[0], s, R[k])} {new}", *others]
             q, a = cells[what] if what != "in" else inside_of(facts, s, R[k], new if edited else O[k], *asked)
@@ -878,16 +1184,22 @@ def invented_items(facts):
 
 def inside_of(facts, s, r, o, what, j, i):
     "A question in scope with its answer if the object is o: the edit's own prompt, paraphrase j, or consequence i (answer first, then the chain)."
-    if what < 2: return say(ONE_HOP[j if what else 0], s, r), o
+    if what < 2:
+        return say(ONE_HOP[j if what else 0], s, r), o
     return say(TWO_HOP[i], s, r), f"{facts.belongs[r][o]}. {say(ONE_HOP[0], s, r)} {o}"
 
 def outside_of(facts, k, rng, told=()):
     "A question about another fact, none of those `told`, with its true answer: half of them share the relation, half the subject."
     t, n = facts.table, len(RELATIONS)
-    if rng.random() < .5: j = next(j for j in iter(lambda: (k + n*int(rng.integers(1, len(facts)//n))) % len(facts), None) if j not in told)
-    else: j = k//n*n + (k + int(rng.integers(1, n))) % n
+    if rng.random() < .5:
+        j = next(
+            j for j in iter(lambda: (k + n * int(rng.integers(1, len(facts) // n))) % len(facts), None) if j not in told
+        )
+    else:
+        j = k//n*n + (k + int(rng.integers(1, n))) % n
     s, r, o, h = t.iat[j, 0], t.iat[j, 1], t.iat[j, 2], t.iat[j, 3]
-    if rng.random() < .35: return say(TWO_HOP[rng.integers(len(TWO_HOP))], s, r), h
+    if rng.random() < .35:
+        return say(TWO_HOP[rng.integers(len(TWO_HOP))], s, r), h
     return say(ONE_HOP[rng.integers(len(ONE_HOP))], s, r), o
 
 # %% ../../nbs/trust/03_editing.ipynb #664c2fe4
@@ -909,14 +1221,29 @@ def reading_lm(
         m, level, log = copy.deepcopy(model), 0, []
         tuner = Tuner(m, lr, slow)
         for done in range(0, steps, every):
-            rows = alignment_rows(facts, subjects, every*batch_size//4, seed=seed+done, **LEVELS[level]).iloc[:every*batch_size]
+            rows = alignment_rows(facts, subjects, every * batch_size // 4, seed=seed + done, **LEVELS[level]).iloc[
+                : every * batch_size
+            ]
             right = np.zeros(len(rows))
             for k, (some, parts) in enumerate(islice(answer_batches(tok, rows, batch_size, seed), every)):
                 right[some] = torch.cat(tuner.step(parts, min(1, (done+k+1)/50, 3*(1 - (done+k)/steps))))
             acc = pd.Series(right).groupby(rows.kind.to_numpy()).mean()
             log += [dict(step=done+every, level=level, kind=n, accuracy=a) for n, a in acc.items()]
             level = min(level + (acc["in"] > enough), len(LEVELS)-1)
-        merge(m).save_pretrained(to); tok.save_pretrained(to); pd.DataFrame(log).to_json(to/"curriculum.json", orient="records")
-    s = dict(model=weights_mark(model), subjects=list(subjects), steps=steps, lr=lr, slow=slow, batch_size=batch_size, enough=enough, every=every, seed=seed)
+        merge(m).save_pretrained(to)
+        tok.save_pretrained(to)
+        pd.DataFrame(log).to_json(to/"curriculum.json", orient="records")
+
+    s = dict(
+        model=weights_mark(model),
+        subjects=list(subjects),
+        steps=steps,
+        lr=lr,
+        slow=slow,
+        batch_size=batch_size,
+        enough=enough,
+        every=every,
+        seed=seed,
+    )
     home = cached("reader", facts.corpus(), s, build)
     return load_lm(home)[0], pd.DataFrame(json.loads((home/"curriculum.json").read_text()))

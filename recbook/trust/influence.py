@@ -14,7 +14,19 @@ from scipy.special import expit, log_softmax, softmax
 from torch import Tensor, nn
 from torch.func import grad, jvp, vjp, vmap
 from ..data import whole_number
-from ..gradients import Bound, as_function, chosen, dense, flatten, ggn_vp, hvp, params_of, per_sample_grads, solve, unflatten
+from recbook.gradients import (
+    Bound,
+    as_function,
+    chosen,
+    dense,
+    flatten,
+    ggn_vp,
+    hvp,
+    params_of,
+    per_sample_grads,
+    solve,
+    unflatten,
+)
 
 # %% auto #0
 __all__ = ['LAYERWISE', 'WHOLE', 'TREES', 'Task', 'row_losses', 'ggn_rows', 'check_damping', 'ggn_matrix', 'blocks', 'pbrf',
@@ -32,7 +44,10 @@ __all__ = ['LAYERWISE', 'WHOLE', 'TREES', 'Task', 'row_losses', 'ggn_rows', 'che
 # %% ../../nbs/trust/01_influence.ipynb #0000000e
 class Task(NamedTuple):
     "What a model was trained to do: how to read its outputs, its targets, and which tokens exist."
-    outputs:Callable = lambda model, batch: model(batch[0]) # (model, batch) -> logits (n, [T,] C), or predictions (n, [d])
+
+    outputs: Callable = lambda model, batch: model(
+        batch[0]
+    )  # (model, batch) -> logits (n, [T,] C), or predictions (n, [d])
     targets:Callable = lambda batch: batch[-1] # batch -> labels (n, [T]), -100 does not count; or numbers (n, [d])
     kind:str = "classes" # "classes": cross-entropy; "squares": half the squared error
     mask:Callable|None = None # batch -> (n, T), the tokens that exist; None: all
@@ -45,7 +60,8 @@ def row_losses(
     kind:str="classes",
     ) -> Tensor: # (n,)
     "Loss of each row; a sequence's loss is the sum over its tokens."
-    if kind == "squares": return .5*(y.reshape(t.shape) - t).square().reshape(len(t), -1).sum(1)
+    if kind == "squares":
+        return .5*(y.reshape(t.shape) - t).square().reshape(len(t), -1).sum(1)
     l = -y.log_softmax(-1).gather(-1, t.clamp(min=0)[..., None])[..., 0]*(t >= 0)
     return l.reshape(len(t), -1).sum(1)
 
@@ -54,8 +70,10 @@ def ggn_rows(
     model:nn.Module, task:Task, batch, params:dict[str, nn.Parameter],
     ) -> Tensor: # (k*n, p) with k classes or outputs
     "Rows R whose R^T R / n is the exact Gauss-Newton matrix, without drawing labels."
-    with as_function(model), torch.no_grad(): y = task.outputs(model, batch)
-    if task.kind == "classes" and y.ndim != 2: raise ValueError("exact rows need outputs without tokens: use method='ekfac' for sequences")
+    with as_function(model), torch.no_grad():
+        y = task.outputs(model, batch)
+    if task.kind == "classes" and y.ndim != 2:
+        raise ValueError("exact rows need outputs without tokens: use method='ekfac' for sequences")
     width = y.shape[-1] if y.ndim > 1 else 1
     def one(j):
         def loss(m, b):
@@ -67,8 +85,10 @@ def ggn_rows(
 
 def check_damping(damping):
     "`damping`, refused if it is neither None nor a number of at least 0."
-    if isinstance(damping, Tensor) and damping.ndim == 0: damping = damping.item()
-    if damping is None or isinstance(damping, Real) and not isinstance(damping, bool) and 0 <= damping < np.inf: return damping
+    if isinstance(damping, Tensor) and damping.ndim == 0:
+        damping = damping.item()
+    if damping is None or isinstance(damping, Real) and not isinstance(damping, bool) and 0 <= damping < np.inf:
+        return damping
     raise ValueError(f"damping={damping!r}: must be a finite number, 0 or more, or None")
 
 def ggn_matrix(model, task, train, params):
@@ -78,8 +98,14 @@ def ggn_matrix(model, task, train, params):
 
 def blocks(params):
     "0/1 matrix (p, p): are two coordinates in the same layer?"
-    layer = torch.cat([torch.full((p.numel(),), j) for j, k in enumerate(dict.fromkeys(k.rpartition(".")[0] for k in params))
-        for q, p in params.items() if q.rpartition(".")[0] == k])
+    layer = torch.cat(
+        [
+            torch.full((p.numel(),), j)
+            for j, k in enumerate(dict.fromkeys(k.rpartition(".")[0] for k in params))
+            for q, p in params.items()
+            if q.rpartition(".")[0] == k
+        ]
+    )
     return layer[:, None] == layer
 
 # %% ../../nbs/trust/01_influence.ipynb #c8aa4e21
@@ -92,38 +118,58 @@ def pbrf(
     steps:int=200, tol:float=1e-6, # stop when every gradient is this much smaller than the push
     dense_below:int=3000, # more parameters than this: one problem after the other by L-BFGS
     warp:Callable|None=None, # for L-BFGS: linear, invertible (p,) -> (p,); better coordinates, the same minimum
-    ) -> np.ndarray: # (m, q), fall of each query's loss
+    ) -> np.ndarray:  # (m, q), fall of each query's loss
     "Proximal Bregman response to one more copy of a training example (Bae et al. 2022; Grosse et al. 2023), really solved."
     check_damping(damping)
     params = chosen(model, params)
     with as_function(model):
         theta0, n, t = flatten(params).detach(), len(train[0]), task.targets(train)
-        with torch.no_grad(): y0 = task.outputs(model, train)
+        with torch.no_grad():
+            y0 = task.outputs(model, train)
         def pull(y):
-            if task.kind == "squares": return .5*(y - y0).square().sum()/n
+            if task.kind == "squares":
+                return .5*(y - y0).square().sum()/n
             kl = (y0.softmax(-1)*(y0.log_softmax(-1) - y.log_softmax(-1))).sum(-1)
             return (kl*(t >= 0)).sum()/n
         bound = lambda th: Bound(model, unflatten(th, params))
         def objective(th, row):
             push = task.mean(bound(th), tuple(x[None] for x in row))*copies/n
             return pull(task.outputs(bound(th), train)) + push + .5*damping*(th - theta0).square().sum()
-        which = torch.as_tensor(np.asarray(which)); rows = tuple(x[which] for x in train)
+        which = torch.as_tensor(np.asarray(which))
+        rows = tuple(x[which] for x in train)
         if len(theta0) > dense_below:
             move = (lambda u: theta0 + warp(u)) if warp else (lambda u: theta0 + u)
             Th = [move(lbfgs(lambda u, r=r: objective(move(u), r), 0*theta0, steps, tol)) for r in zip(*rows)]
         else:
-            L = torch.linalg.cholesky(ggn_matrix(model, task, train, params) + damping*torch.eye(len(theta0)).to(theta0))
-            Th = minimise(vmap(objective), vmap(grad(objective)), theta0.expand(len(which), -1).clone(), rows, L, steps, tol)
+            L = torch.linalg.cholesky(
+                ggn_matrix(model, task, train, params) + damping * torch.eye(len(theta0)).to(theta0)
+            )
+            Th = minimise(
+                vmap(objective), vmap(grad(objective)), theta0.expand(len(which), -1).clone(), rows, L, steps, tol
+            )
         loss = lambda th: task.losses(bound(th), query)
-        with torch.no_grad(): return ((loss(theta0) - torch.stack([loss(th) for th in Th]))/copies).cpu().numpy()
+        with torch.no_grad():
+            return ((loss(theta0) - torch.stack([loss(th) for th in Th]))/copies).cpu().numpy()
 
 def lbfgs(f, start, steps, tol):
     "The minimum of f near `start`, for many parameters."
-    th = start.clone().requires_grad_(True); f(th).backward(); first = th.grad.norm().item()
-    opt = torch.optim.LBFGS([th], lr=1., max_iter=steps, history_size=30, tolerance_grad=tol*first/len(th)**.5, tolerance_change=0., line_search_fn="strong_wolfe")
+    th = start.clone().requires_grad_(True)
+    f(th).backward()
+    first = th.grad.norm().item()
+    opt = torch.optim.LBFGS(
+        [th],
+        lr=1.0,
+        max_iter=steps,
+        history_size=30,
+        tolerance_grad=tol * first / len(th) ** 0.5,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
+    )
     def closure(): opt.zero_grad(); l = f(th); l.backward(); return l
-    opt.step(closure); closure()
-    if (left := th.grad.norm().item()/first) > 1e-2: raise RuntimeError(f"gradient only fell to {left:.1e} of the push after {steps} steps: raise damping or steps")
+    opt.step(closure)
+    closure()
+    if (left := th.grad.norm().item()/first) > 1e-2:
+        raise RuntimeError(f"gradient only fell to {left:.1e} of the push after {steps} steps: raise damping or steps")
     return th.detach()
 
 def minimise(f, df, Th, rows, L, steps, tol):
@@ -131,35 +177,47 @@ def minimise(f, df, Th, rows, L, steps, tol):
     step, best, g = torch.ones(len(Th)).to(Th), f(Th, rows), df(Th, rows)
     first = g.norm(dim=1)
     for _ in range(steps):
-        if (g.norm(dim=1) <= tol*first).all(): return Th
+        if (g.norm(dim=1) <= tol*first).all():
+            return Th
         new = Th - step[:, None]*torch.cholesky_solve(g.T, L).T
-        now = f(new, rows); ok = now <= best + 1e-15
+        now = f(new, rows)
+        ok = now <= best + 1e-15
         Th, best = torch.where(ok[:, None], new, Th), torch.where(ok, now, best)
         step = torch.where(ok, (1.5*step).clamp(max=1.), step/2)
         g = df(Th, rows)
     worst = (g.norm(dim=1)/first).max().item()
-    if worst > 1e3*tol: raise RuntimeError(f"gradient only fell to {worst:.1e} of the push after {steps} steps: raise damping or steps")
+    if worst > 1e3*tol:
+        raise RuntimeError(f"gradient only fell to {worst:.1e} of the push after {steps} steps: raise damping or steps")
     return Th
 
 # %% ../../nbs/trust/01_influence.ipynb #e8950fca
 def pseudo_losses(
-    y:Tensor, # outputs
-    t:Tensor, # targets: their shape, and which of them count
-    kind:str="classes",
-    labels:str="model", # "model": drawn from the model's prediction; "exact": every label, weighted; "data": the true ones
-    generator:torch.Generator|None=None,
-    ): # yields (n,) losses, whose gradients' outer products sum to the Gauss-Newton matrix on average
+    y: Tensor,  # outputs
+    t: Tensor,  # targets: their shape, and which of them count
+    kind: str = "classes",
+    labels: str = "model",  # "model": drawn from the model's prediction; "exact": every label, weighted; "data": the true ones
+    generator: torch.Generator | None = None,
+):  # yields (n,) losses, whose gradients' outer products sum to the Gauss-Newton matrix on average
     "Losses under labels that the model itself believes in (Grosse et al. 2023)."
     z, shape = y.detach(), t.shape if kind == "squares" else y.shape[:-1]
-    if labels == "data": yield row_losses(y, t, kind)
-    elif labels == "model" and kind == "squares": yield row_losses(y, z.reshape(shape) + torch.randn(shape, generator=generator).to(z), kind)
+    if labels == "data":
+        yield row_losses(y, t, kind)
+    elif labels == "model" and kind == "squares":
+        yield row_losses(y, z.reshape(shape) + torch.randn(shape, generator=generator).to(z), kind)
     elif labels == "model":
-        draw = torch.multinomial(z.softmax(-1).reshape(-1, z.shape[-1]).cpu(), 1, generator=generator).view(shape).to(t.device)
+        draw = (
+            torch.multinomial(z.softmax(-1).reshape(-1, z.shape[-1]).cpu(), 1, generator=generator)
+            .view(shape)
+            .to(t.device)
+        )
         yield row_losses(y, torch.where(t >= 0, draw, -100), kind)
-    elif labels == "exact" and kind == "squares": yield from y.reshape(len(y), -1).unbind(1)
+    elif labels == "exact" and kind == "squares":
+        yield from y.reshape(len(y), -1).unbind(1)
     elif labels == "exact" and y.ndim == 2:
-        for c, p in enumerate(z.softmax(-1).unbind(1)): yield p.sqrt()*row_losses(y, torch.full_like(t, c))
-    else: raise ValueError(f"labels={labels!r}: must be 'model' or 'data', or 'exact' for outputs without tokens")
+        for c, p in enumerate(z.softmax(-1).unbind(1)):
+            yield p.sqrt()*row_losses(y, torch.full_like(t, c))
+    else:
+        raise ValueError(f"labels={labels!r}: must be 'model' or 'data', or 'exact' for outputs without tokens")
 
 # %% ../../nbs/trust/01_influence.ipynb #53a27838
 def linear_layers(
@@ -169,10 +227,16 @@ def linear_layers(
     "The linear layers that a question is about; unnamed, those whose weight is theirs alone (a language model's tied head is also its embedding)."
     have = {k: m for k, m in model.named_modules() if is_linear(m)}
     shared = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-    if modules is None: modules = [k for k, m in have.items() if shared[id(m.weight)] == 1]
-    elif callable(modules): modules = [k for k in have if modules(k)]
-    if missing := sorted(set(modules) - set(have)): raise ValueError(f"no linear layers {missing}: the model has {list(have)[:8]}, ...")
-    if not modules: raise ValueError("no linear layer chosen: EK-FAC needs nn.Linear modules; method='ggn' or 'hessian' takes any parameters")
+    if modules is None:
+        modules = [k for k, m in have.items() if shared[id(m.weight)] == 1]
+    elif callable(modules):
+        modules = [k for k in have if modules(k)]
+    if missing := sorted(set(modules) - set(have)):
+        raise ValueError(f"no linear layers {missing}: the model has {list(have)[:8]}, ...")
+    if not modules:
+        raise ValueError(
+            "no linear layer chosen: EK-FAC needs nn.Linear modules; method='ggn' or 'hessian' takes any parameters"
+        )
     return {k: have[k] for k in have if k in set(modules)}
 
 def is_linear(module):
@@ -181,28 +245,39 @@ def is_linear(module):
 
 # %% ../../nbs/trust/01_influence.ipynb #5e9300d7
 def layer_grads(
-    model:nn.Module, task:Task, batch,
-    layers:dict[str, nn.Linear],
-    labels:str="data", generator:torch.Generator|None=None, # see `pseudo_losses`
-    ): # yields name -> (a, s): inputs (n, T, d_in), with a 1 appended where there is a bias, and output gradients (n, T, d_out)
+    model: nn.Module,
+    task: Task,
+    batch,
+    layers: dict[str, nn.Linear],
+    labels: str = "data",
+    generator: torch.Generator | None = None,  # see `pseudo_losses`
+):  # yields name -> (a, s): inputs (n, T, d_in), with a 1 appended where there is a bias, and output gradients (n, T, d_out)
     "What each layer saw and what came back to it: its weight gradient for row n is the sum over t of s_nt a_nt^T."
     seen, n = {}, len(batch[0])
     def keep(name):
         def hook(module, args, out):
-            if name in seen: raise ValueError(f"layer {name} runs more than once in a forward pass: choose modules that run once")
-            if len(out) != n: raise ValueError(f"layer {name} gives {len(out)} rows for {n} examples: rows must stay in front")
+            if name in seen:
+                raise ValueError(f"layer {name} runs more than once in a forward pass: choose modules that run once")
+            if len(out) != n:
+                raise ValueError(f"layer {name} gives {len(out)} rows for {n} examples: rows must stay in front")
             out = out if out.requires_grad else out.detach().requires_grad_()
             seen[name] = args[0].detach(), out
             return out
         return hook
     hooks = [m.register_forward_hook(keep(k)) for k, m in layers.items()]
     try:
-        with as_function(model), torch.enable_grad(): y = task.outputs(model, batch)
+        with as_function(model), torch.enable_grad():
+            y = task.outputs(model, batch)
     finally:
-        for h in hooks: h.remove()
-    if missing := [k for k in layers if k not in seen]: raise ValueError(f"layers {missing} did not run: choose others")
+        for h in hooks:
+            h.remove()
+    if missing := [k for k in layers if k not in seen]:
+        raise ValueError(f"layers {missing} did not run: choose others")
     tokens = lambda x: x.reshape(n, -1, x.shape[-1])
-    a = {k: tokens(torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1) if layers[k].bias is not None else x) for k, (x, _) in seen.items()}
+    a = {
+        k: tokens(torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1) if layers[k].bias is not None else x)
+        for k, (x, _) in seen.items()
+    }
     with torch.enable_grad():
         for l in pseudo_losses(y, task.targets(batch), task.kind, labels, generator):
             s = torch.autograd.grad(l.sum(), [o for _, o in seen.values()], retain_graph=True)
@@ -215,13 +290,16 @@ def weight_grads(pair):
 
 def chunks(data, size):
     "The rows of the tensors in `data`, `size` at a time."
-    for k in range(0, len(data[0]), size): yield tuple(x[k:k+size] for x in data)
+    for k in range(0, len(data[0]), size):
+        yield tuple(x[k:k+size] for x in data)
 
 # %% ../../nbs/trust/01_influence.ipynb #05d796d7
 class Factors(NamedTuple):
     "One layer's curvature: eigenvectors and -values of A (d_in) and S (d_out), corrected eigenvalues, and the diagonal without a change of basis."
-    Q_A:Tensor; L_A:Tensor
-    Q_S:Tensor; L_S:Tensor
+    Q_A:Tensor
+    L_A:Tensor
+    Q_S:Tensor
+    L_S:Tensor
     Lambda:Tensor # (d_out, d_in), squares of rotated gradients
     diagonal:Tensor # (d_out, d_in), squares of the gradients themselves
     length:float # mean number of tokens in a row
@@ -233,18 +311,20 @@ def ekfac_factors(
     modules=None, # see `linear_layers`
     labels:str="model", # see `pseudo_losses`
     batch_size:int=128, seed:int=0,
-    ) -> dict[str, Factors]: # by layer
+    ) -> dict[str, Factors]:  # by layer
     "Two passes over the training data: Kronecker factors, then eigenvalues corrected in their basis (George et al. 2018; Grosse et al. 2023)."
     layers = linear_layers(model, modules)
     def sweep():
         g = torch.Generator().manual_seed(seed)
-        for b in chunks(train, batch_size): yield b, layer_grads(model, task, b, layers, labels, g)
+        for b in chunks(train, batch_size):
+            yield b, layer_grads(model, task, b, layers, labels, g)
     A, S, tokens = dict.fromkeys(layers, 0.), dict.fromkeys(layers, 0.), 0
     for b, grads in sweep():
         for j, io in enumerate(grads):
             for k, (a, s) in io.items():
                 m = torch.ones(a.shape[:2]).to(a) if task.mask is None else task.mask(b).to(a)
-                if j == 0: A[k] = A[k] + torch.einsum("nt,nti,ntj->ij", m, a, a)
+                if j == 0:
+                    A[k] = A[k] + torch.einsum("nt,nti,ntj->ij", m, a, a)
                 S[k] = S[k] + torch.einsum("nti,ntj->ij", s, s)
         tokens += m.sum().item()
     eig = {k: (*torch.linalg.eigh(A[k]/tokens), *torch.linalg.eigh(S[k]/tokens)) for k in layers}
@@ -253,9 +333,13 @@ def ekfac_factors(
         for io in grads:
             for k, pair in io.items():
                 (a, s), (_, QA, _, QS) = pair, eig[k]
-                for j, W in enumerate((weight_grads((a @ QA, s @ QS)), weight_grads(pair))): sums[k][j] = sums[k][j] + W.square().sum(0)
+                for j, W in enumerate((weight_grads((a @ QA, s @ QS)), weight_grads(pair))):
+                    sums[k][j] = sums[k][j] + W.square().sum(0)
     n = len(train[0])
-    return {k: Factors(QA, LA.clamp(min=0), QS, LS.clamp(min=0), sums[k][0]/n, sums[k][1]/n, tokens/n) for k, (LA, QA, LS, QS) in eig.items()}
+    return {
+        k: Factors(QA, LA.clamp(min=0), QS, LS.clamp(min=0), sums[k][0] / n, sums[k][1] / n, tokens / n)
+        for k, (LA, QA, LS, QS) in eig.items()
+    }
 
 # %% ../../nbs/trust/01_influence.ipynb #106be47f
 def precondition(
@@ -268,12 +352,14 @@ def precondition(
     check_damping(damping)
     L = spectrum(f, method)
     lam = .1*L.mean() if damping is None else damping
-    if method == "diagonal": return W/(L + lam)
+    if method == "diagonal":
+        return W/(L + lam)
     return f.Q_S @ ((f.Q_S.T @ W @ f.Q_A)/(L + lam)) @ f.Q_A.T
 
 def spectrum(f, method):
     "Eigenvalues (d_out, d_in) of one layer's curvature."
-    if method not in ("ekfac", "kfac", "diagonal"): raise ValueError(f"method={method!r}: must be 'ekfac', 'kfac' or 'diagonal'")
+    if method not in ("ekfac", "kfac", "diagonal"):
+        raise ValueError(f"method={method!r}: must be 'ekfac', 'kfac' or 'diagonal'")
     return dict(ekfac=f.Lambda, diagonal=f.diagonal).get(method, f.length*torch.outer(f.L_S, f.L_A))
 
 # %% ../../nbs/trust/01_influence.ipynb #3e7a8437
@@ -283,7 +369,10 @@ def query_grads(
     ) -> dict[str, Tensor]: # by layer, (q, d_out, d_in)
     "Gradient of every query's own loss, layer by layer."
     layers = linear_layers(model, modules)
-    parts = [{k: weight_grads(p) for k, p in next(layer_grads(model, task, b, layers)).items()} for b in chunks(query, batch_size)]
+    parts = [
+        {k: weight_grads(p) for k, p in next(layer_grads(model, task, b, layers)).items()}
+        for b in chunks(query, batch_size)
+    ]
     return {k: torch.cat([p[k] for p in parts]) for k in layers}
 
 def low_rank(
@@ -291,7 +380,8 @@ def low_rank(
     r:int, # rank
     ) -> tuple[Tensor, Tensor]: # P (q, d_out, r), R (q, d_in, r) with V close to P R^T
     "Each preconditioned query as two thin matrices: many queries fit in memory and share one pass over the data."
-    if whole_number("rank", r) > min(V.shape[1:]): raise ValueError(f"rank={r}: must lie in 1..{min(V.shape[1:])}")
+    if whole_number("rank", r) > min(V.shape[1:]):
+        raise ValueError(f"rank={r}: must lie in 1..{min(V.shape[1:])}")
     U, s, Vh = torch.linalg.svd(V, full_matrices=False)
     return U[..., :r]*s[:, None, :r], Vh[:, :r].transpose(1, 2)
 
@@ -303,7 +393,8 @@ def pair_scores(
     batch_size:int=64,
     ) -> Tensor: # (n, q); (n_layers, n, q) by layer; (n, T, q) by token
     "Inner products of training gradients with V in one pass over the data."
-    if by not in (None, "layer", "token"): raise ValueError(f"by={by!r}: must be 'layer', 'token' or None")
+    if by not in (None, "layer", "token"):
+        raise ValueError(f"by={by!r}: must be 'layer', 'token' or None")
     layers, out = linear_layers(model, list(V)), []
     for b in chunks(train, batch_size):
         io = next(layer_grads(model, task, b, layers))
@@ -317,7 +408,8 @@ def products(pair, V, token):
     if isinstance(V, tuple):
         x = torch.einsum("nto,qor->ntqr", s, V[0])*torch.einsum("nti,qir->ntqr", a, V[1])
         return x.sum(-1) if token else x.sum((1, 3))
-    if token: return torch.stack([((s @ v)*a).sum(-1) for v in V], -1)
+    if token:
+        return torch.stack([((s @ v)*a).sum(-1) for v in V], -1)
     return weight_grads(pair).flatten(1) @ V.flatten(1).T
 
 # %% ../../nbs/trust/01_influence.ipynb #1c7a7031
@@ -342,20 +434,24 @@ def lissa(
     damping:float,
     steps:int=200, batch_size:int=32, seed:int=0,
     scale:float|None=None, # step size; None: from the largest eigenvalue, by power iteration
-    ) -> Tensor: # (q, p)
+    ) -> Tensor:  # (q, p)
     "(G + lambda I)^{-1} B by the stochastic Neumann series x <- x + (B - (G_batch + lambda) x)/scale (Agarwal et al. 2017)."
-    if not (check_damping(damping) or 0.) > 0: raise ValueError(f"damping={damping}: the series needs a positive damping")
-    whole_number("steps", steps); whole_number("batch_size", batch_size)
+    if not (check_damping(damping) or 0.) > 0:
+        raise ValueError(f"damping={damping}: the series needs a positive damping")
+    whole_number("steps", steps)
+    whole_number("batch_size", batch_size)
     g = torch.Generator().manual_seed(seed)
     if scale is None:
         v = torch.randn(1, B.shape[1], generator=g).to(B)
-        for _ in range(10): v = ggn_products(model, task, train, params, v/v.norm())
+        for _ in range(10):
+            v = ggn_products(model, task, train, params, v/v.norm())
         scale = 2*v.norm().item() + damping
     X = B/(scale + damping)
     for _ in range(steps):
         i = torch.randint(len(train[0]), (batch_size,), generator=g)
         X = X + (B - ggn_products(model, task, tuple(x[i] for x in train), params, X) - damping*X)/scale
-    if not torch.isfinite(X).all(): raise FloatingPointError("the series diverged: raise scale or damping")
+    if not torch.isfinite(X).all():
+        raise FloatingPointError("the series diverged: raise scale or damping")
     return X
 
 # %% ../../nbs/trust/01_influence.ipynb #f67144a7
@@ -370,19 +466,26 @@ def solve_curvature(model, task, train, params, B, method, damping=None, dense_b
     p = B.shape[1]
     check_damping(damping)
     if method == "lissa":
-        lam = tenth_of_mean(lambda v: ggn_products(model, task, train, params, v[None])[0], p, B) if damping is None else damping
+        lam = (
+            tenth_of_mean(lambda v: ggn_products(model, task, train, params, v[None])[0], p, B)
+            if damping is None
+            else damping
+        )
         return lissa(model, task, train, params, B, lam, **kw)
     if method == "hessian":
         mv = lambda v: hvp(model, task.mean, train, v, params)
-        if p > dense_below//2: return torch.stack([solve(mv, b, damping or 0.) for b in B])
+        if p > dense_below//2:
+            return torch.stack([solve(mv, b, damping or 0.) for b in B])
         C = dense(mv, B[0])
     elif p > dense_below and method == "ggn":
         head = lambda y, b: row_losses(y, task.targets(b), task.kind).mean()
         mv = lambda v: ggn_vp(model, task.outputs, head, train, v, params)
         lam = tenth_of_mean(mv, p, B) if damping is None else damping
         return torch.stack([solve(mv, b, lam) for b in B])
-    else: C = ggn_matrix(model, task, train, params)
-    if method == "block": C = C*blocks(params)
+    else:
+        C = ggn_matrix(model, task, train, params)
+    if method == "block":
+        C = C*blocks(params)
     lam = damping if damping is not None else 0. if method == "hessian" else .1*C.diagonal().mean()
     return solved((C + C.T)/2 + lam*torch.eye(p).to(C), B)
 
@@ -393,27 +496,33 @@ def solved(C, B):
         with warnings.catch_warnings():
             warnings.simplefilter("error", LinAlgWarning)
             return torch.from_numpy(solve(C.cpu().numpy(), B.T.cpu().numpy(), assume_a="sym").T.copy()).to(B)
-    except (LinAlgError, LinAlgWarning) as e: raise ValueError(f"the curvature cannot be inverted at this precision ({e}): raise damping or use float64") from e
+    except (LinAlgError, LinAlgWarning) as e:
+        raise ValueError(
+            f"the curvature cannot be inverted at this precision ({e}): raise damping or use float64"
+        ) from e
 
 # %% ../../nbs/trust/01_influence.ipynb #ef31d152
 LAYERWISE, WHOLE = ("ekfac", "kfac", "diagonal", "dot"), ("hessian", "ggn", "block", "lissa")
 TREES = ("boostin", "leafinfluence", "trex", "treesim", "loo", "random")
 
 def influence(
-    model, # a torch model, or a fitted booster of scikit-learn or LightGBM
-    train, # tensors (or X, y for boosters) of n rows each: what the model was trained on
-    query, # the same for q queries
-    task:Task|None=None, # torch: how to read outputs and targets
-    method:str|None=None, # torch: "ekfac", "kfac", "diagonal", "dot", "ggn", "block", "hessian", "lissa"; boosters: see `tree_influence`
-    modules=None, # torch: linear layers to look at, names or a rule
-    params=None, # torch, whole-parameter methods: parameters instead of layers, names or a rule
-    damping:float|None=None, # lambda; None: a tenth of the mean eigenvalue (0 for "hessian")
-    factors:dict[str, Factors]|None=None, # from `ekfac_factors`, if already fitted
-    rank:int|None=None, # keep queries at this rank
-    by:str|None=None, # "layer" or "token": split the scores
-    labels:str="model", # "ekfac", "kfac", "diagonal": see `pseudo_losses`
-    batch_size:int|None=None, # rows at once; default 64, for "lissa" 32
-    seed:int=0, **kw) -> np.ndarray: # (n, q); with `by` see `pair_scores`
+    model,  # a torch model, or a fitted booster of scikit-learn or LightGBM
+    train,  # tensors (or X, y for boosters) of n rows each: what the model was trained on
+    query,  # the same for q queries
+    task: Task | None = None,  # torch: how to read outputs and targets
+    method: str
+    | None = None,  # torch: "ekfac", "kfac", "diagonal", "dot", "ggn", "block", "hessian", "lissa"; boosters: see `tree_influence`
+    modules=None,  # torch: linear layers to look at, names or a rule
+    params=None,  # torch, whole-parameter methods: parameters instead of layers, names or a rule
+    damping: float | None = None,  # lambda; None: a tenth of the mean eigenvalue (0 for "hessian")
+    factors: dict[str, Factors] | None = None,  # from `ekfac_factors`, if already fitted
+    rank: int | None = None,  # keep queries at this rank
+    by: str | None = None,  # "layer" or "token": split the scores
+    labels: str = "model",  # "ekfac", "kfac", "diagonal": see `pseudo_losses`
+    batch_size: int | None = None,  # rows at once; default 64, for "lissa" 32
+    seed: int = 0,
+    **kw,
+) -> np.ndarray:  # (n, q); with `by` see `pair_scores`
     "How much the loss of each query falls, to first order, when one more copy of each training example joins the training. Positive helps."
     check_rows(train, query)
     only_torch = dict(task=task, modules=modules, params=params, damping=damping, factors=factors, rank=rank, by=by)
@@ -421,46 +530,71 @@ def influence(
         refuse(only_torch, f"a {type(model).__name__}")
         return tree_influence(model, train, query, method or "boostin", seed=seed, **kw)
     method, task = method or "ekfac", task or Task()
-    if method not in LAYERWISE + WHOLE: raise ValueError(f"method={method!r}: for a torch model choose from {', '.join(LAYERWISE + WHOLE)}")
+    if method not in LAYERWISE + WHOLE:
+        raise ValueError(f"method={method!r}: for a torch model choose from {', '.join(LAYERWISE + WHOLE)}")
     check_damping(damping)
-    if rank is not None: whole_number("rank", rank)
-    if batch_size is not None: whole_number("batch_size", batch_size)
+    if rank is not None:
+        whole_number("rank", rank)
+    if batch_size is not None:
+        whole_number("batch_size", batch_size)
     if method in WHOLE:
-        refuse(dict(factors=factors, rank=rank, by=by) | (dict(modules=modules) if params is not None else {}), f"method={method!r}")
-        if method == "lissa": kw |= dict(seed=seed) | ({} if batch_size is None else dict(batch_size=batch_size))
+        refuse(
+            dict(factors=factors, rank=rank, by=by) | (dict(modules=modules) if params is not None else {}),
+            f"method={method!r}",
+        )
+        if method == "lissa":
+            kw |= dict(seed=seed) | ({} if batch_size is None else dict(batch_size=batch_size))
         return whole_influence(model, train, query, task, method, modules, params, damping, **kw)
     refuse(kw | dict(params=params), f"method={method!r}")
     V = query_grads(model, task, query, modules, batch_size or 64)
     if method != "dot":
         F = factors or ekfac_factors(model, task, train, modules, labels, batch_size or 64, seed)
-        if missing := sorted(set(V) - set(F)): raise ValueError(f"no factors for layers {missing}: fit them with the same modules")
+        if missing := sorted(set(V) - set(F)):
+            raise ValueError(f"no factors for layers {missing}: fit them with the same modules")
         V = {k: precondition(F[k], v, method, damping) for k, v in V.items()}
-    if rank is not None: V = {k: low_rank(v, min(rank, *v.shape[1:])) for k, v in V.items()}
+    if rank is not None:
+        V = {k: low_rank(v, min(rank, *v.shape[1:])) for k, v in V.items()}
     return (pair_scores(model, task, train, V, by, batch_size or 64)/len(train[0])).cpu().numpy()
 
 # %% ../../nbs/trust/01_influence.ipynb #85656b7d
 def check_rows(train, query):
     "Both must be sequences of equally long arrays."
     for name, data in (("train", train), ("query", query)):
-        if not isinstance(data, (tuple, list)) or not len(data): raise ValueError(f"{name} must be a tuple of tensors with one row an example")
-        if len(lens := {n_rows(x) for x in data}) != 1: raise ValueError(f"{name} has tensors of {sorted(lens)} rows: rows must correspond")
-        if not lens.pop(): raise ValueError(f"{name} is empty: nothing to attribute")
+        if not isinstance(data, (tuple, list)) or not len(data):
+            raise ValueError(f"{name} must be a tuple of tensors with one row an example")
+        if len(lens := {n_rows(x) for x in data}) != 1:
+            raise ValueError(f"{name} has tensors of {sorted(lens)} rows: rows must correspond")
+        if not lens.pop():
+            raise ValueError(f"{name} is empty: nothing to attribute")
 
 def n_rows(x): return x.shape[0] if hasattr(x, "shape") else len(x)
 
 def refuse(options, where):
     "Options that would do nothing there."
-    if given := [k for k, v in options.items() if v is not None]: raise ValueError(f"{', '.join(given)}: no option of {where}; leave it out or check its spelling")
+    if given := [k for k, v in options.items() if v is not None]:
+        raise ValueError(f"{', '.join(given)}: no option of {where}; leave it out or check its spelling")
 
 def whole_influence(model, train, query, task, method, modules, params, damping, **kw):
     "Influence through the curvature of all chosen parameters together."
-    names = params if params is not None else [f"{k}.{p}".lstrip(".") for k, m in linear_layers(model, modules).items() for p, _ in m.named_parameters(recurse=False)]
+    names = (
+        params
+        if params is not None
+        else [
+            f"{k}.{p}".lstrip(".")
+            for k, m in linear_layers(model, modules).items()
+            for p, _ in m.named_parameters(recurse=False)
+        ]
+    )
     theta = params_of(model, names)
     vectorize = kw.pop("vectorize", True) # False for models that torch.func cannot trace
     has = dict(lissa=("seed", "steps", "batch_size", "scale"), block=()).get(method, ("dense_below",))
     refuse({k: v for k, v in kw.items() if k not in has}, f"method={method!r}, it has {', '.join((*has, 'vectorize'))}")
     g = lambda data: per_sample_grads(model, task.mean, data, theta, 256, vectorize).detach()
-    return (g(train) @ solve_curvature(model, task, train, theta, g(query), method, damping, **kw).T/len(train[0])).cpu().numpy()
+    return (
+        (g(train) @ solve_curvature(model, task, train, theta, g(query), method, damping, **kw).T / len(train[0]))
+        .cpu()
+        .numpy()
+    )
 
 # %% ../../nbs/trust/01_influence.ipynb #985ec8b2
 def agreement(
@@ -469,7 +603,8 @@ def agreement(
     ) -> np.ndarray: # (q,)
     "Correlation of scores with what really happened, one value a query."
     S, R = np.asarray(scores, float), np.asarray(truth, float)
-    if S.shape != R.shape: raise ValueError(f"scores {S.shape} and truth {R.shape} must be the same rows and queries")
+    if S.shape != R.shape:
+        raise ValueError(f"scores {S.shape} and truth {R.shape} must be the same rows and queries")
     if kind == "spearman":
         from scipy.stats import rankdata
         S, R = rankdata(S, axis=0), rankdata(R, axis=0)
@@ -482,14 +617,19 @@ def removal_curve(
     ks:Sequence[int], # how many of the most helpful rows to remove
     ) -> pd.DataFrame: # query, k, rise of the query's loss
     "Remove the k most helpful rows of each query, retrain, and see how much its loss rises."
-    scores = np.asarray(scores); n, q = scores.shape
-    if not np.isfinite(scores).all(): raise ValueError(f"{(~np.isfinite(scores)).sum()} scores are not finite: they have no place in a ranking")
-    if min(map(int, ks), default=0) < 1: raise ValueError(f"ks={list(ks)}: how many rows to remove, each 1 or more")
-    if max(ks) >= n: raise ValueError(f"k={max(ks)}: there are only {n} rows")
+    scores = np.asarray(scores)
+    n, q = scores.shape
+    if not np.isfinite(scores).all():
+        raise ValueError(f"{(~np.isfinite(scores)).sum()} scores are not finite: they have no place in a ranking")
+    if min(map(int, ks), default=0) < 1:
+        raise ValueError(f"ks={list(ks)}: how many rows to remove, each 1 or more")
+    if max(ks) >= n:
+        raise ValueError(f"k={max(ks)}: there are only {n} rows")
     before, order, out = np.asarray(retrain(np.ones(n, bool))), np.argsort(-scores, axis=0, kind="stable"), []
     for j in range(q):
         for k in ks:
-            keep = np.ones(n, bool); keep[order[:k, j]] = False
+            keep = np.ones(n, bool)
+            keep[order[:k, j]] = False
             out.append(dict(query=j, k=k, rise=float(retrain(keep)[j] - before[j])))
     return pd.DataFrame(out)
 
@@ -500,10 +640,14 @@ def detection(
     "How well a ranking finds planted label flips: AUC, average precision, and the share found in the first 10, 20, 40 %."
     from sklearn.metrics import average_precision_score, roc_auc_score
     s, f = np.asarray(suspicion, float), np.asarray(flipped, bool)
-    if not np.isfinite(s).all(): raise ValueError(f"{(~np.isfinite(s)).sum()} suspicions are not finite: they have no place in a ranking")
-    if not 0 < f.sum() < len(f): raise ValueError(f"{f.sum()} of {len(f)} labels are flipped: need some of both")
+    if not np.isfinite(s).all():
+        raise ValueError(f"{(~np.isfinite(s)).sum()} suspicions are not finite: they have no place in a ranking")
+    if not 0 < f.sum() < len(f):
+        raise ValueError(f"{f.sum()} of {len(f)} labels are flipped: need some of both")
     found = f[np.argsort(-s, kind="stable")].cumsum()/f.sum()
-    return dict(auc=float(roc_auc_score(f, s)), ap=float(average_precision_score(f, s))) | {f"found@{p}%": float(found[max(1, int(p/100*len(f)))-1]) for p in (10, 20, 40)}
+    return dict(auc=float(roc_auc_score(f, s)), ap=float(average_precision_score(f, s))) | {
+        f"found@{p}%": float(found[max(1, int(p / 100 * len(f))) - 1]) for p in (10, 20, 40)
+    }
 
 # %% ../../nbs/trust/01_influence.ipynb #79ff268a
 def lm_task(tok) -> Task:
@@ -515,7 +659,9 @@ def lm_task(tok) -> Task:
 def real_tokens(tok, ids):
     "Which tokens are no padding, (n, T) bool; where the end mark pads, too, the first of the run at the end is one."
     run = (ids == tok.pad_token_id).flip(1).cumprod(1).flip(1).bool()
-    if tok.pad_token_id == tok.eos_token_id: run[:, 1:] &= run[:, :-1].clone(); run[:, 0] = False
+    if tok.pad_token_id == tok.eos_token_id:
+        run[:, 1:] &= run[:, :-1].clone()
+        run[:, 0] = False
     return ~run
 
 def lm_batch(
@@ -523,13 +669,18 @@ def lm_batch(
     prompts:Sequence[str]|None=None, # beginnings of the texts whose tokens do not count in the loss
     ) -> tuple[Tensor, Tensor]: # ids, labels, (n, T) each; -100 does not count
     "Texts as rows of token ids, each with its end mark."
-    if tok.pad_token_id is None or tok.eos_token_id is None: raise ValueError("the tokenizer lacks an end mark or a pad token: set tok.eos_token, and tok.pad_token = tok.eos_token")
-    if prompts is not None and len(prompts) != len(texts): raise ValueError(f"{len(prompts)} prompts for {len(texts)} texts: one for each")
+    if tok.pad_token_id is None or tok.eos_token_id is None:
+        raise ValueError(
+            "the tokenizer lacks an end mark or a pad token: set tok.eos_token, and tok.pad_token = tok.eos_token"
+        )
+    if prompts is not None and len(prompts) != len(texts):
+        raise ValueError(f"{len(prompts)} prompts for {len(texts)} texts: one for each")
     rows = [with_end(tok, token_ids(tok, t)) for t in texts]
     x = nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=tok.pad_token_id)
     y = nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=-100)
     for row, ids, t, p in zip(y, rows, texts, prompts or []):
-        if not t.startswith(p): raise ValueError(f"{t[:40]!r} does not begin with its prompt {p[:40]!r}")
+        if not t.startswith(p):
+            raise ValueError(f"{t[:40]!r} does not begin with its prompt {p[:40]!r}")
         row[:common_prefix(ids, token_ids(tok, p))] = -100
         row[len(ids)-1] = -100 # the completion, not its end
     return x, y
@@ -563,23 +714,37 @@ def open_booster(
     ) -> Boosted:
     "The library's own fitted trees as arrays."
     name = type(model).__name__
-    if hasattr(model, "estimators_") and name.startswith("GradientBoosting"): return open_sklearn(model)
-    if hasattr(model, "booster_") or name == "Booster" and hasattr(model, "dump_model"): return open_lightgbm(model, y)
-    raise ValueError(f"{name} is not a fitted GradientBoostingClassifier, GradientBoostingRegressor, LGBMClassifier, LGBMRegressor or lightgbm.Booster")
+    if hasattr(model, "estimators_") and name.startswith("GradientBoosting"):
+        return open_sklearn(model)
+    if hasattr(model, "booster_") or name == "Booster" and hasattr(model, "dump_model"):
+        return open_lightgbm(model, y)
+    raise ValueError(
+        f"{name} is not a fitted GradientBoostingClassifier, GradientBoostingRegressor, LGBMClassifier, LGBMRegressor or lightgbm.Booster"
+    )
 
 def open_sklearn(model):
     "The trees of a scikit-learn booster."
-    if model.subsample != 1: raise ValueError(f"subsample={model.subsample}: leaves come from part of the rows; refit with subsample=1")
-    if model.loss not in ("log_loss", "squared_error"): raise ValueError(f"loss={model.loss!r}: must be 'log_loss' or 'squared_error'")
+    if model.subsample != 1:
+        raise ValueError(f"subsample={model.subsample}: leaves come from part of the rows; refit with subsample=1")
+    if model.loss not in ("log_loss", "squared_error"):
+        raise ValueError(f"loss={model.loss!r}: must be 'log_loss' or 'squared_error'")
     trees, eta = model.estimators_, model.learning_rate
     T, K = trees.shape
     value = np.zeros((T, K, max(t.tree_.node_count for t in trees.ravel())))
-    for (t, k), e in np.ndenumerate(trees): value[t, k, :e.tree_.node_count] = eta*e.tree_.value[:, 0, 0]
+    for (t, k), e in np.ndenumerate(trees):
+        value[t, k, :e.tree_.node_count] = eta*e.tree_.value[:, 0, 0]
     names = getattr(model, "feature_names_in_", None)
     dense32 = lambda X: X.astype(np.float32).tocsr() if sp.issparse(X) else np.asarray(X, np.float32)
-    leaves = lambda X: np.stack([e.apply(dense32(check_columns(X, names))) for e in trees.ravel()], 1).astype(int).reshape(n_rows(X), T, K)
+    leaves = lambda X: (
+        np.stack([e.apply(dense32(check_columns(X, names))) for e in trees.ravel()], 1)
+        .astype(int)
+        .reshape(n_rows(X), T, K)
+    )
     raw = model.predict if model.loss == "squared_error" else model.decision_function
-    base = lambda X: raw(X if sp.issparse(X) or hasattr(X, "columns") and names is not None else np.asarray(X)).reshape(n_rows(X), K) - look_up(value, leaves(X)).sum(1)
+    base = lambda X: (
+        raw(X if sp.issparse(X) or hasattr(X, "columns") and names is not None else np.asarray(X)).reshape(n_rows(X), K)
+        - look_up(value, leaves(X)).sum(1)
+    )
     kind = "squares" if model.loss == "squared_error" else "binary" if K == 1 else "classes"
     return Boosted(kind, eta, 0., base, leaves, value, getattr(model, "classes_", None))
 
@@ -589,29 +754,54 @@ def open_lightgbm(model, y):
     b = getattr(model, "booster_", model)
     said = dict(re.findall(r"^\[(\w+): (.*)\]$", b.model_to_string(), re.M))
     kinds = dict(binary="binary", multiclass="classes", regression="squares")
-    if (o := said["objective"].split()[0]) not in kinds: raise ValueError(f"objective={o!r}: must be one of {', '.join(kinds)}")
+    if (o := said["objective"].split()[0]) not in kinds:
+        raise ValueError(f"objective={o!r}: must be one of {', '.join(kinds)}")
     eta, lam, K, kind = float(said["learning_rate"]), float(said["lambda_l2"]), b.num_model_per_iteration(), kinds[o]
     T = b.num_trees()//K
     trees = b.dump_model(num_iteration=-1)["tree_info"]
     value = np.zeros((T, K, max(t["num_leaves"] for t in trees)))
     for j, t in enumerate(trees):
-        for l in range(t["num_leaves"]): value[j//K, j % K, l] = b.get_leaf_output(j, l)
+        for l in range(t["num_leaves"]):
+            value[j//K, j % K, l] = b.get_leaf_output(j, l)
     y, start = np.asarray(y), np.zeros(K)
     classes = getattr(model, "classes_", None) if kind != "squares" else None
     if said.get("boost_from_average", "1") == "1":
-        share = np.array([np.mean(np.searchsorted(classes, y) == k if classes is not None else y == k) for k in range(max(K, 2))]) if kind != "squares" else None
-        start = np.array([y.mean()]) if kind == "squares" else np.log(share[1:]/share[:1]) if kind == "binary" else np.log(share)
+        share = (
+            np.array(
+                [np.mean(np.searchsorted(classes, y) == k if classes is not None else y == k) for k in range(max(K, 2))]
+            )
+            if kind != "squares"
+            else None
+        )
+        start = (
+            np.array([y.mean()])
+            if kind == "squares"
+            else np.log(share[1:] / share[:1])
+            if kind == "binary"
+            else np.log(share)
+        )
         value[0] -= start[:, None]
-    names = [k for k in b.feature_name() if not re.fullmatch(r"Column_\d+", k)] # of a table: such columns keep their types and order
+    names = [
+        k for k in b.feature_name() if not re.fullmatch(r"Column_\d+", k)
+    ]  # of a table: such columns keep their types and order
     rows = lambda X: check_columns(X, names) if sp.issparse(X) or names and hasattr(X, "columns") else np.asarray(X)
-    leaves = lambda X: np.asarray(b.predict(rows(X), pred_leaf=True, num_iteration=-1)).astype(int).reshape(n_rows(X), T, K)
+    leaves = lambda X: (
+        np.asarray(b.predict(rows(X), pred_leaf=True, num_iteration=-1)).astype(int).reshape(n_rows(X), T, K)
+    )
     return Boosted(kind, eta, lam, lambda X: np.tile(start, (n_rows(X), 1)), leaves, value, classes)
 
 def check_columns(X, names):
     "`X`, refused if it is a table whose columns are not the booster's."
     plain = lambda k: re.sub(r"\W", "_", str(k))
-    if names is not None and len(names) and hasattr(X, "columns") and [plain(k) for k in X.columns] != [plain(k) for k in names]:
-        raise ValueError(f"columns {list(X.columns)[:6]} are not the booster's {list(names)[:6]}: same names, same order")
+    if (
+        names is not None
+        and len(names)
+        and hasattr(X, "columns")
+        and [plain(k) for k in X.columns] != [plain(k) for k in names]
+    ):
+        raise ValueError(
+            f"columns {list(X.columns)[:6]} are not the booster's {list(names)[:6]}: same names, same order"
+        )
     return X
 
 def look_up(value, L):
@@ -624,7 +814,8 @@ class Rounds(NamedTuple):
     "One data set's way through a booster."
     L:np.ndarray # (n, T, K) leaf numbers, unique over the whole forest
     F:np.ndarray # (n, T+1, K) raw prediction before each round, and at the end
-    g:np.ndarray; h:np.ndarray # (n, T, K) first and second derivative of the loss before each round
+    g:np.ndarray
+    h:np.ndarray # (n, T, K) first and second derivative of the loss before each round
     Y:np.ndarray # (n, K) targets, one-hot for classes
 
 def rounds(b:Boosted, X, y) -> Rounds:
@@ -640,24 +831,31 @@ def targets(b, y):
     "Labels as the booster's loss sees them: (n, K)."
     y = np.asarray(y)
     if b.kind == "squares":
-        if not np.isfinite(y := y.astype(float)).all(): raise ValueError(f"{(~np.isfinite(y)).sum()} targets are not finite: leave these rows out")
+        if not np.isfinite(y := y.astype(float)).all():
+            raise ValueError(f"{(~np.isfinite(y)).sum()} targets are not finite: leave these rows out")
         return y[:, None]
     c = b.classes if b.classes is not None else np.arange(max(2, b.value.shape[1]))
-    if bad := set(np.unique(y)) - set(c): raise ValueError(f"labels {sorted(bad)} are unknown to the booster, it has {list(c)}")
+    if bad := set(np.unique(y)) - set(c):
+        raise ValueError(f"labels {sorted(bad)} are unknown to the booster, it has {list(c)}")
     i = np.searchsorted(c, y)
     return i.astype(float)[:, None] if b.kind == "binary" else np.eye(len(c))[i]
 
 def derivatives(kind, F, Y):
     "First and second derivative of the loss by the raw prediction; for K classes with the libraries' factor K/(K-1)."
-    if kind == "squares": return F - Y, np.ones_like(F)
-    if kind == "binary": p = expit(F); return p - Y, p*(1-p)
+    if kind == "squares":
+        return F - Y, np.ones_like(F)
+    if kind == "binary":
+        p = expit(F)
+        return p - Y, p*(1-p)
     p, K = softmax(F, -1), F.shape[-1]
     return p - Y, K/(K-1)*p*(1-p)
 
 def raw_losses(kind, F, Y):
     "Loss of each row for raw predictions F (..., K)."
-    if kind == "squares": return .5*((F - Y)**2).sum(-1)
-    if kind == "binary": return (np.logaddexp(0, F) - Y*F).sum(-1)
+    if kind == "squares":
+        return .5*((F - Y)**2).sum(-1)
+    if kind == "binary":
+        return (np.logaddexp(0, F) - Y*F).sum(-1)
     return -(Y*log_softmax(F, -1)).sum(-1)
 
 # %% ../../nbs/trust/01_influence.ipynb #0639759c
@@ -679,10 +877,14 @@ def leaf_values(
     D = np.where(D > 0, D, 1.)
     used = np.bincount(r.L.ravel(), minlength=b.value.size) > 0
     error = np.abs(-b.eta*G/D - b.value.ravel())
-    rounding = 8*np.finfo(np.float32).eps*(np.abs(r.Y).max() if b.kind == "squares" else 1.) # libraries keep targets and gradients in 32 bits
+    rounding = (
+        8 * np.finfo(np.float32).eps * (np.abs(r.Y).max() if b.kind == "squares" else 1.0)
+    )  # libraries keep targets and gradients in 32 bits
     if tol is not None and (bad := used & ~(error <= tol*b.eta*add(np.abs(r.g))/D + rounding)).any():
-        raise ValueError(f"{bad.sum()} leaf values differ from Newton steps, by {error[bad].max():.1e} at most: pass the data the booster was trained on, without sample weights, "
-            "bagging, L1 penalty, class weights, linear leaves or categorical smoothing")
+        raise ValueError(
+            f"{bad.sum()} leaf values differ from Newton steps, by {error[bad].max():.1e} at most: pass the data the booster was trained on, without sample weights, "
+            "bagging, L1 penalty, class weights, linear leaves or categorical smoothing"
+        )
     return Leaves(D, -G/D, float(error[used].max()))
 
 # %% ../../nbs/trust/01_influence.ipynb #a736332b
@@ -697,7 +899,8 @@ def boostin(
     ) -> np.ndarray: # (n, q)
     "BoostIn (Brophy et al. 2023): in each round, how a training row moved the leaf that the query falls into."
     A = leaf_moves(b, train, leaf_values(b, train), newton)
-    if not same_leaf: return A.reshape(len(A), -1) @ query.g.reshape(len(query.g), -1).T
+    if not same_leaf:
+        return A.reshape(len(A), -1) @ query.g.reshape(len(query.g), -1).T
     return np.asarray((in_leaves(A, train.L, b.value.size) @ in_leaves(query.g, query.L, b.value.size).T).todense())
 
 def in_leaves(v, L, size):
@@ -708,9 +911,10 @@ def in_leaves(v, L, size):
 # %% ../../nbs/trust/01_influence.ipynb #aecb26d9
 def leaf_influence(
     b:Boosted, train:Rounds, query:Rounds,
-    ) -> np.ndarray: # (n, q)
+    ) -> np.ndarray:  # (n, q)
     "LeafInfluence (Sharchilev et al. 2018): the exact derivative with the trees' structure fixed, carried through all later rounds."
-    if b.kind == "classes": raise ValueError("LeafInfluence is written for one tree a round: binary or squares, not classes")
+    if b.kind == "classes":
+        raise ValueError("LeafInfluence is written for one tree a round: binary or squares, not classes")
     leaves, n = leaf_values(b, train), len(train.L)
     dF, dQ = np.zeros((n, n)), np.zeros((len(query.L), n)) # by the weight of each row
     for t in range(train.L.shape[1]):
@@ -730,7 +934,8 @@ def trex(
     l2:float=.003, # lambda
     ) -> np.ndarray: # (n, q)
     "TREX (Brophy et al. 2023): loss of the query without row i's term in the surrogate, minus the loss with it."
-    if not 0 < l2 < np.inf: raise ValueError(f"l2={l2}: the penalty must be positive")
+    if not 0 < l2 < np.inf:
+        raise ValueError(f"l2={l2}: the penalty must be positive")
     alpha, f, Kq = representers(b, train, query, l2)
     without = f[None] - alpha[:, None]*Kq.T[..., None]
     return raw_losses(b.kind, without, query.Y) - raw_losses(b.kind, f, query.Y)
@@ -742,9 +947,14 @@ def representers(b, train, query, l2=.003):
     phi = lambda L: in_leaves(1/np.maximum(count, 1)[L], L, b.value.size)
     X, Xq, Y = phi(train.L), phi(query.L), train.Y
     Kq = (Xq @ X.T).toarray()
-    if b.kind == "squares": alpha = np.linalg.solve((X @ X.T).toarray() + 2*l2*n*np.eye(n), Y) # f = K alpha; gradient (f - y)/n + 2 l2 w = 0
+    if b.kind == "squares":
+        alpha = np.linalg.solve(
+            (X @ X.T).toarray() + 2 * l2 * n * np.eye(n), Y
+        )  # f = K alpha; gradient (f - y)/n + 2 l2 w = 0
     else:
-        fit = LogisticRegression(C=1/(2*l2*n), fit_intercept=False, tol=1e-8, max_iter=5000).fit(X, Y[:, 0] if b.kind == "binary" else Y.argmax(1))
+        fit = LogisticRegression(C=1 / (2 * l2 * n), fit_intercept=False, tol=1e-8, max_iter=5000).fit(
+            X, Y[:, 0] if b.kind == "binary" else Y.argmax(1)
+        )
         z = np.asarray(X @ fit.coef_.T)
         alpha = -((expit(z) if b.kind == "binary" else softmax(z, 1)) - Y)/(2*l2*n)
     return alpha, Kq @ alpha, Kq
@@ -752,22 +962,32 @@ def representers(b, train, query, l2=.003):
 # %% ../../nbs/trust/01_influence.ipynb #5a620b0d
 def tree_sim(b:Boosted, train:Rounds, query:Rounds) -> np.ndarray:
     "Share of trees in which both fall into the same leaf, positive where the labels agree, negative where they do not."
-    if b.kind == "squares": raise ValueError("TreeSim needs labels that agree or not: it is for classes only")
+    if b.kind == "squares":
+        raise ValueError("TreeSim needs labels that agree or not: it is for classes only")
     one = lambda r: in_leaves(np.full(r.L.shape, r.L[0].size**-.5), r.L, b.value.size)
     agree = (train.Y[:, None] == query.Y[None]).all(-1)
     return (one(train) @ one(query).T).toarray()*np.where(agree, 1., -1.)
 
 def losses_of(model, b, X, y):
     "Loss of each row under a fitted booster."
-    raw = model.predict(X, raw_score=True) if hasattr(model, "booster_") else model.predict(X) if b.kind == "squares" else model.decision_function(X)
+    raw = (
+        model.predict(X, raw_score=True)
+        if hasattr(model, "booster_")
+        else model.predict(X)
+        if b.kind == "squares"
+        else model.decision_function(X)
+    )
     return raw_losses(b.kind, np.asarray(raw).reshape(n_rows(X), -1), targets(b, y))
 
 def retrainer(model, train, query) -> Callable: # (n,) bool -> (q,) losses
     "Refit a copy of the booster on the rows to keep, and return the losses of the queries."
     from sklearn.base import clone
-    if not hasattr(model, "get_params"): raise ValueError("retraining needs an estimator (LGBMClassifier, not lightgbm.Booster)")
+    if not hasattr(model, "get_params"):
+        raise ValueError("retraining needs an estimator (LGBMClassifier, not lightgbm.Booster)")
     (X, y), b = train, open_booster(model, train[1])
-    kept = lambda A, keep: A.iloc[keep] if hasattr(A, "iloc") else A.tocsr()[keep] if sp.issparse(A) else np.asarray(A)[keep]
+    kept = lambda A, keep: (
+        A.iloc[keep] if hasattr(A, "iloc") else A.tocsr()[keep] if sp.issparse(A) else np.asarray(A)[keep]
+    )
     return lambda keep: losses_of(clone(model).fit(kept(X, keep), kept(y, keep)), b, *query)
 
 def leave_one_out(
@@ -784,12 +1004,15 @@ def tree_influence(
     method:str="boostin", # "boostin", "leafinfluence", "trex", "treesim", "loo", "random"
     seed:int=0, **kw) -> np.ndarray: # (n, q)
     "Influence of training rows on queries in a fitted booster; positive: the row lowers the query's loss."
-    if method not in TREES: raise ValueError(f"method={method!r}: for a booster choose from {', '.join(TREES)}")
+    if method not in TREES:
+        raise ValueError(f"method={method!r}: for a booster choose from {', '.join(TREES)}")
     check_rows(train, query)
     has = dict(boostin=("newton", "same_leaf"), trex=("l2",)).get(method, ())
     refuse({k: v for k, v in kw.items() if k not in has}, f"method={method!r}, it has {', '.join(has) or 'none'}")
-    if method == "random": return np.random.default_rng(seed).normal(size=(n_rows(train[0]), n_rows(query[0])))
-    if method == "loo": return leave_one_out(retrainer(model, train, query), n_rows(train[0]))
+    if method == "random":
+        return np.random.default_rng(seed).normal(size=(n_rows(train[0]), n_rows(query[0])))
+    if method == "loo":
+        return leave_one_out(retrainer(model, train, query), n_rows(train[0]))
     b = open_booster(model, train[1])
     f = dict(boostin=boostin, leafinfluence=leaf_influence, trex=trex, treesim=tree_sim)[method]
     return f(b, rounds(b, *train), rounds(b, *query), **kw)
@@ -802,9 +1025,12 @@ def with_one(X):
 def check_head(X, y, l2):
     "A logistic head knows labels 0 and 1 and needs a penalty to have an inverse Hessian."
     y = np.asarray(y)
-    if y.shape != (n_rows(X),): raise ValueError(f"labels {y.shape} for {n_rows(X)} rows: one label a row")
-    if odd := sorted(set(np.unique(y).tolist()) - {0, 1}, key=str): raise ValueError(f"labels {odd[:4]}: a head for two classes needs 0 and 1")
-    if not 0 < l2 < np.inf: raise ValueError(f"l2={l2}: must be positive")
+    if y.shape != (n_rows(X),):
+        raise ValueError(f"labels {y.shape} for {n_rows(X)} rows: one label a row")
+    if odd := sorted(set(np.unique(y).tolist()) - {0, 1}, key=str):
+        raise ValueError(f"labels {odd[:4]}: a head for two classes needs 0 and 1")
+    if not 0 < l2 < np.inf:
+        raise ValueError(f"l2={l2}: must be positive")
 
 def fit_head(
     X, # (n, d) features, a column of ones among them
@@ -822,7 +1048,8 @@ def head_influence(
     Xq, yq, # queries
     ) -> np.ndarray: # (n, q)
     "Influence of a logistic head with its exact Hessian, all pairs in one product (Koh & Liang 2017)."
-    check_head(X, y, l2); check_head(Xq, yq, l2)
+    check_head(X, y, l2)
+    check_head(Xq, yq, l2)
     p, pq = expit(X @ w), expit(Xq @ w)
     H = (X*(p*(1-p))[:, None]).T @ X/len(X) + l2*np.eye(X.shape[1])
     return (X*(p-y)[:, None]) @ np.linalg.solve(H, (Xq*(pq-yq)[:, None]).T)/len(X)
@@ -834,16 +1061,23 @@ def folds_of(y, k, seed):
     return [test for _, test in StratifiedKFold(k, shuffle=True, random_state=seed).split(y, y)]
 
 def cross_influence(
-    X, y, # (n, d), (n,) 0/1
-    l2:float=1e-3, folds:int=5, seed:int=0,
-    about:str="prediction", # influence on the "given" label's loss, or on that of the head's own "prediction"
-    ) -> tuple[np.ndarray, np.ndarray]: # (n, n): column t holds the influences on row t, 0 inside its fold; and (n,) out-of-fold probabilities
+    X,
+    y,  # (n, d), (n,) 0/1
+    l2: float = 1e-3,
+    folds: int = 5,
+    seed: int = 0,
+    about: str = "prediction",  # influence on the "given" label's loss, or on that of the head's own "prediction"
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # (n, n): column t holds the influences on row t, 0 inside its fold; and (n,) out-of-fold probabilities
     "Influences of training rows on each other, cross-fitted: no row is its own influencer."
-    if about not in ("given", "prediction"): raise ValueError(f"about={about!r}: must be 'given' or 'prediction'")
+    if about not in ("given", "prediction"):
+        raise ValueError(f"about={about!r}: must be 'given' or 'prediction'")
     I, p = np.zeros((len(y), len(y))), np.zeros(len(y))
     for t in folds_of(y, folds, seed):
         r = np.setdiff1d(np.arange(len(y)), t)
-        w = fit_head(X[r], y[r], l2); p[t] = expit(X[t] @ w)
+        w = fit_head(X[r], y[r], l2)
+        p[t] = expit(X[t] @ w)
         I[np.ix_(r, t)] = head_influence(X[r], y[r], w, l2, X[t], y[t] if about == "given" else p[t] > .5)
     return I, p
 
@@ -854,7 +1088,8 @@ def vote(
     share:float=.6, # weight share from which the other label wins
     ) -> np.ndarray: # (n,) labels after the vote
     "Each row takes the label of its k strongest supporters, if their weight agrees strongly enough."
-    if not 1 <= k < len(y): raise ValueError(f"k={k}: must lie in 1..{len(y)-1}")
+    if not 1 <= k < len(y):
+        raise ValueError(f"k={k}: must lie in 1..{len(y)-1}")
     top = np.argpartition(-S, k-1, axis=0)[:k]
     W = np.maximum(np.take_along_axis(S, top, 0), 0)
     one = (W*y[top]).sum(0)/np.maximum(W.sum(0), 1e-300)
@@ -864,7 +1099,8 @@ def vote(
 def macro_f1(y, p):
     "Mean F1 of the two classes, at a threshold of .5."
     from sklearn.metrics import f1_score
-    if np.isnan(p := np.asarray(p, float)).any(): raise ValueError(f"{np.isnan(p).sum()} probabilities are NaN: check the head")
+    if np.isnan(p := np.asarray(p, float)).any():
+        raise ValueError(f"{np.isnan(p).sum()} probabilities are NaN: check the head")
     return float(f1_score(y, p > .5, average="macro"))
 
 def repair(
@@ -877,7 +1113,8 @@ def repair(
     history = [score(y)]
     for t in range(rounds):
         new = relabel(X, y, t)
-        if len(np.unique(new)) < 2 or (new == y).all() or (s := score(new)) <= history[-1]: break
+        if len(np.unique(new)) < 2 or (new == y).all() or (s := score(new)) <= history[-1]:
+            break
         y, history = new, [*history, s]
     return y, history
 
@@ -889,7 +1126,8 @@ def knn_relabel(k=10, share=.6):
     "Relabel by the vote of the nearest neighbours (cosine)."
     def relabel(X, y, t):
         Z = X[:, :-1]/np.maximum(np.linalg.norm(X[:, :-1], axis=1, keepdims=True), 1e-12)
-        S = Z @ Z.T; np.fill_diagonal(S, 0)
+        S = Z @ Z.T
+        np.fill_diagonal(S, 0)
         return vote(S, y, k, share)
     return relabel
 
@@ -909,17 +1147,21 @@ def reannotate(
     budget:int,
     ) -> np.ndarray:
     "Silver labels after an annotator has seen the first `budget` rows of the order."
-    new = np.array(y); new[order[:budget]] = np.asarray(truth)[order[:budget]]
+    new = np.array(y)
+    new[order[:budget]] = np.asarray(truth)[order[:budget]]
     return new
 
 def silver_order(
     X, y, gold, l2, Xdev, ydev, # X, y: gold and silver together; gold: (n,) bool
     how:str="influence", # "influence", "confidence", "random"
-    seed:int=0) -> np.ndarray: # silver rows (numbers in X)
+    seed:int=0) -> np.ndarray:  # silver rows (numbers in X)
     "Which silver labels to check first (InfFeed, second objective): the most harmful for dev, the least confident, or any."
     s = np.flatnonzero(~np.asarray(gold))
-    if how == "random": return np.random.default_rng(seed).permutation(s)
+    if how == "random":
+        return np.random.default_rng(seed).permutation(s)
     w = fit_head(X, y, l2)
-    if how == "confidence": return s[np.argsort(np.abs(expit(X[s] @ w) - .5), kind="stable")]
-    if how != "influence": raise ValueError(f"how={how!r}: must be 'influence', 'confidence' or 'random'")
+    if how == "confidence":
+        return s[np.argsort(np.abs(expit(X[s] @ w) - .5), kind="stable")]
+    if how != "influence":
+        raise ValueError(f"how={how!r}: must be 'influence', 'confidence' or 'random'")
     return s[np.argsort(head_influence(X, y, w, l2, Xdev, ydev).mean(1)[s], kind="stable")]

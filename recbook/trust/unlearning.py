@@ -32,12 +32,20 @@ __all__ = ['check_ratings', 'click_prompts', 'Prompts', 'encode_prompts', 'take'
 # %% ../../nbs/trust/02_unlearning.ipynb #00000007
 def check_ratings(ratings, titles, words, history):
     "Refuse a log from which no sensible prompts would come."
-    if missing := {"user", "item", "rating"} - set(ratings): raise ValueError(f"no column(s) {sorted(missing)}, have {list(ratings)}: rename yours")
-    if not 0 < history < 1: raise ValueError(f"history={history}: a share between 0 and 1 makes the profiles, the rest is asked about")
-    if len(titles) != len(words): raise ValueError(f"{len(titles)} titles and {len(words)} lists of words: one of each an item")
-    if not ratings.item.between(0, len(titles)-1).all(): raise ValueError(f"items {ratings.item.min()}..{ratings.item.max()}, but {len(titles)} titles: item i is titles[i]")
-    if ratings.rating.isna().any(): raise ValueError(f"{int(ratings.rating.isna().sum())} rating(s) are missing: drop these rows")
-    if not (ratings.rating > 3).any() or (ratings.rating > 3).all(): raise ValueError(f"ratings from {ratings.rating.min()} to {ratings.rating.max()}: above 3 counts as liked, "
+    if missing := {"user", "item", "rating"} - set(ratings):
+        raise ValueError(f"no column(s) {sorted(missing)}, have {list(ratings)}: rename yours")
+    if not 0 < history < 1:
+        raise ValueError(f"history={history}: a share between 0 and 1 makes the profiles, the rest is asked about")
+    if len(titles) != len(words):
+        raise ValueError(f"{len(titles)} titles and {len(words)} lists of words: one of each an item")
+    if not ratings.item.between(0, len(titles)-1).all():
+        raise ValueError(
+            f"items {ratings.item.min()}..{ratings.item.max()}, but {len(titles)} titles: item i is titles[i]"
+        )
+    if ratings.rating.isna().any():
+        raise ValueError(f"{int(ratings.rating.isna().sum())} rating(s) are missing: drop these rows")
+    if not (ratings.rating > 3).any() or (ratings.rating > 3).all():
+        raise ValueError(f"ratings from {ratings.rating.min()} to {ratings.rating.max()}: above 3 counts as liked, "
         "so all answers would be the same; bring yours to a scale of 1 to 5")
 
 # %% ../../nbs/trust/02_unlearning.ipynb #3bdd9693
@@ -54,7 +62,9 @@ def click_prompts(
     order = df.time if "time" in df else pd.Series(np.random.default_rng(seed).random(len(df)), df.index)
     at = order.groupby(df.user).rank(pct=True, method="first")
     old, df = df[at <= history], df[at > history]
-    long = old.assign(word=[words[i] for i in old.item], gain=old.label - old.groupby("user").label.transform("mean")).explode("word")
+    long = old.assign(
+        word=[words[i] for i in old.item], gain=old.label - old.groupby("user").label.transform("mean")
+    ).explode("word")
     gain = long.groupby(["user", "word"]).gain.sum().reset_index().sort_values("gain", ascending=False, kind="stable")
     profile = gain.groupby("user").word.apply(lambda w: " ".join(w[:k]))
     df = df[df.user.isin(profile.index)]
@@ -74,13 +84,20 @@ def encode_prompts(
     data, # a Dataset, DataFrame or list of dicts with `prompt` and `completion`; or Prompts already
     ) -> Prompts:
     "Prompts and their one-token answers as tensors."
-    if isinstance(data, Prompts): return data
+    if isinstance(data, Prompts):
+        return data
     df = data.to_pandas() if hasattr(data, "to_pandas") else pd.DataFrame(data)
-    if not len(df): return Prompts(torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, dtype=torch.long))
-    if missing := {"prompt", "completion"} - set(df): raise ValueError(f"no column {sorted(missing)}, have {list(df)}: rename yours")
+    if not len(df):
+        return Prompts(
+            torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, dtype=torch.long)
+        )
+    if missing := {"prompt", "completion"} - set(df):
+        raise ValueError(f"no column {sorted(missing)}, have {list(df)}: rename yours")
     names = sorted(set(df.completion))
     y = dict(zip(names, label_ids(tok, df.prompt.tolist(), names)))
-    ids = tok(df.prompt.tolist()).input_ids if getattr(tok, "is_seq2seq", False) else prompt_ids(tok, df.prompt.tolist())
+    ids = (
+        tok(df.prompt.tolist()).input_ids if getattr(tok, "is_seq2seq", False) else prompt_ids(tok, df.prompt.tolist())
+    )
     x = padded(tok, ids, "left")
     return Prompts(x["input_ids"], x["attention_mask"], torch.tensor([y[c] for c in df.completion]))
 
@@ -100,13 +117,15 @@ def next_logits(
     batch:Sequence[Tensor], # ids, mask, ...
     ) -> Tensor: # (b, vocab)
     "Logits of the token after each prompt."
-    if isinstance(model, list): return torch.stack([next_logits(m, batch) for m in model]).mean(0)
+    if isinstance(model, list):
+        return torch.stack([next_logits(m, batch) for m in model]).mean(0)
     used = batch[1].any(0)
     ids, mask = (t[:, used].to(model.device) for t in batch[:2])
     if model.config.is_encoder_decoder:
         start = torch.full_like(ids[:, :1], model.config.decoder_start_token_id)
         return model(input_ids=ids, attention_mask=mask, decoder_input_ids=start).logits[:, -1]
-    if (limit := context_limit(model)) and (longest := int(mask.sum(1).max())) > limit: raise ValueError(f"a prompt has {longest} tokens, the model reads {limit}: shorten the history")
+    if (limit := context_limit(model)) and (longest := int(mask.sum(1).max())) > limit:
+        raise ValueError(f"a prompt has {longest} tokens, the model reads {limit}: shorten the history")
     kw = dict(position_ids=(mask.cumsum(1)-1).clamp(min=0), logits_to_keep=1)
     kw = {} if virtual_tokens(model) else {k: v for k, v in kw.items() if k in takes(model)}
     return model(input_ids=ids, attention_mask=mask, use_cache=False, **kw).logits[:, -1]
@@ -121,9 +140,15 @@ def predictions(
     model, rows:Prompts, batch_size:int=256,
     ) -> Tensor: # (n, vocab) logits
     "Logits of every row; dropout off."
-    if not len(rows.y): raise ValueError("no rows to score")
+    if not len(rows.y):
+        raise ValueError("no rows to score")
     with eval_mode(*(model if isinstance(model, list) else [model])):
-        return torch.cat([next_logits(model, take(rows, slice(k, k+batch_size))).float().cpu() for k in range(0, len(rows.y), batch_size)])
+        return torch.cat(
+            [
+                next_logits(model, take(rows, slice(k, k + batch_size))).float().cpu()
+                for k in range(0, len(rows.y), batch_size)
+            ]
+        )
 
 # %% ../../nbs/trust/02_unlearning.ipynb #0000000f
 def sft(
@@ -134,9 +159,19 @@ def sft(
     sample:Callable|None=None, # batch tensors -> batch, e.g. `beside`
     **kw): # for `fit`
     "A trained copy of the model, in evaluation mode; what requires no gradient stays as it is."
-    if steps < 0: raise ValueError(f"steps={steps}: must be at least 0")
+    if steps < 0:
+        raise ValueError(f"steps={steps}: must be at least 0")
     m = copy.deepcopy(model)
-    if steps: fit(m, loss, batches(*rows, batch_size=batch_size, seed=seed, sample=sample), steps=steps, lr=lr, seed=seed, **kw)
+    if steps:
+        fit(
+            m,
+            loss,
+            batches(*rows, batch_size=batch_size, seed=seed, sample=sample),
+            steps=steps,
+            lr=lr,
+            seed=seed,
+            **kw,
+        )
     return m.eval()
 
 # %% ../../nbs/trust/02_unlearning.ipynb #00000011
@@ -172,11 +207,14 @@ def evaluate_unlearning(
     no:int,
     ) -> dict[str, float]:
     "Forgetting and utility; `d_gap` and `d_mia` are distances to the retrained model, whose own `d_` and divergences are zero."
-    if yes == no: raise ValueError(f"yes={yes} and no={no} are the same token: give the ids of the two answers")
+    if yes == no:
+        raise ValueError(f"yes={yes} and no={no} are the same token: give the ids of the two answers")
     for name, r in dict(forget=forget, unseen=unseen, test=test).items():
-        if not len(r.y): raise ValueError(f"the {name} set is empty: nothing to measure")
+        if not len(r.y):
+            raise ValueError(f"the {name} set is empty: nothing to measure")
     for name, r in dict(forget=forget, test=test).items():
-        if (both := int((r.y == yes).sum())) in (0, len(r.y)): raise ValueError(f"the {name} set has {both} positive rows of {len(r.y)}: an AUC needs both answers")
+        if (both := int((r.y == yes).sum())) in (0, len(r.y)):
+            raise ValueError(f"the {name} set has {both} positive rows of {len(r.y)}: an AUC needs both answers")
     def measure(m):
         zf, zu, zt = (predictions(m, r) for r in (forget, unseen, test))
         a = lambda z, r: auc((r.y == yes).numpy(), (z[:, yes] - z[:, no]).numpy())
@@ -184,9 +222,22 @@ def evaluate_unlearning(
         mia = auc(np.arange(len(lp)) < len(zf), lp)
         correct = ((zf[:, yes] > zf[:, no]) == (forget.y == yes)).float().mean().item()
         mass = zf.softmax(-1)[:, [yes, no]].sum(1).mean().item()
-        return zf, dict(test_auc=a(zt, test), forget_auc=a(zf, forget), gap=a(zf, forget) - a(zt, test), mia=mia, forget_acc=correct, mass=mass)
-    z, out = measure(model); z_re, ref = measure(retrained)
-    return out | dict(d_gap=abs(out["gap"] - ref["gap"]), d_mia=abs(out["mia"] - ref["mia"]), jsd=jsd(z, z_re).mean().item(), sym_kl=symmetric_kl(z, z_re).mean().item())
+        return zf, dict(
+            test_auc=a(zt, test),
+            forget_auc=a(zf, forget),
+            gap=a(zf, forget) - a(zt, test),
+            mia=mia,
+            forget_acc=correct,
+            mass=mass,
+        )
+    z, out = measure(model)
+    z_re, ref = measure(retrained)
+    return out | dict(
+        d_gap=abs(out["gap"] - ref["gap"]),
+        d_mia=abs(out["mia"] - ref["mia"]),
+        jsd=jsd(z, z_re).mean().item(),
+        sym_kl=symmetric_kl(z, z_re).mean().item(),
+    )
 
 # %% ../../nbs/trust/02_unlearning.ipynb #00000015
 def beside(
@@ -207,16 +258,53 @@ def gradient_ascent(model, forget:Prompts, steps:int, lr:float=1e-4, **kw):
     "Climb the loss of the rows to forget."
     return sft(model, forget, steps, lr, loss=lambda m, b: -answer_loss(m, b), **kw)
 
-def neg_grad(model, forget:Prompts, retain:Prompts, steps:int, lr:float=5e-5, weight:float=.2, batch_size:int=32, seed:int=0):
+def neg_grad(
+    model,
+    forget: Prompts,
+    retain: Prompts,
+    steps: int,
+    lr: float = 5e-5,
+    weight: float = 0.2,
+    batch_size: int = 32,
+    seed: int = 0,
+):
     "Descend on the retained rows and climb on the rows to forget."
-    return sft(model, retain, steps, lr, batch_size, seed, partial(two_losses, weight=-weight), beside(forget, batch_size, seed))
+    return sft(
+        model,
+        retain,
+        steps,
+        lr,
+        batch_size,
+        seed,
+        partial(two_losses, weight=-weight),
+        beside(forget, batch_size, seed),
+    )
 
-def bad_teacher(model, forget:Prompts, retain:Prompts, steps:int, lr:float=5e-5, weight:float=.2, batch_size:int=32, seed:int=0):
+def bad_teacher(
+    model,
+    forget: Prompts,
+    retain: Prompts,
+    steps: int,
+    lr: float = 5e-5,
+    weight: float = 0.2,
+    batch_size: int = 32,
+    seed: int = 0,
+):
     "Descend on the retained rows and on flipped answers of the rows to forget (two answers only)."
     answers = torch.cat([forget.y, retain.y]).unique()
-    if len(answers) != 2: raise ValueError(f"{len(answers)} different answers: Bad-T flips between two")
+    if len(answers) != 2:
+        raise ValueError(f"{len(answers)} different answers: Bad-T flips between two")
     flipped = forget._replace(y=answers.sum() - forget.y)
-    return sft(model, retain, steps, lr, batch_size, seed, partial(two_losses, weight=weight), beside(flipped, batch_size, seed))
+    return sft(
+        model,
+        retain,
+        steps,
+        lr,
+        batch_size,
+        seed,
+        partial(two_losses, weight=weight),
+        beside(flipped, batch_size, seed),
+    )
 
 # %% ../../nbs/trust/02_unlearning.ipynb #3cbbc4d3
 def sisa(
@@ -228,7 +316,8 @@ def sisa(
     asks=(), # ...and the users forgotten since: only their shards are trained again
     seed:int=0, **kw) -> list: # one model a shard, for `next_logits`
     "Sharded training (SISA): the exact way to make retraining smaller."
-    if before is not None and len(before) != n_shards: raise ValueError(f"{len(before)} models for {n_shards} shards: pass those of the earlier call")
+    if before is not None and len(before) != n_shards:
+        raise ValueError(f"{len(before)} models for {n_shards} shards: pass those of the earlier call")
     touched = set(range(n_shards)) if before is None else {int(u) % n_shards for u in asks}
     train = lambda k: sft(base, take(rows, user % n_shards == k), steps//n_shards, seed=seed+k, **kw)
     return [train(k) if k in touched else before[k] for k in range(n_shards)]
@@ -238,7 +327,8 @@ def macs(
     f:Callable, # what to run
     ) -> float:
     "Multiply-adds of the dense matrix products that f() computes, backward passes included."
-    with FlopCounterMode(display=False) as c: f()
+    with FlopCounterMode(display=False) as c:
+        f()
     return c.get_total_flops()/2
 
 # %% ../../nbs/trust/02_unlearning.ipynb #cddc8d05
@@ -250,8 +340,12 @@ def forgetting_teacher(
     one_sided:bool=True, # False: the difference itself instead of its ReLU (ablation)
     ) -> Tensor: # (n, vocab)
     "Logits that imitate a model without the forget set (E2URec, eq. for z_f; `normalise` is ours)."
-    if z_o.shape != z_aug.shape: raise ValueError(f"logits of shape {tuple(z_o.shape)} and {tuple(z_aug.shape)}: both models must see the same rows")
-    if normalise: z_o, z_aug = z_o.log_softmax(-1), z_aug.log_softmax(-1)
+    if z_o.shape != z_aug.shape:
+        raise ValueError(
+            f"logits of shape {tuple(z_o.shape)} and {tuple(z_aug.shape)}: both models must see the same rows"
+        )
+    if normalise:
+        z_o, z_aug = z_o.log_softmax(-1), z_aug.log_softmax(-1)
     return z_o - alpha*(F.relu(z_aug - z_o) if one_sided else z_aug - z_o)
 
 # %% ../../nbs/trust/02_unlearning.ipynb #67f4ec0f
@@ -265,7 +359,8 @@ def e2urec_loss(
     beta:float=.4, # weight of the forgetting teacher
     ) -> Tensor: # scalar
     "Both teachers at once (E2URec)."
-    *r, p_o = batch[:4]; *f, p_f = batch[4:]
+    *r, p_o = batch[:4]
+    *f, p_f = batch[4:]
     z = next_logits(model, r)
     L_rem = soft_cross_entropy(z, p_o) + F.cross_entropy(z, r[2].to(z.device))
     return beta*soft_cross_entropy(next_logits(model, f), p_f) + (1-beta)*L_rem
@@ -277,12 +372,18 @@ def forget_loss(model, batch) -> Tensor: # batch: ids, mask, y, softmax(z_f) -> 
 # %% ../../nbs/trust/02_unlearning.ipynb #b71bff0c
 def as_request(tok, forget, retain) -> tuple[Prompts, Prompts]:
     "Both sets encoded, after checking that this is a request that can be answered."
-    if not len(forget): raise ValueError("the forget set is empty: there is nothing to forget, keep the model")
-    if not len(retain): raise ValueError("the retain set is empty: everything is to be forgotten, start again from the model before fine-tuning")
+    if not len(forget):
+        raise ValueError("the forget set is empty: there is nothing to forget, keep the model")
+    if not len(retain):
+        raise ValueError(
+            "the retain set is empty: everything is to be forgotten, start again from the model before fine-tuning"
+        )
     f, r = encode_prompts(tok, forget), encode_prompts(tok, retain)
     keys = lambda x: {(*i[m.bool()].tolist(), y) for i, m, y in zip(x.ids, x.mask, x.y.tolist())}
     if shared := keys(f) & keys(r):
-        raise ValueError(f"{len(shared)} row(s) are in both sets, such as {tok.decode(min(shared)[:-1])!r}: a row is either forgotten or retained")
+        raise ValueError(
+            f"{len(shared)} row(s) are in both sets, such as {tok.decode(min(shared)[:-1])!r}: a row is either forgotten or retained"
+        )
     return f, r
 
 def merged(model):
@@ -291,30 +392,65 @@ def merged(model):
 
 # %% ../../nbs/trust/02_unlearning.ipynb #50139ca9
 def e2urec(
-    model, # fine-tuned on forget and retain; plain or peft (a copy is merged)
-    tok, forget, retain, # rows with `prompt` and `completion`, or Prompts
-    alpha:float=2., beta:float=.4, # strength and weight of the forgetting teacher
-    normalise:bool=False, one_sided:bool=True, # of `forgetting_teacher`
-    aug_steps:int=1200, aug_lr:float=5e-5, # the augmented model: all parameters, forget set only
-    warm_steps:int|None=None, # steps with the forgetting teacher alone; one epoch of the forget set if None
-    steps:int=1000, lr:float=1e-3, # steps with both teachers
-    remember:bool=True, # ablation: False leaves the remembering teacher out
-    r:int=16, lora_alpha:int=32, dropout:float=.05, target_modules=("q_proj", "v_proj"), # of the new LoRA; T5 calls them "q", "v"
-    batch_size:int=16, seed:int=0):
+    model,  # fine-tuned on forget and retain; plain or peft (a copy is merged)
+    tok,
+    forget,
+    retain,  # rows with `prompt` and `completion`, or Prompts
+    alpha: float = 2.0,
+    beta: float = 0.4,  # strength and weight of the forgetting teacher
+    normalise: bool = False,
+    one_sided: bool = True,  # of `forgetting_teacher`
+    aug_steps: int = 1200,
+    aug_lr: float = 5e-5,  # the augmented model: all parameters, forget set only
+    warm_steps: int | None = None,  # steps with the forgetting teacher alone; one epoch of the forget set if None
+    steps: int = 1000,
+    lr: float = 1e-3,  # steps with both teachers
+    remember: bool = True,  # ablation: False leaves the remembering teacher out
+    r: int = 16,
+    lora_alpha: int = 32,
+    dropout: float = 0.05,
+    target_modules=("q_proj", "v_proj"),  # of the new LoRA; T5 calls them "q", "v"
+    batch_size: int = 16,
+    seed: int = 0,
+):
     "The model with a LoRA that unlearns (E2URec); both teachers' probabilities are kept in memory, rows x vocabulary."
-    for name, v, lo, hi in (("alpha", alpha, 0, np.inf), ("beta", beta, 0, 1), ("steps", steps, 0, np.inf), ("aug_steps", aug_steps, 0, np.inf), ("warm_steps", warm_steps or 0, 0, np.inf)):
-        if not lo <= v <= hi: raise ValueError(f"{name}={v}: must be between {lo} and {hi}")
+    for name, v, lo, hi in (
+        ("alpha", alpha, 0, np.inf),
+        ("beta", beta, 0, 1),
+        ("steps", steps, 0, np.inf),
+        ("aug_steps", aug_steps, 0, np.inf),
+        ("warm_steps", warm_steps or 0, 0, np.inf),
+    ):
+        if not lo <= v <= hi:
+            raise ValueError(f"{name}={v}: must be between {lo} and {hi}")
     forget, retain = as_request(tok, forget, retain)
     original = merged(model).eval()
     z_o, z_r = predictions(original, forget), predictions(original, retain)
     z_aug = predictions(sft(original, forget, aug_steps, aug_lr, batch_size, seed), forget)
     f = (*forget, forgetting_teacher(z_o, z_aug, alpha, normalise, one_sided).softmax(-1))
     set_seed(seed)
-    student = lora(original, r, lora_alpha, list(target_modules), dropout, "SEQ_2_SEQ_LM" if original.config.is_encoder_decoder else "CAUSAL_LM")
+    student = lora(
+        original,
+        r,
+        lora_alpha,
+        list(target_modules),
+        dropout,
+        "SEQ_2_SEQ_LM" if original.config.is_encoder_decoder else "CAUSAL_LM",
+    )
     warm_steps = -(-len(forget.y)//batch_size) if warm_steps is None else warm_steps
     student = sft(student, f, warm_steps, lr, batch_size, seed, forget_loss)
-    if not remember: return sft(student, f, steps, lr, batch_size, seed+1, forget_loss)
-    return sft(student, (*retain, z_r.softmax(-1)), steps, lr, batch_size, seed, partial(e2urec_loss, beta=beta), beside(f, batch_size, seed))
+    if not remember:
+        return sft(student, f, steps, lr, batch_size, seed+1, forget_loss)
+    return sft(
+        student,
+        (*retain, z_r.softmax(-1)),
+        steps,
+        lr,
+        batch_size,
+        seed,
+        partial(e2urec_loss, beta=beta),
+        beside(f, batch_size, seed),
+    )
 
 # %% ../../nbs/trust/02_unlearning.ipynb #d15d5989
 def request_gradient(
@@ -326,8 +462,10 @@ def request_gradient(
     def total(rows):
         parts = [tuple(t[k:k+chunk] for t in rows) for k in range(0, len(rows[0]), chunk)]
         return sum(len(x[0])/n*grad_of(model, loss, x, params).detach() for x in parts)
-    if before is None and after is None: raise ValueError("no rows before and none after: this request asks for nothing")
-    with eval_mode(model): return (0 if after is None else total(after)) - (0 if before is None else total(before))
+    if before is None and after is None:
+        raise ValueError("no rows before and none after: this request asks for nothing")
+    with eval_mode(model):
+        return (0 if after is None else total(after)) - (0 if before is None else total(before))
 
 # %% ../../nbs/trust/02_unlearning.ipynb #d075c4fb
 def curvature_products(
@@ -338,17 +476,21 @@ def curvature_products(
     head:Callable=lambda z, batch: F.cross_entropy(z, batch[2].to(z.device)),
     ) -> Iterator[Callable]: # endless; each is v -> H_B v for the next mini-batch B
     "Curvature-vector products on mini-batches (double backward)."
-    if kind not in ("ggn", "hessian"): raise ValueError(f"kind={kind!r}: must be 'ggn' or 'hessian'")
+    if kind not in ("ggn", "hessian"):
+        raise ValueError(f"kind={kind!r}: must be 'ggn' or 'hessian'")
     loader = batches(*rows, batch_size=batch_size, seed=seed)
     while True:
         for B in loader:
-            if kind == "ggn": yield quiet(model, lambda v, B=B: ggn_vp(model, outputs, head, B, v, params))
-            else: yield quiet(model, lambda v, B=B: hvp(model, loss, B, v, params))
+            if kind == "ggn":
+                yield quiet(model, lambda v, B=B: ggn_vp(model, outputs, head, B, v, params))
+            else:
+                yield quiet(model, lambda v, B=B: hvp(model, loss, B, v, params))
 
 def quiet(model, f):
     "f with the model's dropout off."
     def g(v):
-        with eval_mode(model): return f(v)
+        with eval_mode(model):
+            return f(v)
     return g
 
 def stochastic_solve(
@@ -364,15 +506,20 @@ def stochastic_solve(
     plan = torch.optim.lr_scheduler.LinearLR(opt, 1., 1e-2, max(1, steps))
     for _, product in zip(range(steps), products):
         delta.grad = product(delta.detach()) + damping*delta.detach() + b
-        opt.step(); plan.step()
-        if path is not None: path.append(delta.detach().clone())
+        opt.step()
+        plan.step()
+        if path is not None:
+            path.append(delta.detach().clone())
     return delta.detach()
 
 # %% ../../nbs/trust/02_unlearning.ipynb #c5b19ebe
 def adapter_params(model) -> dict[str, nn.Parameter]:
     "The parameters of the adapter in use; a model without any is refused."
     P = active_adapter(model)
-    if not P: raise ValueError("the model has no adapters: LLMEraser moves a LoRA; wrap the model with recbook.lm.lora (or peft) and fine-tune it first")
+    if not P:
+        raise ValueError(
+            "the model has no adapters: LLMEraser moves a LoRA; wrap the model with recbook.lm.lora (or peft) and fine-tune it first"
+        )
     return P
 
 def settle(
@@ -382,15 +529,35 @@ def settle(
     steps:int=100, tol:float=1e-3, # at most so many L-BFGS steps; stop when no coordinate of the gradient exceeds tol
     ) -> tuple: # the model, and what it took: dict(evaluations, start, gradient); the last two: largest coordinates
     "The adapter at a regularised minimum: where an influence step means something."
-    if not 0 <= ridge < np.inf: raise ValueError(f"ridge={ridge}: must be at least 0")
-    m = copy.deepcopy(model).eval(); P = adapter_params(m); log = []
-    for k, p in m.named_parameters(): p.requires_grad_(k in P)
+    if not 0 <= ridge < np.inf:
+        raise ValueError(f"ridge={ridge}: must be at least 0")
+    m = copy.deepcopy(model).eval()
+    P = adapter_params(m)
+    log = []
+    for k, p in m.named_parameters():
+        p.requires_grad_(k in P)
     def closure():
-        opt.zero_grad(); loss = answer_loss(m, rows) + ridge/2*flatten(P).square().sum(); loss.backward()
-        log.append(max(p.grad.abs().max().item() for p in P.values())); return loss
-    opt = torch.optim.LBFGS(list(P.values()), lr=1., max_iter=steps, max_eval=2*steps, history_size=50, tolerance_grad=tol, tolerance_change=0., line_search_fn="strong_wolfe")
-    if steps: opt.step(closure)
-    n = len(log); closure(); opt.zero_grad()
+        opt.zero_grad()
+        loss = answer_loss(m, rows) + ridge/2*flatten(P).square().sum()
+        loss.backward()
+        log.append(max(p.grad.abs().max().item() for p in P.values()))
+        return loss
+
+    opt = torch.optim.LBFGS(
+        list(P.values()),
+        lr=1.0,
+        max_iter=steps,
+        max_eval=2 * steps,
+        history_size=50,
+        tolerance_grad=tol,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
+    )
+    if steps:
+        opt.step(closure)
+    n = len(log)
+    closure()
+    opt.zero_grad()
     return m, dict(evaluations=n, start=log[0], gradient=log[-1])
 
 # %% ../../nbs/trust/02_unlearning.ipynb #a87fede0
@@ -414,29 +581,52 @@ def llmeraser(
     spent:dict|None=None): # is told how many `rows` went through curvature products
     "A copy of the model whose adapter has moved by one influence step (LLMEraser)."
     adapter_params(model)
-    if not 0 <= damping < np.inf: raise ValueError(f"damping={damping}: must be at least 0")
-    if steps < 0: raise ValueError(f"steps={steps}: must be at least 0")
-    if solver not in ("adam", "cg"): raise ValueError(f"solver={solver!r}: must be 'adam' or 'cg'")
+    if not 0 <= damping < np.inf:
+        raise ValueError(f"damping={damping}: must be at least 0")
+    if steps < 0:
+        raise ValueError(f"steps={steps}: must be at least 0")
+    if solver not in ("adam", "cg"):
+        raise ValueError(f"solver={solver!r}: must be 'adam' or 'cg'")
     forget, retain = as_request(tok, forget, retain)
     after = None if replace is None else encode_prompts(tok, replace)
-    if after is not None and len(after.y) != len(forget.y): raise ValueError(f"{len(after.y)} rows replace {len(forget.y)}: one for one")
-    m = copy.deepcopy(model).eval(); P = adapter_params(m); rows, used = joined(forget, retain), [0]
+    if after is not None and len(after.y) != len(forget.y):
+        raise ValueError(f"{len(after.y)} rows replace {len(forget.y)}: one for one")
+    m = copy.deepcopy(model).eval()
+    P = adapter_params(m)
+    rows, used = joined(forget, retain), [0]
     b = request_gradient(m, len(rows.y), forget, after, P)
     def counted(f, n): return lambda v: (used.__setitem__(0, used[0] + n), f(v))[1]
-    if solver == "cg": delta = solve(counted(full_product(m, rows, P, kind), len(rows.y)), -b, damping, tol)
-    else: delta = stochastic_solve((counted(f, min(batch_size, len(rows.y))) for f in curvature_products(m, rows, P, kind, batch_size, seed)), b, steps, lr, damping)
+    if solver == "cg":
+        delta = solve(counted(full_product(m, rows, P, kind), len(rows.y)), -b, damping, tol)
+    else:
+        delta = stochastic_solve(
+            (counted(f, min(batch_size, len(rows.y))) for f in curvature_products(m, rows, P, kind, batch_size, seed)),
+            b,
+            steps,
+            lr,
+            damping,
+        )
     add_(P, delta)
-    if spent is not None: spent["rows"] = used[0]
+    if spent is not None:
+        spent["rows"] = used[0]
     return m
 
 # %% ../../nbs/trust/02_unlearning.ipynb #9465d0b1
 def as_edges(edges, n_users, n_items) -> np.ndarray: # (m, 2) int64
     "Edges as whole numbers within the users and items there are."
     e = np.asarray(edges)
-    if not e.size: return np.zeros((0, 2), np.int64)
-    if e.ndim != 2 or e.shape[1] != 2: raise ValueError(f"edges of shape {e.shape}: need one row (user, item) an edge")
-    if not np.issubdtype(e.dtype, np.integer): raise ValueError(f"edges of type {e.dtype}: users and items are whole numbers, convert with .astype(int) if yours are")
-    if e.min() < 0 or e[:, 0].max() >= n_users or e[:, 1].max() >= n_items: raise ValueError(f"an edge outside of {n_users} users x {n_items} items: use the numbers that the model was trained with")
+    if not e.size:
+        return np.zeros((0, 2), np.int64)
+    if e.ndim != 2 or e.shape[1] != 2:
+        raise ValueError(f"edges of shape {e.shape}: need one row (user, item) an edge")
+    if not np.issubdtype(e.dtype, np.integer):
+        raise ValueError(
+            f"edges of type {e.dtype}: users and items are whole numbers, convert with .astype(int) if yours are"
+        )
+    if e.min() < 0 or e[:, 0].max() >= n_users or e[:, 1].max() >= n_items:
+        raise ValueError(
+            f"an edge outside of {n_users} users x {n_items} items: use the numbers that the model was trained with"
+        )
     return e.astype(np.int64)
 
 # %% ../../nbs/trust/02_unlearning.ipynb #a7f4ae82
@@ -446,7 +636,8 @@ def edge_graph(
     ) -> Tensor: # sparse CSR (N, N), normalised by the degrees within `edges`
     "The bipartite graph of some edges."
     edges = as_edges(edges, n_users, n_items)
-    N = n_users + n_items; u, i = edges[:, 0], edges[:, 1] + n_users
+    N = n_users + n_items
+    u, i = edges[:, 0], edges[:, 1] + n_users
     A = sp.csr_matrix((np.ones(2*len(edges), np.float32), (np.r_[u, i], np.r_[i, u])), (N, N))
     return sparse_tensor(sym_norm(A))
 
@@ -459,24 +650,39 @@ class InfluenceEncoder(nn.Module):
         eta:float=.002, # start of the withdrawal's weights, twice the learning rate
         offset:bool=True): # False: leaves l=0 out of H, so that nodes outside the request stay (ours)
         super().__init__()
-        if E0.ndim != 2 or E0.shape != E.shape: raise ValueError(f"E0 of shape {tuple(E0.shape)}, E of shape {tuple(E.shape)}: both are (users + items, d), from one model")
-        if L < 1 or not 0 <= rho < np.inf: raise ValueError(f"L={L}, rho={rho}: need at least one layer and a rho of at least 0")
+        if E0.ndim != 2 or E0.shape != E.shape:
+            raise ValueError(
+                f"E0 of shape {tuple(E0.shape)}, E of shape {tuple(E.shape)}: both are (users + items, d), from one model"
+            )
+        if L < 1 or not 0 <= rho < np.inf:
+            raise ValueError(f"L={L}, rho={rho}: need at least one layer and a rho of at least 0")
         d = E0.shape[1]
-        self.E0, self.H0, self.eta = nn.Parameter(E0.clone(), False), nn.Parameter(torch.zeros_like(E0)), nn.Parameter(torch.full((len(E0), 1), eta))
-        self.register_buffer("E", E.clone()); self.L, self.rho, self.offset = L, rho, offset
-        self.mlp = nn.Sequential(*[m for _ in range(2) for m in (nn.Linear(d, d), nn.LeakyReLU(.99))]).requires_grad_(False)
-        for m in self.mlp[::2]: nn.init.eye_(m.weight); nn.init.zeros_(m.bias)
+        self.E0, self.H0, self.eta = (
+            nn.Parameter(E0.clone(), False),
+            nn.Parameter(torch.zeros_like(E0)),
+            nn.Parameter(torch.full((len(E0), 1), eta)),
+        )
+        self.register_buffer("E", E.clone())
+        self.L, self.rho, self.offset = L, rho, offset
+        self.mlp = nn.Sequential(*[m for _ in range(2) for m in (nn.Linear(d, d), nn.LeakyReLU(0.99))]).requires_grad_(
+            False
+        )
+        for m in self.mlp[::2]:
+            nn.init.eye_(m.weight)
+            nn.init.zeros_(m.bias)
 
     def layers(self, A:Tensor) -> list[Tensor]: # L+1 times (N, d)
         "H_0 and what l steps over the request's graph make of it."
         H = [self.H0]
-        for _ in range(self.L): H.append(SymMM.apply(A, H[-1]))
+        for _ in range(self.L):
+            H.append(SymMM.apply(A, H[-1]))
         return H
 
     def influence(self, A:Tensor) -> Tensor: # (N, d); A: sparse (N, N) graph of the request
         "What goes into the MLP: -rho W + H."
         W, H = self.eta*self.E, self.layers(A)
-        for _ in range(self.L): W = SymMM.apply(A, W)
+        for _ in range(self.L):
+            W = SymMM.apply(A, W)
         return sum(H if self.offset else H[1:]) - self.rho*W
 
     def forward(self, A:Tensor) -> Tensor: # (N, d) new E0
@@ -492,7 +698,11 @@ class Graph:
         x = Interactions(pd.DataFrame(edges, columns=["user", "item"]), n_users, n_items)
         self.sample = uniform_negatives(x)
     def embed(self, E0): return Smooth.apply(self.A, E0, self.K).split([self.n_users, self.n_items])
-    def loader(self, batch_size, seed): return batches(*(torch.from_numpy(c) for c in self.edges.T.copy()), batch_size=batch_size, sample=self.sample, seed=seed)
+
+    def loader(self, batch_size, seed):
+        return batches(
+            *(torch.from_numpy(c) for c in self.edges.T.copy()), batch_size=batch_size, sample=self.sample, seed=seed
+        )
 
 def pair_loss(
     E0:Tensor, # (N, d) layer 0
@@ -532,9 +742,11 @@ def pretrain_encoder(
     weights=(1., .005, 1e-3), # lambda_u, lambda_p, lambda_c
     lr:float=1e-3, l2:float=1e-4, batch_size:int=1024, seed:int=0) -> InfluenceEncoder: # trained in place
     "Teach the encoder to answer simulated requests; only H_0 and eta move."
-    if not 0 < share < 1: raise ValueError(f"share={share}: a simulated request is between none and all of the edges")
+    if not 0 < share < 1:
+        raise ValueError(f"share={share}: a simulated request is between none and all of the edges")
     edges = as_edges(edges, n_users, n_items)
-    if len(encoder.E) != n_users + n_items: raise ValueError(f"n_users={n_users}, n_items={n_items}: the encoder has embeddings of {len(encoder.E)} nodes")
+    if len(encoder.E) != n_users + n_items:
+        raise ValueError(f"n_users={n_users}, n_items={n_items}: the encoder has embeddings of {len(encoder.E)} nodes")
     encoder.trained = edges[:, 0]*n_items + edges[:, 1]
     rng, opt = np.random.default_rng(seed), torch.optim.Adam([encoder.H0, encoder.eta], lr=lr)
     U0, I0 = encoder.E.split([n_users, n_items])
@@ -544,41 +756,64 @@ def pretrain_encoder(
             g, A = Graph(edges[~gone], n_users, n_items), edge_graph(edges[gone], n_users, n_items)
             thin = edge_graph(edges[gone][rng.random(gone.sum()) >= .05], n_users, n_items)
         for u, i, j in g.loader(batch_size, seed + epoch):
-            E0 = encoder(A); U, I = g.embed(E0)
-            loss = pair_loss(E0, U, I, (u, i, j), l2) + weights[0]*push_loss(U, I, edges[gone]) + weights[1]*keep_loss(U[u] @ I[i].T, U0[u] @ I0[i].T)
+            E0 = encoder(A)
+            U, I = g.embed(E0)
+            loss = (
+                pair_loss(E0, U, I, (u, i, j), l2)
+                + weights[0] * push_loss(U, I, edges[gone])
+                + weights[1] * keep_loss(U[u] @ I[i].T, U0[u] @ I0[i].T)
+            )
             nodes = torch.cat([u.unique(), n_users + i.unique()])
-            loss = loss + weights[2]*sum(contrast_loss(a[nodes], b[nodes]) for a, b in zip(encoder.layers(A)[1:], encoder.layers(thin)[1:]))
-            opt.zero_grad(); loss.backward(); opt.step()
+            loss = loss + weights[2] * sum(
+                contrast_loss(a[nodes], b[nodes]) for a, b in zip(encoder.layers(A)[1:], encoder.layers(thin)[1:])
+            )
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
     return encoder
 
 # %% ../../nbs/trust/02_unlearning.ipynb #cccf97fa
 def as_edge_request(forget, remaining, n_users, n_items) -> tuple[np.ndarray, np.ndarray]:
     "Both sets as arrays of (user, item), after checking that this is a request that can be answered."
-    if not len(forget): raise ValueError("the forget set is empty: there is nothing to forget, keep the model")
-    if not len(remaining): raise ValueError("nothing remains: everything is to be forgotten, there is no model left to keep")
+    if not len(forget):
+        raise ValueError("the forget set is empty: there is nothing to forget, keep the model")
+    if not len(remaining):
+        raise ValueError("nothing remains: everything is to be forgotten, there is no model left to keep")
     f, r = (as_edges(x, n_users, n_items) for x in (forget, remaining))
     for name, x in (("forget", f), ("remaining", r)):
-        if len(np.unique(x, axis=0)) < len(x): raise ValueError(f"the {name} set holds an edge twice: drop repetitions, as in training")
+        if len(np.unique(x, axis=0)) < len(x):
+            raise ValueError(f"the {name} set holds an edge twice: drop repetitions, as in training")
     both = np.intersect1d(f[:, 0]*n_items + f[:, 1], r[:, 0]*n_items + r[:, 1])
-    if len(both): raise ValueError(f"{len(both)} edge(s) are in both sets, such as {divmod(int(both[0]), n_items)}: an edge is either forgotten or remains")
+    if len(both):
+        raise ValueError(
+            f"{len(both)} edge(s) are in both sets, such as {divmod(int(both[0]), n_items)}: an edge is either forgotten or remains"
+        )
     return f, r
 
 def check_graph(model, forget, remaining, n_users, n_items):
     "Does the model belong to these users, items and edges? A LightGCN still has the graph that it was trained on."
-    if len(model.E0) != n_users + n_items: raise ValueError(f"n_users={n_users}, n_items={n_items}: the model has embeddings of {len(model.E0)} nodes")
-    if not isinstance(model, LightGCN): trained = getattr(model, "trained", None)
-    elif model.n_users != n_users: raise ValueError(f"n_users={n_users}: the model was trained with {model.n_users}")
+    if len(model.E0) != n_users + n_items:
+        raise ValueError(f"n_users={n_users}, n_items={n_items}: the model has embeddings of {len(model.E0)} nodes")
+    if not isinstance(model, LightGCN):
+        trained = getattr(model, "trained", None)
+    elif model.n_users != n_users:
+        raise ValueError(f"n_users={n_users}: the model was trained with {model.n_users}")
     else:
         A = model.A.to_sparse_coo().coalesce().indices().cpu().numpy()
         trained = A[0][A[0] < n_users]*n_items + A[1][A[0] < n_users] - n_users
-    if trained is None: return
+    if trained is None:
+        return
     unknown = forget[~np.isin(forget[:, 0]*n_items + forget[:, 1], trained)]
-    if len(unknown): raise ValueError(f"{len(unknown)} edge(s) to forget, such as {tuple(unknown[0].tolist())}, were never trained on: there is nothing to forget about them")
+    if len(unknown):
+        raise ValueError(
+            f"{len(unknown)} edge(s) to forget, such as {tuple(unknown[0].tolist())}, were never trained on: there is nothing to forget about them"
+        )
 
 def graph_model(A:Tensor, E0:Tensor, n_users:int, K:int=3) -> LightGCN:
     "A LightGCN with these layer-0 embeddings."
     m = LightGCN(A, n_users, E0.shape[1], K)
-    with torch.no_grad(): m.E0.copy_(E0)
+    with torch.no_grad():
+        m.E0.copy_(E0)
     return m
 
 # %% ../../nbs/trust/02_unlearning.ipynb #0aea93c0
@@ -589,37 +824,54 @@ def unlearn_edges(
     push:float=.2, keep:float=0., l2:float=1e-4, # weights of L_u, L_p and of the layer-0 rows
     ascend:bool=False, # gradient ascent on the BPR loss of the forgotten edges instead
     valid:np.ndarray|None=None, # (m, 2) edges; the step with the lowest BPR loss on them is kept
-    batch_size:int=1024, seed:int=0) -> LightGCN: # on the remaining graph
+    batch_size:int=1024, seed:int=0) -> LightGCN:  # on the remaining graph
     "Answer one request (UnlearnRec): the encoder's pass, then a few steps of the embeddings and its MLP; the model given is not touched."
     forget, remaining = as_edge_request(forget, remaining, n_users, n_items)
     check_graph(model, forget, remaining, n_users, n_items)
-    if steps < 0: raise ValueError(f"steps={steps}: must be at least 0")
+    if steps < 0:
+        raise ValueError(f"steps={steps}: must be at least 0")
     g, before = (Graph(e, n_users, n_items) for e in (remaining, np.r_[remaining, forget]))
     f, encoder = torch.from_numpy(forget.copy()), isinstance(model, InfluenceEncoder)
-    E = nn.Parameter(model.E0.detach().clone()); mlp = copy.deepcopy(model.mlp).requires_grad_(True) if encoder else None
+    E = nn.Parameter(model.E0.detach().clone())
+    mlp = copy.deepcopy(model.mlp).requires_grad_(True) if encoder else None
     with torch.no_grad():
         x = model.influence(edge_graph(forget, n_users, n_items)) if encoder else None
         U0, I0 = (model.E if encoder else torch.cat(model())).split([n_users, n_items])
     answer = (lambda: E + mlp(x)) if encoder else (lambda: E)
-    opt, batch_of = torch.optim.Adam([E, *(mlp.parameters() if encoder else [])], lr=lr), (b for e in range(steps) for b in g.loader(batch_size, seed + e))
+    opt, batch_of = (
+        torch.optim.Adam([E, *(mlp.parameters() if encoder else [])], lr=lr),
+        (b for e in range(steps) for b in g.loader(batch_size, seed + e)),
+    )
     held = None if valid is None else g.sample(*torch.from_numpy(np.asarray(valid, np.int64).T.copy()))
     best = (np.inf, answer().detach().clone())
     for _, (u, i, j) in zip(range(steps), batch_of):
-        E0 = answer(); U, I = g.embed(E0)
-        if ascend: loss = -pair_loss(E0, U, I, before.sample(f[:, 0], f[:, 1]))
+        E0 = answer()
+        U, I = g.embed(E0)
+        if ascend:
+            loss = -pair_loss(E0, U, I, before.sample(f[:, 0], f[:, 1]))
         else:
             loss = pair_loss(E0, U, I, (u, i, j), l2) + push*push_loss(U, I, forget)
-            if keep: loss = loss + keep*keep_loss(U[u] @ I[i].T, U0[u] @ I0[i].T)
-        opt.zero_grad(); loss.backward(); opt.step()
-        with torch.no_grad(): E0 = answer(); score = 0. if held is None else pair_loss(E0, *g.embed(E0), held).item()
-        if held is None or score < best[0]: best = (score, E0.clone())
+            if keep:
+                loss = loss + keep*keep_loss(U[u] @ I[i].T, U0[u] @ I0[i].T)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        with torch.no_grad():
+            E0 = answer()
+            score = 0. if held is None else pair_loss(E0, *g.embed(E0), held).item()
+        if held is None or score < best[0]:
+            best = (score, E0.clone())
     return graph_model(g.A, best[1], n_users, g.K)
 
 # %% ../../nbs/trust/02_unlearning.ipynb #d7efd01e
 class Scores(nn.Module):
     "Score differences of (user, clicked, negative) as a function of the final embeddings."
     def __init__(self, E): super().__init__(); self.E = nn.Parameter(E.clone())
-    def forward(self, batch): u, i, j = batch; return (self.E[u]*(self.E[i] - self.E[j])).sum(1) # items numbered after the users
+
+    def forward(self, batch):
+        u, i, j = batch
+        return (self.E[u] * (self.E[i] - self.E[j])).sum(1)  # items numbered after the users
+
 
 def graph_influence(
     model:LightGCN, forget:np.ndarray, remaining:np.ndarray, n_users:int, n_items:int,
@@ -630,14 +882,20 @@ def graph_influence(
     check_graph(model, forget, remaining, n_users, n_items)
     full, rest = (Graph(e, n_users, n_items) for e in (np.r_[remaining, forget], remaining))
     u, i = torch.from_numpy(full.edges.T.copy()).repeat(1, negatives)
-    u, i, j = full.sample(u, i); rows = (u, n_users + i, n_users + j)
+    u, i, j = full.sample(u, i)
+    rows = (u, n_users + i, n_users + j)
     stays = (torch.arange(len(full.edges)) < len(remaining)).repeat(negatives)
-    smooth, E0, loss = (lambda g, X: horner(g.A, X, g.K)), model.E0.detach(), lambda m, b: F.softplus(-m(b)).sum()/len(u)
+    smooth, E0, loss = (
+        (lambda g, X: horner(g.A, X, g.K)),
+        model.E0.detach(),
+        lambda m, b: F.softplus(-m(b)).sum() / len(u),
+    )
     def gradient(g, rows): m = Scores(smooth(g, E0)); return smooth(g, grad_of(m, loss, rows).reshape(E0.shape))
     b = (gradient(rest, tuple(t[stays] for t in rows)) - gradient(full, rows)).flatten()
     m, n = Scores(smooth(full, E0)), [0]
     def product(v):
-        n[0] += 1; Fv = smooth(full, v.reshape(E0.shape))
+        n[0] += 1
+        Fv = smooth(full, v.reshape(E0.shape))
         Hv = ggn_vp(m, lambda m, b: m(b), lambda z, b: F.softplus(-z).sum()/len(u), rows, Fv.flatten())
         return smooth(full, Hv.reshape(E0.shape)).flatten()
     delta = solve(product, -b, damping, tol)
@@ -647,29 +905,38 @@ def graph_influence(
 def balanced_shards(
     vectors:Tensor, # (n, d) of users
     n_shards:int=4, rounds:int=10, seed:int=0,
-    ) -> np.ndarray: # (n,) shard of each user
+    ) -> np.ndarray:  # (n,) shard of each user
     "Shards of similar users in equal numbers (RecEraser's partition): k-means where the nearest pairs are placed first and full shards take no more."
-    X = vectors.detach().double().numpy(); n, most = len(X), -(-len(X)//n_shards)
+    X = vectors.detach().double().numpy()
+    n, most = len(X), -(-len(X)//n_shards)
     centres = X[np.random.default_rng(seed).choice(n, n_shards, replace=False)]
     for _ in range(rounds):
-        D = ((X[:, None] - centres)**2).sum(2); shard, room = np.full(n, -1), np.full(n_shards, most)
+        D = ((X[:, None] - centres)**2).sum(2)
+        shard, room = np.full(n, -1), np.full(n_shards, most)
         for k in np.argsort(D, axis=None, kind="stable"):
             x, c = divmod(int(k), n_shards)
-            if shard[x] < 0 and room[c]: shard[x], room[c] = c, room[c] - 1
+            if shard[x] < 0 and room[c]:
+                shard[x], room[c] = c, room[c] - 1
         centres = np.stack([X[shard == c].mean(0) if (shard == c).any() else centres[c] for c in range(n_shards)])
     return shard
 
 def shard_models(
-    train:Callable, # edges -> model trained on them
-    edges:np.ndarray, # (m, 2) what is left to train on
-    shard:np.ndarray, # (n_users,) from `balanced_shards`
-    before:list|None=None, forget:np.ndarray|None=None, # models of an earlier call and the edges forgotten since: only their shards are trained again
-    ) -> list: # one model a shard
+    train: Callable,  # edges -> model trained on them
+    edges: np.ndarray,  # (m, 2) what is left to train on
+    shard: np.ndarray,  # (n_users,) from `balanced_shards`
+    before: list | None = None,
+    forget: np.ndarray
+    | None = None,  # models of an earlier call and the edges forgotten since: only their shards are trained again
+) -> list:  # one model a shard
     "One recommender a shard of users (RecEraser)."
-    if (before is None) != (forget is None): raise ValueError("before and forget belong together: earlier models, and the edges forgotten since")
-    n = int(shard.max()) + 1; touched = set(range(n)) if before is None else set(shard[np.asarray(forget)[:, 0]].tolist())
-    if before is not None and len(before) != n: raise ValueError(f"{len(before)} models for {n} shards: pass those of the earlier call")
-    if empty := touched - set(shard[edges[:, 0]].tolist()): raise ValueError(f"shard {min(empty)} has no edges to train on: use fewer shards")
+    if (before is None) != (forget is None):
+        raise ValueError("before and forget belong together: earlier models, and the edges forgotten since")
+    n = int(shard.max()) + 1
+    touched = set(range(n)) if before is None else set(shard[np.asarray(forget)[:, 0]].tolist())
+    if before is not None and len(before) != n:
+        raise ValueError(f"{len(before)} models for {n} shards: pass those of the earlier call")
+    if empty := touched - set(shard[edges[:, 0]].tolist()):
+        raise ValueError(f"shard {min(empty)} has no edges to train on: use fewer shards")
     return [train(edges[shard[edges[:, 0]] == k]) if k in touched else before[k] for k in range(n)]
 
 # %% ../../nbs/trust/02_unlearning.ipynb #f25c992b
@@ -677,7 +944,11 @@ class ShardAttention(nn.Module):
     "Mixes the embeddings of shard models: a map for each shard, an attention for users and one for items (RecEraser's adaptive aggregation)."
     def __init__(self, n_shards:int, dim:int, n_users:int):
         super().__init__()
-        self.W, self.b, self.n_users = nn.Parameter(torch.eye(dim).repeat(n_shards, 1, 1)), nn.Parameter(torch.zeros(n_shards, dim)), n_users
+        self.W, self.b, self.n_users = (
+            nn.Parameter(torch.eye(dim).repeat(n_shards, 1, 1)),
+            nn.Parameter(torch.zeros(n_shards, dim)),
+            n_users,
+        )
         def attention(): return nn.Sequential(nn.Linear(dim, dim//2), nn.ReLU(), nn.Linear(dim//2, 1, bias=False))
         self.of_users, self.of_items = attention(), attention()
 
@@ -693,10 +964,15 @@ def receraser(
     epochs:int=30, lr:float=1e-3, l2:float=1e-4, batch_size:int=1024, seed:int=0) -> LightGCN: # on the graph of `edges`
     "Shard models as one recommender (RecEraser); after a request, train the touched shards and this again."
     g, E = Graph(edges, n_users, n_items), torch.stack([m.E0.detach() for m in models], 1)
-    set_seed(seed); mix = ShardAttention(len(models), E.shape[2], n_users)
+    set_seed(seed)
+    mix = ShardAttention(len(models), E.shape[2], n_users)
     opt = torch.optim.Adam(mix.parameters(), lr=lr)
     for epoch in range(epochs):
         for batch in g.loader(batch_size, seed + epoch):
-            E0, _ = mix(E); loss = pair_loss(E0, *g.embed(E0), batch, l2)
-            opt.zero_grad(); loss.backward(); opt.step()
-    with torch.no_grad(): return graph_model(g.A, mix(E)[0], n_users, g.K)
+            E0, _ = mix(E)
+            loss = pair_loss(E0, *g.embed(E0), batch, l2)
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+    with torch.no_grad():
+        return graph_model(g.A, mix(E)[0], n_users, g.K)

@@ -47,5 +47,6 @@ def test_full_ranking_is_no_slower_than_c_plus_plus(capsys):
         theirs.append(perf_counter() - t)
     assert a[f"ndcg@{K}"] == pytest.approx(b["ndcg"], rel=1e-6)
     ratio = np.median(np.array(ours)/theirs)
-    with capsys.disabled(): print(f"\nours {np.median(ours):.1f} s, implicit {np.median(theirs):.1f} s, ratio {ratio:.2f}")
+    with capsys.disabled():
+        print(f"\nours {np.median(ours):.1f} s, implicit {np.median(theirs):.1f} s, ratio {ratio:.2f}")
     assert ratio <= 1.1

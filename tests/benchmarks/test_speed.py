@@ -5,7 +5,7 @@ Uses the real graph when RECBOOK_MIRROR is set, else a random one of the same si
 import json, subprocess, sys
 import pytest
 
-GRAPH = '''
+GRAPH = """
 import os, resource, sys, json, numpy as np, pandas as pd, torch
 from time import perf_counter
 from recbook.data import Interactions, given_split, load
@@ -20,13 +20,16 @@ def graph():
 def report(t, base=0): print(json.dumps(dict(seconds=t, peak_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20 - base)))
 train, test = graph()
 base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20
-'''
-EPOCH = GRAPH + '''
+"""
+EPOCH = (
+    GRAPH
+    + """
 A = sparse_tensor(sym_norm(adjacency(train)))
 model = {"MF": lambda: MF(train.n_users, train.n_items), "NGCF": lambda: NGCF(A, train.n_users), "LightGCN": lambda: LightGCN(A, train.n_users)}[sys.argv[1]]()
 h = train_bpr(model, train, epochs=1, batch_size=int(sys.argv[2]), lr=1e-3, l2=1e-4, device="cpu", progress=False)
 report(h.seconds.iloc[-1])
-'''
+"""
+)
 EVALUATE = GRAPH + '''
 U, I = torch.randn(train.n_users, 64), torch.randn(train.n_items, 64)
 t = perf_counter(); evaluate(dot(U, I), test, train, k=20); report(perf_counter()-t, base)
@@ -42,9 +45,11 @@ def measure(script, *args):
 @pytest.mark.parametrize("model, batch_size", [("LightGCN", 2048), ("LightGCN", 32768), ("NGCF", 32768), ("MF", 2048)])
 def test_one_epoch(model, batch_size, capsys):
     got = measure(EPOCH, model, batch_size)
-    with capsys.disabled(): print(f"\n{model}, batch {batch_size}: {got['seconds']:.1f} s an epoch, peak {got['peak_gib']:.2f} GiB")
+    with capsys.disabled():
+        print(f"\n{model}, batch {batch_size}: {got['seconds']:.1f} s an epoch, peak {got['peak_gib']:.2f} GiB")
 
 
 def test_full_ranking(capsys):
     got = measure(EVALUATE)
-    with capsys.disabled(): print(f"\nfull ranking of every user at k=20: {got['seconds']:.1f} s, {got['peak_gib']:.2f} GiB above the data")
+    with capsys.disabled():
+        print(f"\nfull ranking of every user at k=20: {got['seconds']:.1f} s, {got['peak_gib']:.2f} GiB above the data")
