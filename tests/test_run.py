@@ -86,6 +86,7 @@ def test_run_record_resume_save(book):
         "versions",
         "parameters",
         "fingerprint",
+        "code",
         "datasets",
         "claims",
     }

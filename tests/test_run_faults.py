@@ -691,9 +691,10 @@ def test_data_get_and_verify(data_book):
     stat = (data_book/"cache/tiny/a").stat()
     write(data_book/"cache/tiny/a", b"onf")
     os.utime(data_book/"cache/tiny/a", ns=(stat.st_atime_ns, stat.st_mtime_ns)) # bit rot
-    for what in ("get", "verify"):
-        out = cli("data", what, "tiny", code=1)
-        assert "cache/tiny/a" in out and "delete it" in out and "tiny/b" not in out
+    out = cli("data", "verify", "tiny", code=1)
+    assert "cache/tiny/a" in out and "delete it" in out and "tiny/b" not in out
+    assert "https://localhost/a" in cli("data", "get", "tiny", code=1), "a damaged copy is fetched again"
+    assert "1 ok" in cli("data", "verify", "tiny") and not (data_book/"cache/tiny/a").exists()
 
 @pytest.mark.parametrize("text", ["{", "[[dataset]]\n", "x = 1\n", b"\xff"])
 def test_broken_registry_is_named(data_book, text):
@@ -752,3 +753,44 @@ def test_new_is_all_or_nothing(tmp_path, monkeypatch):
     other.write_bytes(whole[Path("data/papers/editing.toml")])
     assert files() == whole
     assert len(C.new("demo", "trust", tmp_path)) == 5
+
+
+def test_save_refuses_a_tree_with_uncommitted_changes(book):
+    import subprocess
+    git = lambda *a: subprocess.run(["git", "-C", str(book), *a], check=True, capture_output=True)
+    git("init", "-q")
+    git("add", "-A")
+    git("-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "-qm", "x")
+    (book/"settings.ini").write_text((book/"settings.ini").read_text() + "\n# changed\n")
+    assert "uncommitted changes" in cli("run", "demo", "--save", code=2)
+    assert not (book/"runs/smoke/demo.json").exists(), "refused before anything ran"
+
+
+FOLDED = "<details><summary>Solution</summary>\n\n```python\n{}\n```\n\n</details>"
+
+
+def with_page(book, *cells):
+    "A chapter `solved` whose cells are (type, source) pairs behind a parameters cell."
+    made = [dict(cell_type="markdown", id="t", metadata={}, source="# Solved")]
+    made.append(dict(cell_type="code", id="p", metadata=dict(tags=["parameters"]), source="seed = 0", outputs=[], execution_count=None))
+    for k, (kind, text) in enumerate(cells):
+        own = dict(outputs=[], execution_count=None) if kind == "code" else {}
+        made.append(dict(cell_type=kind, id=f"c{k}", metadata={}, source=text) | own)
+    kernel = dict(kernelspec=dict(name="python3", display_name="python3", language="python"))
+    page = book/"nbs/trust/07_solved.ipynb"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(json.dumps(dict(cells=made, metadata=kernel, nbformat=4, nbformat_minor=5)))
+    return page
+
+
+def test_folded_solutions_run_in_the_kernel_of_the_chapter_and_leave_no_cell(book):
+    with_page(book, ("code", "x = 20"), ("markdown", FOLDED.format("y = x + 1\nassert y == 21")), ("code", "print(y)"))
+    cli("run", "solved")
+    nb = json.loads((book/"runs/smoke/solved.ipynb").read_text())
+    assert [c["id"] for c in nb["cells"]] == ["t", "p", "c0", "c1", "c2"]
+    assert "21" in str(nb["cells"][-1]["outputs"])
+
+
+def test_a_wrong_solution_fails_the_chapter(book):
+    with_page(book, ("markdown", FOLDED.format("assert 1 == 2")))
+    assert "AssertionError" in cli("run", "solved", code=1)
