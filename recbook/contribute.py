@@ -8,6 +8,7 @@ import base64, keyword, re, sys
 from collections import Counter
 from pathlib import Path
 import nbformat
+from .claims import COLORS, is_stale
 from .run import PARTS, UsageError, bibliography, chapters, home, is_checkout, read_json, read_papers, records
 from .run import unknown, write_text
 if sys.version_info >= (3, 11):
@@ -16,14 +17,16 @@ else:
     import tomli as tomllib
 
 # %% auto #0
-__all__ = ['REPO', 'BOOK', 'COLAB', 'SKELETON', 'TESTS', 'EXAMPLE', 'TITLES', 'badge', 'published', 'scores', 'relative',
-           'picture', 'readme', 'front', 'new']
+__all__ = ['REPO', 'BOOK', 'COLAB', 'COUNTED', 'SKELETON', 'TESTS', 'EXAMPLE', 'TITLES', 'badge', 'published', 'scores',
+           'relative', 'picture', 'readme', 'front', 'new']
 
 # %% ../nbs/foundations/10_contribute.ipynb #3dd6b0e3
 REPO = "recbook/recbook" # on GitHub
 BOOK = "https://recbook.github.io/recbook" # the rendered book
-COLAB = ('#| hide\nif (f := __import__("importlib.util").util.find_spec)("google") and f("google.colab"): '
-    f'get_ipython().run_line_magic("pip", "install -q git+https://github.com/{REPO}")')
+COLAB = (
+    '#| hide\nif (f := __import__("importlib.util").util.find_spec)("google") and f("google.colab"):\n'
+    f'    get_ipython().run_line_magic("pip", "install -q git+https://github.com/{REPO}")'
+)
 
 def badge(
     path:str # of the notebook inside nbs/, like "trust/01_unlearning.ipynb"
@@ -37,7 +40,10 @@ def published(
     root:Path|None=None # the book's folder
 ) -> list[dict]: # run records that measured claims, profiles and areas in alphabetical order
     "What `data/results` holds, without the foundations."
-    return [r for r in records(root) if r["claims"]]
+    home_ = Path(root or home())
+    return [r | dict(stale=is_stale(r, home_)) for r in records(root) if r["claims"]]
+
+COUNTED = ("supported", "refuted", "negligible", "inconclusive")
 
 def scores(
     records:list[dict] # of `published`
@@ -46,17 +52,18 @@ def scores(
     if not records:
         return "No claim is published yet: `recbook run AREA --profile cpu --save` publishes the first."
     def row(r):
-        v = [c["verdict"] for c in r["claims"]]
+        v = [c["verdict"] for c in r["claims"] if c["verdict"] != "exact"]
         n = [
             len({c["paper"] for c in r["claims"]}),
             len(v),
-            *(v.count(x) for x in ("supported", "refuted", "inconclusive")),
+            *(v.count(x) for x in COUNTED),
         ]
-        return f"| {r['area']} | {r['profile']} | " + " | ".join(map(str, n)) + " |"
+        profile = r["profile"] + " (older code)" * bool(r.get("stale"))
+        return f"| {r['area']} | {profile} | " + " | ".join(map(str, n)) + " |"
 
     head = [
-        "| chapter | profile | papers | measured | supported | refuted | inconclusive |",
-        "| --- | --- | --: | --: | --: | --: | --: |",
+        f"| chapter | profile | papers | measured | {' | '.join(COUNTED)} |",
+        "| --- | --- | --: | --: | --: | --: | --: | --: |",
     ]
     return "\n".join(head + [row(r) for r in records])
 
@@ -66,7 +73,7 @@ def relative(
 ) -> list[dict]: # label, effect, low, high (shares of the value compared with, positive = the claim's way), verdict
     "Effects on one scale; claims without an interval or measured against zero are left out."
     rows = []
-    for c in claims:
+    for c in (c for c in claims if c["verdict"] != "exact"):
         b, (lo, hi) = abs(sum(c["theirs"])/len(c["theirs"])), c["ci"]
         if lo is None or hi is None or not b:
             continue
@@ -97,7 +104,8 @@ def picture(
     from recbook.plots import theme
     theme()
     ax = plt.figure(figsize=(6.5, 1.2+.2*len(rows))).gca()
-    for v, color in dict(supported="#029e73", refuted="#d55e00", inconclusive="#949494").items():
+    for v in COUNTED:
+        color = COLORS[v]
         at = [i for i,r in enumerate(rows) if r["verdict"] == v]
         bars = [[rows[i]["effect"]-rows[i]["low"] for i in at], [rows[i]["high"]-rows[i]["effect"] for i in at]]
         if at:
@@ -108,7 +116,7 @@ def picture(
     )
     ax.set_xscale("symlog", linthresh=.1)
     ax.invert_yaxis()
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:+.0%}" if x else "0")
     return ax
 

@@ -397,7 +397,7 @@ def table(nb):
 
 def test_scoreboard_lists_every_paper(book):
     rows = table(read_json(book/"scoreboard.ipynb"))
-    assert len({r[1] for r in rows}) == len({p["name"] for p in papers().values()}) and all(len(r) == 12 for r in rows)
+    assert len({r[1] for r in rows}) == len({p["name"] for p in papers().values()}) and all(len(r) == 13 for r in rows)
 
 
 def test_scoreboard_with_results(tmp_path):
