@@ -14,7 +14,7 @@ from scipy.special import expit, log_softmax
 from .data import Interactions, whole_number
 
 # %% auto #0
-__all__ = ['CUES', 'finite', 'World', 'aspect', 'unique_titles', 'exercises']
+__all__ = ['CUES', 'ASPECTS', 'finite', 'World', 'aspect', 'unique_titles', 'exercises']
 
 # %% ../nbs/foundations/02_world.ipynb #17910f6e
 CUES = dict(  # attribute -> value -> cue words used in titles and reviews
@@ -98,11 +98,20 @@ class World:
         "The random stream of the aspect `name`: independent of all others, equal in every process."
         return np.random.default_rng([self.seed, zlib.crc32(name.encode())])
 
+    def fingerprint(self) -> dict:
+        "What decides this world: everything but what has been built already (see `provenance.digest`)."
+        return {k: v for k, v in vars(self).items() if k != "_built"}
+
     def __repr__(self): return f"World(seed={self.seed}, {self.n_users} users x {self.n_items} items, rho={self.rho})"
 
 # %% ../nbs/foundations/02_world.ipynb #99ccfd81
+ASPECTS = {} # name of an aspect -> the module that defines it
+
 def aspect(f):
     "Make the method `f(self, rng)` an aspect: built once per world from the random stream that bears its name."
+    other = ASPECTS.setdefault(f.__name__, f.__module__)
+    if other != f.__module__ and "__main__" not in (other, f.__module__): # a chapter run as a notebook defines its own again
+        raise ValueError(f"World has an aspect {f.__name__!r} already, from {other}. Fix: another name")
     @wraps(f)
     def build(self):
         if f.__name__ not in self._built:

@@ -103,6 +103,8 @@ def test_workflow_is_valid(name):
 def test_workflows_do_what_they_are_for():
     read = lambda n: yaml.safe_load((ROOT/f".github/workflows/{n}.yml").read_text())
     assert read("ci")["jobs"]["test"]["strategy"]["matrix"]["python"] == ["3.10", "3.11", "3.12", "3.13"]
+    parts = read("ci")["jobs"]["smoke"]["strategy"]["matrix"]["part"]
+    assert set(parts) == {f.parent.name for f in (ROOT/"nbs").glob("*/[0-9]*.ipynb")}, "smoke runs every part"
     assert "self-hosted" in read("gpu")["jobs"]["run"]["runs-on"] and list(read("gpu")[True]) == ["workflow_dispatch"]
     assert any("quarto-actions" in s.get("uses", "") for s in read("book")["jobs"]["build"]["steps"])
 

@@ -141,3 +141,23 @@ def test_how_many_is_a_whole_number():
     ):
         with pytest.raises(ValueError, match="whole number"):
             call()
+
+
+def test_an_aspect_name_is_taken_once():
+    from recbook.world import aspect
+    def made(name, module):
+        def f(self, rng): return 0
+        f.__name__, f.__module__ = name, module
+        return f
+    aspect(made("only_here", "a"))
+    aspect(made("only_here", "a"))
+    with pytest.raises(ValueError, match="from a"):
+        aspect(made("only_here", "b"))
+
+
+def test_a_world_is_the_same_before_and_after_it_is_looked_at():
+    from recbook.provenance import digest
+    w = World(0, 50, 40, clicks_per_user=5)
+    before = digest(w)
+    w.interactions
+    assert digest(w) == before == digest(World(0, 50, 40, clicks_per_user=5)) != digest(World(1, 50, 40, clicks_per_user=5))
