@@ -265,7 +265,7 @@ def notes(r):
 def card(r):
     "The record `r` as an HTML card; its text keeps the page's colours, so that it can be read on light and dark."
     head = (
-        f'<div class="recbook-claim recbook-{r["verdict"]}" id="claim-{r["id"]}" style="border-left:5px solid {COLORS[r["verdict"]]};padding:.3em .8em;margin:.4em 0">'
+        f'<div class="rb-card rb-{r["verdict"]}" id="claim-{r["id"]}" style="border-left:5px solid {COLORS[r["verdict"]]};padding:.3em .8em;margin:.4em 0">'
         f'<b>{MARKS[r["verdict"]]} {label(r)}</b> <span style="font-family:monospace">{r["id"]}</span> on {r["dataset"]}: {r["statement"]}'
     )
     paper = f"<br><small>Paper: {said(r)}</small>" if said(r) else ""

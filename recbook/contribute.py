@@ -196,8 +196,11 @@ COLAB
 @@ parameters
 seed = 0
 n_seeds = 2
+n_tuning_seeds = 2
 n_users = 200
 n_items = 200
+shrinkage = [0.0, 5.0, 20.0]
+jobs = 1
 @@
 #| export
 from __future__ import annotations
@@ -205,12 +208,13 @@ import numpy as np
 from recbook.data import Interactions
 @@
 #| hide
-import matplotlib.pyplot as plt, pandas as pd
+import matplotlib.pyplot as plt
 from fastcore.test import test_eq
-from recbook.claims import claim, ledger
+from recbook.claims import ledger, measure
 from recbook.data import ratio_split
-from recbook.metrics import evaluate, table
+from recbook.metrics import table
 from recbook.plots import compare, theme
+from recbook.trials import Case, Method, over_seeds, per_seed, ranked, tune
 from recbook.world import World
 theme()
 @@ md
@@ -235,38 +239,45 @@ A few items have many clicks. Say here what your papers make of that.
 
 Two or three sentences: what the papers before this one could not do, and what this one changes. Then the equation, with the symbols the code uses:
 
-$$s_{ui} = n_i$$ {#eq-AREA-SLUG}
+$$s_{ui} = \frac{n_i}{n_i+\lambda}$$ {#eq-AREA-SLUG}
 @@
 #| exports
 def popularity(
-    x:Interactions # training data
+    x:Interactions, # training data
+    shrink:float=0. # lambda
 ) -> np.ndarray: # (n_users, n_items) scores
-    "Every user gets the items' click counts (your paper, eq. 1)."
-    n = np.bincount(x.df.item, minlength=x.n_items)
-    return np.tile(n.astype(np.float32), (x.n_users, 1))
+    "Every user gets the items' shrunken click counts (your paper, eq. 1); without shrinkage the counts themselves."
+    n = np.bincount(x.df.item, minlength=x.n_items).astype(np.float32)
+    return np.tile(n/(n + shrink) if shrink else n, (x.n_users, 1))
 @@ md
-The scores of one user add up to the number of clicks:
+Without shrinkage the scores of one user add up to the number of clicks:
 @@
 test_eq(popularity(train)[0].sum(), len(train.df))
 @@ md
 ## Side by side {#sec-AREA-compare}
 
-The method and what it improves on, over seeds, each seed with its own split.
+A method is a function of a case, a seed and settings ([how to compare fairly](../foundations/12_trials.ipynb)). Give each as many settings, and a rival that is as simple as can be.
 @@
-def run(s):
-    train, _, test = ratio_split(World(s, n_users, n_items).interactions, seed=s)
-    S = dict(popular=popularity(train), random=np.random.default_rng(s).random((n_users, n_items), dtype=np.float32))
-    return [dict(seed=s, method=m, recall=evaluate(table(x), test, train)["recall@20"].mean()) for m, x in S.items()]
+def world_split(s):
+    "Each seed is another world with its own split."
+    return ratio_split(World(s, n_users, n_items).interactions, seed=s)
 
-seeds = list(range(seed, seed+n_seeds))
-df = pd.DataFrame([r for s in seeds for r in run(s)])
-value = lambda m: df[df.method == m].recall.to_numpy()
-df.groupby("method").recall.mean().round(3)
+def popular(split, s, shrink): return ranked(table(popularity(split.train, shrink)), split)
+
+def random(split, s):
+    "Anything works better than this, or it does not work."
+    return ranked(table(np.random.default_rng(s).random((n_users, n_items), dtype=np.float32)), split)
+@@
+methods = [Method("popular", popular, dict(shrink=shrinkage), limits=dict(shrink=(0, np.inf))), Method("random", random, role="rival")]
+world, seeds = Case("world", world_split), list(range(seed, seed+n_seeds))
+tuned = tune(methods, [world], [1000+s for s in range(n_tuning_seeds)], jobs=jobs)
+df = over_seeds(methods, [world], seeds, tuned, jobs=jobs)
+per_seed(df).groupby("method")["recall@20"].mean().round(3)
 @@
 #| label: fig-AREA-compare
 #| fig-cap: "Recall@20 over seeds, with 95 % intervals."
 #| fig-alt: "Two points with intervals, one for each method; a dot for each seed."
-compare(df, "recall");
+compare(per_seed(df), "recall@20");
 @@ md
 Say what to see: which method is higher, and whether the intervals are apart.
 
@@ -274,28 +285,28 @@ Say what to see: which method is higher, and whether the intervals are apart.
 
 Each claim stands in `data/papers/AREA.toml`. You measure both systems; the interval picks the verdict.
 @@
-made = [claim(c, value("popular"), value("random"), seeds=seeds) for c in CLAIMS]
+made = measure(df, CLAIMS, "world")
 @@ md
 ## What we learned {#sec-AREA-learned}
 
 Where it held, where not, and why.
 @@
-ledger(made).drop(columns=["metric", "paper"]).round(4)
+ledger(made)[["claim", "statement", "effect", "low", "high", "verdict", "notes"]].round(4)
 @@ md
 ## Exercises
 
 1. What does `popularity` give to an item that nobody has touched?
 
-::: {.callout-note collapse="true"}
-
-## Solution
+<details><summary>Solution</summary>
 
 Zero: its count is zero for every user.
-@@
+
+```python
 few = Interactions(train.df[train.df.item != 0], train.n_users, train.n_items)
 test_eq(popularity(few)[:, 0].max(), 0)
-@@ md
-:::
+```
+
+</details>
 """
 
 TESTS = '''"AREA: invariants against independent oracles."
@@ -317,6 +328,7 @@ statement = "Example to replace: popular items rank better than random ones."
 metric = "recall@20"
 ours = "popular"
 theirs = "random"
+smallest = 0.01 # effects below it are negligible; written before the first run
 '''
 
 def _catalogue(area, root):

@@ -6,8 +6,9 @@ import nbformat, numpy as np, pytest
 from tiny_book import BROKEN, DEMO, PLAIN, cli, no_nan, write_page
 
 from recbook import run as R
+from recbook.data import root
 
-ROOT = Path(R.__file__).resolve().parents[1]
+ROOT = Path(root())
 ENV = os.environ | dict(PYTHONPATH=str(ROOT), NO_COLOR="1")
 
 def command(*args, cwd, env=(), **kw):
