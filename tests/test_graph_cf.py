@@ -3,24 +3,8 @@ import json, subprocess, sys
 import networkx as nx
 import numpy as np, pandas as pd, pytest, scipy.sparse as sp, torch
 import torch.nn.functional as F
-from recbook.collaborative.graph_cf import (
-    MF,
-    NGCF,
-    LightGCN,
-    Smooth,
-    SymMM,
-    adjacency,
-    bpr_loss,
-    closeness,
-    drop_nodes,
-    gte,
-    path_weights,
-    popularity,
-    sparse_tensor,
-    sym_norm,
-    train_bpr,
-    uniform_negatives,
-)
+from recbook.baselines import MF, bpr_loss, popularity, train_bpr, uniform_negatives
+from recbook.collaborative.graph_cf import NGCF, LightGCN, Smooth, SymMM, adjacency, closeness, drop_nodes, gte, path_weights, sparse_tensor, sym_norm
 from recbook.data import Interactions, ratio_split
 from recbook.metrics import dot, evaluate, recommend
 from recbook.training import set_seed
@@ -306,7 +290,8 @@ def test_popularity_recommends_the_most_clicked(train):
 def test_the_graph_trains_on_two_processes(tmp_path):
     (tmp_path/"two.py").write_text('''
 from recbook.world import World
-from recbook.collaborative.graph_cf import LightGCN, adjacency, sparse_tensor, sym_norm, train_bpr
+from recbook.baselines import train_bpr
+from recbook.collaborative.graph_cf import LightGCN, adjacency, sparse_tensor, sym_norm
 from recbook.training import set_seed
 x = World(0, 60, 40, clicks_per_user=6).interactions
 set_seed(0); m = LightGCN(sparse_tensor(sym_norm(adjacency(x))), x.n_users, dim=8)

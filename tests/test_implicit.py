@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from scipy.special import expit
 from scipy.stats import chisquare, norm
 from sklearn.metrics import mutual_info_score
-from recbook.collaborative.graph_cf import MF, LightGCN, adjacency, sparse_tensor, sym_norm
+from recbook.baselines import MF
+from recbook.collaborative.graph_cf import LightGCN, adjacency, sparse_tensor, sym_norm
 from recbook.collaborative.implicit import (
     NBPO,
     BiasMF,

@@ -7,7 +7,8 @@ from scipy.spatial.distance import jensenshannon
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
-from recbook.collaborative.graph_cf import LightGCN, bpr_loss, horner
+from recbook.baselines import bpr_loss
+from recbook.collaborative.graph_cf import LightGCN, horner
 from recbook.gradients import dense, flatten, grad_of, hvp, params_of
 from recbook.lm import lora, mark_ids, nano_tokenizer
 from recbook.trust import unlearning as U

@@ -8,103 +8,19 @@ import warnings
 import numpy as np, pandas as pd, scipy.sparse as sp, torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from ..baselines import MF, bpr_loss, clicked, popularity, train_bpr, uniform_negatives
 from ..data import Interactions, canonical, whole_number
 from ..metrics import Scorer, dot, evaluate, recommend
 from ..training import batches, eval_mode, fit, set_seed
 from ..world import World
 
 # %% auto #0
-__all__ = ['UNKNOWN', 'popularity', 'MF', 'bpr_loss', 'uniform_negatives', 'clicked', 'train_bpr', 'adjacency', 'sym_norm',
-           'sparse_tensor', 'check_graph', 'SymMM', 'NGCF', 'drop_nodes', 'Smooth', 'horner', 'LightGCN',
-           'path_weights', 'gte', 'two_steps', 'closeness', 'successive_pairs', 'random_neighbour', 'visit_counts',
-           'top_neighbours', 'uniform_neighbours', 'equal_weights', 'Convolve', 'relu_linear', 'PinSage',
-           'computation_graph', 'embed_all', 'max_margin', 'personalised_pagerank', 'hard_negatives', 'curriculum',
-           'PinBatches', 'pin_loss', 'pair_ranks', 'scaled_mrr', 'power_law_graph', 'neighbour_batches',
+__all__ = ['UNKNOWN', 'adjacency', 'sym_norm', 'sparse_tensor', 'check_graph', 'SymMM', 'NGCF', 'drop_nodes', 'Smooth', 'horner',
+           'LightGCN', 'path_weights', 'gte', 'two_steps', 'closeness', 'successive_pairs', 'random_neighbour',
+           'visit_counts', 'top_neighbours', 'uniform_neighbours', 'equal_weights', 'Convolve', 'relu_linear',
+           'PinSage', 'computation_graph', 'embed_all', 'max_margin', 'personalised_pagerank', 'hard_negatives',
+           'curriculum', 'PinBatches', 'pin_loss', 'pair_ranks', 'scaled_mrr', 'power_law_graph', 'neighbour_batches',
            'reverse_pagerank', 'pack', 'unpack', 'next_reuse', 'SharedCache', 'VictimBuffer', 'distinct_nodes', 'serve']
-
-# %% ../../nbs/collaborative/01_graph_cf.ipynb #207d4cc0
-def popularity(
-    train:Interactions,
-    ) -> Scorer:
-    "Score every item by its number of training interactions."
-    counts = torch.from_numpy(np.bincount(train.item, minlength=train.n_items).astype(np.float64)) # exact, however many
-    return lambda u: counts.expand(len(u), -1)
-
-# %% ../../nbs/collaborative/01_graph_cf.ipynb #42b3c7e3
-class MF(nn.Module):
-    "Matrix factorisation: one vector for each user and item (BPR-MF of Rendle et al. 2009 when trained with `bpr_loss`)."
-    def __init__(self,
-        n_users:int, n_items:int,
-        dim:int=64): # embedding width d
-        super().__init__()
-        self.n_users,self.E0 = n_users,nn.Parameter(torch.randn(n_users+n_items, dim)*.1)
-    def forward(self) -> tuple[Tensor, Tensor]: # (n_users, d), (n_items, d)
-        return self.E0.split([self.n_users, len(self.E0)-self.n_users])
-
-# %% ../../nbs/collaborative/01_graph_cf.ipynb #774a4dd4
-def bpr_loss(
-    model:nn.Module, # model() gives (n_users, d), (n_items, d); model.E0 holds the layer-0 rows
-    batch, # u, i, j: users, clicked items, negatives, each (b,)
-    l2:float=1e-4, # weight lambda of the layer-0 rows in the batch
-    ) -> Tensor: # scalar
-    "BPR with L2 on the layer-0 rows of the batch (LightGCN, eq. 15; softplus(x) = -ln sigmoid(-x))."
-    u, i, j = batch
-    U, I = model()
-    eu = F.embedding(u, U)
-    rank = F.softplus((eu*(F.embedding(j, I) - F.embedding(i, I))).sum(1)).mean()
-    rows = F.embedding(torch.cat([u, model.n_users+i, model.n_users+j]), model.E0)
-    return rank + l2*rows.square().sum()/(2*len(u))
-
-# %% ../../nbs/collaborative/01_graph_cf.ipynb #d9ecea6e
-def uniform_negatives(
-    train:Interactions,
-    seed:int=0,
-    ): # (u, i) tensors -> (u, i, j)
-    "A `sample` function for `batches`: one uniform negative for each positive, never a training item of that user."
-    n, g = train.n_items, torch.Generator().manual_seed(seed)
-    keys = torch.from_numpy(np.unique(train.user*n + train.item))
-    if (full := np.bincount(train.user, minlength=train.n_users).max()) >= n:
-        raise ValueError(f"a user has all {full} items: no negative exists; drop that user")
-    def sample(u, i):
-        j = torch.randint(n, u.shape, generator=g)
-        while (bad := clicked(keys, u*n + j)).any():
-            j[bad] = torch.randint(n, (int(bad.sum()),), generator=g)
-        return u, i, j
-    return sample
-
-# %% ../../nbs/collaborative/01_graph_cf.ipynb #a6e83975
-def clicked(keys, asked):
-    "Which of the pair numbers `asked` are among the sorted `keys`."
-    return keys[torch.searchsorted(keys, asked).clamp(max=len(keys)-1)] == asked
-
-# %% ../../nbs/collaborative/01_graph_cf.ipynb #1b38d466
-def train_bpr(
-    model:nn.Module,
-    train:Interactions,
-    valid:Interactions|None=None, # for early stopping on recall@20; none: train to the end
-    epochs:int=50,
-    batch_size:int=1024,
-    lr:float=5e-3,
-    l2:float=1e-4,
-    seed:int=0,
-    k:int=20,
-    **kwargs, # for `fit`
-    ) -> pd.DataFrame: # history
-    "Train a model with `bpr_loss` and one uniform negative for each click."
-    loader = batches(train.user, train.item, batch_size=batch_size, sample=uniform_negatives(train, seed), seed=seed)
-    if valid is not None:
-        kwargs = (
-            dict(
-                evaluate=lambda m: (
-                    evaluate(dot(*m()), valid, train, k=k).mean()[[f"recall@{k}", f"ndcg@{k}"]].to_dict()
-                ),
-                monitor=f"recall@{k}",
-                every=5,
-                patience=3,
-            )
-            | kwargs
-        )
-    return fit(model, lambda m, b: bpr_loss(m, b, l2), loader, epochs=epochs, lr=lr, seed=seed, **kwargs)
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #392f1168
 def adjacency(

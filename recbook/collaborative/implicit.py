@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from scipy.sparse import csr_matrix
 from scipy.special import expit
 from torch import Tensor, nn
-from .graph_cf import clicked
+from ..baselines import clicked
 from ..data import Interactions, new_pairs
 from ..metrics import dot, evaluate
 from ..training import batches, eval_mode, fit, set_seed

@@ -12,7 +12,8 @@ import numpy as np, pandas as pd, scipy.sparse as sp, torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from ..collaborative.graph_cf import LightGCN, Smooth, SymMM, horner, sparse_tensor, sym_norm, uniform_negatives
+from ..baselines import uniform_negatives
+from ..collaborative.graph_cf import LightGCN, Smooth, SymMM, horner, sparse_tensor, sym_norm
 from ..data import Interactions
 from ..gradients import add_, flatten, ggn_vp, grad_of, hvp, params_of, solve
 from ..lm import active_adapter, context_limit, label_ids, lora, merge, padded, prompt_ids, takes, virtual_tokens

@@ -10,7 +10,8 @@ import os, resource, sys, json, numpy as np, pandas as pd, torch
 from time import perf_counter
 from recbook.data import Interactions, given_split, load
 from recbook.metrics import dot, evaluate
-from recbook.collaborative.graph_cf import MF, NGCF, LightGCN, adjacency, sparse_tensor, sym_norm, train_bpr
+from recbook.baselines import MF, train_bpr
+from recbook.collaborative.graph_cf import NGCF, LightGCN, adjacency, sparse_tensor, sym_norm
 def graph():
     if os.environ.get("RECBOOK_MIRROR"): s = given_split(load("gowalla")); return s.train, s.test
     rng = np.random.default_rng(0); n, m, e = 29_858, 40_981, 1_100_000
