@@ -23,9 +23,10 @@ __all__ = ['VERSIONS', 'nbpo_weights', 'original', 'surrogate', 'hybrid', 'no_fl
            'wmf_loss', 'RandomPairs', 'train_pairs', 'exposure_posterior', 'weighted_least_squares', 'expomf',
            'item_propensity', 'dcg', 'rejecting', 'from_cdf', 'fixed_sampler', 'pair_scores', 'dns_sampler',
            'SortedFactors', 'aobpr_sampler', 'inbatch_sampler', 'sampled_bpr', 'row_norms', 'fit_clicks',
-           'train_sampled', 'mixture_loss', 'held_out_loss', 'search_gradient', 'SamplerSearch', 'one_of_each',
-           'auto_sample', 'search_stage', 'mutual_information', 'field_relatedness', 'view_mask', 'related_fields',
-           'ItemTower', 'TwoTower', 'batch_softmax', 'SelfSupervision', 'train_two_tower']
+           'train_sampled', 'mixture_loss', 'check_simplex', 'held_out_loss', 'search_gradient', 'SamplerSearch',
+           'one_of_each', 'auto_sample', 'search_stage', 'noisy_copy', 'mutual_information', 'field_relatedness',
+           'view_mask', 'related_fields', 'ItemTower', 'TwoTower', 'batch_softmax', 'SelfSupervision',
+           'train_two_tower']
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #0000000c
 def nbpo_weights(
@@ -34,7 +35,7 @@ def nbpo_weights(
     clicked:bool, # the observed label of these pairs
     version:str="hybrid", # "hybrid" (NBPO), "original" (NBPOo), "surrogate" (NBPOs) or "bpo" (no flips)
     ):  # (weight of d(U.V), weight of d(P.Q)), to be ascended
-    "Derivatives of NBPO's objective by the two inner products of a pair (Yu & Qin 2020; hybrid: their reported update)."
+    "Derivatives of NBPO's objective by a pair's two inner products (Yu & Qin 2020; hybrid: their reported update)."
     if version not in VERSIONS:
         raise ValueError(f"version={version!r}: must be one of {list(VERSIONS)}")
     return VERSIONS[version](s, g, clicked)
@@ -65,7 +66,7 @@ def nbpo_loss(
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #00000013
 def free_items(keys, n_items, users, draw):
-    "Draw items with `draw(rows)` (rows: positions to fill) until none is known; `keys`: sorted pair numbers u*n_items+i."
+    "Draw items with `draw(rows)` (rows: what to fill) until none is known; `keys`: sorted pair numbers u*n_items+i."
     j, rows = torch.empty(users.shape, dtype=torch.long), torch.ones(users.shape, dtype=torch.bool)
     for _ in range(1000):
         j[rows] = draw(rows)
@@ -76,7 +77,7 @@ def free_items(keys, n_items, users, draw):
         "the proposal covers nothing but clicks")
 
 def click_keys(train, exclude=None):
-    "Sorted pair numbers of the clicks of `train` and of `exclude`; a user with every item has no negative and is refused."
+    "Sorted pair numbers of the clicks of `train` and `exclude`; a user with every item has no negative: refused."
     parts = [train] + ([exclude] if exclude is not None else [])
     keys = np.unique(np.concatenate([x.user*train.n_items + x.item for x in parts]))
     if (full := np.bincount(keys//train.n_items).max()) >= train.n_items:
@@ -85,7 +86,7 @@ def click_keys(train, exclude=None):
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #0404fbf6
 class NBPO:
-    "Matrix factorisation with learned label flips, by ascent on batch sums (Yu & Qin 2020); 'bpo' and 'bpr' are its baselines."
+    "Matrix factorisation with learned label flips, by ascent on batch sums (Yu & Qin 2020); and its baselines."
     def __init__(self,
         n_users:int, n_items:int,
         version:str="hybrid", # see `nbpo_weights`; also "bpr"
@@ -274,7 +275,7 @@ def exposure_posterior(
     return np.where(Y > 0, 1., like/(like + 1 - mu))
 
 def weighted_least_squares(P, Y, V, lam, lam_y=1.):
-    "Rows $u=(\\lambda I+\\lambda_y\\sum_ip_{ui}V_iV_i^\\top)^{-1}\\lambda_y\\sum_ip_{ui}y_{ui}V_i$, all at once: (n, d)."
+    "Rows $(\\lambda I+\\lambda_y\\sum_ip_{ui}V_iV_i^\\top)^{-1}\\lambda_y\\sum_ip_{ui}y_{ui}V_i$, all at once: (n, d)."
     n, d = V.shape
     A = lam_y*(P @ np.einsum("ik,il->ikl", V, V).reshape(n, d*d)).reshape(-1, d, d) + lam*np.eye(d)
     return np.linalg.solve(A, lam_y*((P*Y) @ V)[..., None])[..., 0]
@@ -312,8 +313,8 @@ def dcg(
     scores, gain, mask, # (n_users, n_items): predictions, what each item is worth, which items are ranked
     k:int=5,
     ) -> float:
-    "Mean DCG@k over users who have something to gain; with gain = clicks/propensity it is the unbiased estimate used for model selection."
-    scores, gain, mask = (torch.as_tensor(x) for x in (scores, gain, mask))
+    "Mean DCG@k over users with something to gain; with gain = clicks/propensity an unbiased estimate for selection."
+    scores, gain, mask = map(torch.as_tensor, (scores, gain, mask))
     gain = torch.where(mask.bool(), gain.float(), 0.)
     top = torch.where(mask.bool(), scores.float(), -torch.inf).topk(k, 1).indices
     users = gain.sum(1) > 0
@@ -323,7 +324,7 @@ def dcg(
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #7e3a8375
 def rejecting(train, n, propose, exclude=None):
-    "A sampler (users, pos, model) -> (B, n) that draws again what is known; `propose(u, pos, model)` gives `draw(rows)`."
+    "A sampler (users, pos, model) -> (B, n) that draws again what is known; `propose` gives `draw(rows)`."
     if n < 1:
         raise ValueError(f"n={n}: at least one negative")
     keys = click_keys(train, exclude)
@@ -332,7 +333,8 @@ def rejecting(train, n, propose, exclude=None):
         return free_items(keys, train.n_items, u, propose(u, pos.cpu(), model)).view(-1, n).to(users.device)
     return sampler
 
-def from_cdf(cdf, n, g): return torch.searchsorted(cdf, torch.rand(n, generator=g, dtype=torch.double)).clamp(max=len(cdf)-1)
+def from_cdf(cdf, n, g):
+    return torch.searchsorted(cdf, torch.rand(n, generator=g, dtype=torch.double)).clamp(max=len(cdf)-1)
 
 def fixed_sampler(
     train:Interactions,
@@ -423,7 +425,8 @@ def inbatch_sampler(
         tries = iter(range(10**6))
         def draw(rows):
             k = int(rows.sum())
-            return torch.randint(m, (k,), generator=g) if next(tries) >= 20 else pos[torch.randint(len(pos), (k,), generator=g)]
+            pool = pos if next(tries) < 20 else torch.arange(m)
+            return pool[torch.randint(len(pool), (k,), generator=g)]
         return draw
     return rejecting(train, n, propose, exclude)
 
@@ -459,7 +462,8 @@ def train_sampled(
     **kwargs, # for `fit_clicks`: batch_size, device, evaluate, ...
     ) -> pd.DataFrame: # history
     "Train with BPR on a sampler's negatives."
-    return fit_clicks(model, train, lambda m, b: sampled_bpr(m, b, sampler, l2), steps=steps, lr=lr, seed=seed, **kwargs)
+    loss = lambda m, b: sampled_bpr(m, b, sampler, l2)
+    return fit_clicks(model, train, loss, steps=steps, lr=lr, seed=seed, **kwargs)
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #d1d458a0
 def mixture_loss(
@@ -469,14 +473,17 @@ def mixture_loss(
     alpha:Tensor, # (N,) on the simplex
     instance:bool=True, # mix negatives (the approximation) or losses (exact)
     ) -> Tensor:  # scalar
-    "BPR against a mixture of samplers, by the loss-to-instance approximation or exactly (after Lyu et al. 2023; form inferred)."
-    if not ((alpha >= 0).all() and abs(alpha.detach().sum().item() - 1) < 1e-3):
-        raise ValueError(f"alpha={alpha.tolist()}: shares must be positive and sum to 1")
+    "BPR against a mixture of samplers, loss-to-instance or exact (after Lyu et al. 2023; form inferred)."
+    check_simplex(alpha)
     eu = F.embedding(u, U)
     pos = (eu*F.embedding(i, I)).sum(1)
     if instance:
         return F.softplus((eu*torch.einsum("bnd,n->bd", F.embedding(J, I), alpha)).sum(1) - pos).mean()
     return (F.softplus(torch.einsum("bd,bnd->bn", eu, F.embedding(J, I)) - pos[:, None]) @ alpha).mean()
+
+def check_simplex(alpha):
+    if not ((alpha >= 0).all() and abs(alpha.detach().sum().item() - 1) < 1e-3):
+        raise ValueError(f"alpha={alpha.tolist()}: shares must be positive and sum to 1")
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #4e7263e5
 def held_out_loss(model, held):
@@ -495,7 +502,7 @@ def search_gradient(
     tau:float=1.,
     eps:float=.01, # finite-difference step, relative to the gradient's norm
     ) -> tuple[Tensor, float]:  # (N,) gradient of the validation loss after one unit step, validation loss
-    "How the validation loss would change with the mixture, one step ahead (first order in the step, finite differences)."
+    "How the validation loss changes with the mixture, one step ahead (first order in the step, finite differences)."
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     with eval_mode(model):
         val = held_out_loss(model, held)
@@ -511,7 +518,7 @@ def search_gradient(
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #39c95034
 class SamplerSearch:
-    "A mixture of samplers that moves to lower a validation loss, its temperature falling (after Lyu et al. 2023; reconstruction)."
+    "A mixture of samplers that moves to lower a validation loss (after Lyu et al. 2023; reconstruction)."
     def __init__(self,
         samplers:dict[str, Callable], # name -> sampler with n=1
         held:Interactions, # held-out clicks
@@ -542,11 +549,16 @@ def one_of_each(samplers, u, i, U, I):
     return J
 
 @patch
+def held_batch(self:SamplerSearch, device):
+    "Held-out clicks and random items for the validation softmax."
+    v, j = self.held[:, torch.randint(self.held.shape[1], (128,), generator=self.g)].to(device)
+    return v, j, torch.randint(self.n_items, (self.n_val,), generator=self.g).to(device)
+
+@patch
 def move(self:SamplerSearch, model, u, i, J):
     "One step of the mixture, on a fresh validation batch."
-    v, j = self.held[:, torch.randint(self.held.shape[1], (128,), generator=self.g)].to(u.device)
-    K = torch.randint(self.n_items, (self.n_val,), generator=self.g).to(u.device)
-    grad, val = search_gradient(model, (u, i, J), (v, j, K), self.a.to(u.device), self.temperature)
+    held = self.held_batch(u.device)
+    grad, val = search_gradient(model, (u, i, J), held, self.a.to(u.device), self.temperature)
     self.a.grad = grad.to(self.a)
     self.opt.step()
     self.history.append(dict(step=self.t, val=val) | dict(zip(self.samplers, self.alpha().tolist())))
@@ -565,13 +577,13 @@ def loss(self:SamplerSearch, model, batch, l2=1e-3):
 def auto_sample(
     model:nn.Module,
     train:Interactions,
-    valid:Interactions, # held-out clicks for the search; give them to the samplers as `exclude`, or they turn up as negatives
+    valid:Interactions, # held-out clicks for the search; the samplers should `exclude` them
     samplers:dict[str, Callable], # name -> sampler with n=1
     steps:int=300, # of both stages together
     search:float=.4, # share of the steps that search
     warm:bool=True, # go on from the searched model; False: start over, with all `steps`
     seed:int=0,
-    **kwargs, # stride, lr_a, tau, n_val for `SamplerSearch`; lr, l2, batch_size, device, evaluate, ... for `train_sampled`
+    **kwargs, # stride, lr_a, tau, n_val for `SamplerSearch`; lr, l2, batch_size, ... for `train_sampled`
     ): # name of the chosen sampler, history of alpha (a row a mixture step), history of the second stage
     "Search a sampler while training, then go on with it (after Lyu et al. 2023; reconstruction)."
     if both := len(valid) - len(new_pairs(valid, train)):
@@ -598,11 +610,15 @@ def item_fields(self:World, rng) -> pd.DataFrame:
     out = {}
     for a in ("mood", "genre", "setting"):
         truth = pd.factorize(self.items[a], sort=True)[0]
-        for k, (values, noise) in enumerate(((6, .05), (12, .15), (24, .25))):
-            recode = rng.integers(values, size=(truth.max()+1, 2)) # each attribute value goes by two names
-            code = recode[truth, rng.integers(2, size=len(truth))]
-            out[f"{a}{k+1}"] = np.where(rng.random(len(truth)) < noise, rng.integers(values, size=len(truth)), code)
+        for k, (n_values, noise) in enumerate(((6, .05), (12, .15), (24, .25))):
+            out[f"{a}{k+1}"] = noisy_copy(truth, n_values, noise, rng)
     return pd.DataFrame(out | dict(id=np.arange(self.n_items)))
+
+def noisy_copy(truth, n_values, noise, rng):
+    "Codes renamed, each to one of two names, and a share `noise` of them drawn at random."
+    names = rng.integers(n_values, size=(truth.max()+1, 2))
+    code = names[truth, rng.integers(2, size=len(truth))]
+    return np.where(rng.random(len(truth)) < noise, rng.integers(n_values, size=len(truth)), code)
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #de63c502
 def mutual_information(
@@ -620,7 +636,7 @@ def mutual_information(
 def field_relatedness(
     fields:pd.DataFrame, # one column a field
     ) -> np.ndarray:  # (k, k), zero diagonal
-    "Mutual information of every pair of fields, divided by the smaller entropy so that an id does not look related to everything."
+    "Mutual information of every pair of fields over the smaller entropy; an id is related to nothing."
     H = [mutual_information(fields[c], fields[c]) for c in fields]
     M = np.zeros((len(H), len(H)))
     for i, a in enumerate(fields):
