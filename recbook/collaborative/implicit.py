@@ -5,26 +5,28 @@
 # %% ../../nbs/collaborative/02_implicit.ipynb #00000004
 from __future__ import annotations
 from collections.abc import Callable
-from time import perf_counter
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from scipy.sparse import csr_matrix
 from scipy.special import expit
 from torch import Tensor, nn
+from torch.func import functional_call
 from ..baselines import clicked
 from ..data import Interactions, new_pairs
-from ..metrics import dot, evaluate
 from ..training import batches, eval_mode, fit, set_seed
 from ..world import World, aspect
 
 # %% auto #0
-__all__ = ['nbpo_weights', 'nbpo_loss', 'free_items', 'click_keys', 'NBPO', 'point_losses', 'check_shares', 'ips_loss',
-           'ips_bias_variance', 'BiasMF', 'wmf_loss', 'RandomPairs', 'train_pairs', 'exposure_posterior',
-           'weighted_least_squares', 'expomf', 'item_propensity', 'dcg', 'fixed_sampler', 'pair_scores', 'dns_sampler',
-           'aobpr_sampler', 'inbatch_sampler', 'mixed_sampler', 'sampled_bpr', 'row_norms', 'train_sampled',
-           'mixture_loss', 'search_gradient', 'auto_sample', 'mutual_information', 'field_relatedness', 'view_mask',
-           'ItemTower', 'TwoTower', 'batch_softmax', 'train_two_tower']
+__all__ = ['VERSIONS', 'nbpo_weights', 'original', 'surrogate', 'hybrid', 'no_flips', 'nbpo_loss', 'free_items', 'click_keys',
+           'NBPO', 'inner', 'ascend', 'point_losses', 'check_shares', 'ips_loss', 'ips_bias_variance', 'BiasMF',
+           'wmf_loss', 'RandomPairs', 'train_pairs', 'exposure_posterior', 'weighted_least_squares', 'expomf',
+           'item_propensity', 'dcg', 'rejecting', 'from_cdf', 'fixed_sampler', 'pair_scores', 'dns_sampler',
+           'SortedFactors', 'aobpr_sampler', 'inbatch_sampler', 'sampled_bpr', 'row_norms', 'fit_clicks',
+           'train_sampled', 'mixture_loss', 'check_simplex', 'held_out_loss', 'search_gradient', 'SamplerSearch',
+           'one_of_each', 'auto_sample', 'search_stage', 'noisy_copy', 'mutual_information', 'field_relatedness',
+           'view_mask', 'related_fields', 'ItemTower', 'TwoTower', 'batch_softmax', 'SelfSupervision',
+           'train_two_tower']
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #0000000c
 def nbpo_weights(
@@ -33,15 +35,23 @@ def nbpo_weights(
     clicked:bool, # the observed label of these pairs
     version:str="hybrid", # "hybrid" (NBPO), "original" (NBPOo), "surrogate" (NBPOs) or "bpo" (no flips)
     ):  # (weight of d(U.V), weight of d(P.Q)), to be ascended
-    "Derivatives of NBPO's objective by the two inner products of a pair (Yu & Qin 2020; hybrid: their reported update)."
+    "Derivatives of NBPO's objective by a pair's two inner products (Yu & Qin 2020; hybrid: their reported update)."
+    if version not in VERSIONS:
+        raise ValueError(f"version={version!r}: must be one of {list(VERSIONS)}")
+    return VERSIONS[version](s, g, clicked)
+
+def original(s, g, clicked):
     z = 1-s + g*s
-    table = dict(hybrid=((1-g)*(1-s), -g*s) if clicked else (g*(1-s) - s, (1-g)*s),
-        original=(1-s, -g) if clicked else (-(1-g)*s*(1-s)/z, g*(1-g)*s/z),
-        surrogate=((1-g)*s*(1-s), -(1-g)*g*s) if clicked else (-(1-g)*s*(1-s), g*(1-g)*s),
-        bpo=(1-s, 0*g) if clicked else (-s, 0*g))
-    if version not in table:
-        raise ValueError(f"version={version!r}: must be one of {list(table)}")
-    return table[version]
+    return (1-s, -g) if clicked else (-(1-g)*s*(1-s)/z, g*(1-g)*s/z)
+
+def surrogate(s, g, clicked):
+    return ((1-g)*s*(1-s), -(1-g)*g*s) if clicked else (-(1-g)*s*(1-s), g*(1-g)*s)
+
+def hybrid(s, g, clicked): return ((1-g)*(1-s), -g*s) if clicked else (g*(1-s) - s, (1-g)*s)
+
+def no_flips(s, g, clicked): return (1-s, 0*g) if clicked else (-s, 0*g)
+
+VERSIONS = dict(hybrid=hybrid, original=original, surrogate=surrogate, bpo=no_flips)
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #0000000e
 def nbpo_loss(
@@ -56,88 +66,96 @@ def nbpo_loss(
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #00000013
 def free_items(keys, n_items, users, draw):
-    "Draw items with `draw(rows)` (rows: positions to fill) until none is a click; `keys` are the sorted pair numbers u*n_items+i."
+    "Draw items with `draw(rows)` (rows: what to fill) until none is known; `keys`: sorted pair numbers u*n_items+i."
     j, rows = torch.empty(users.shape, dtype=torch.long), torch.ones(users.shape, dtype=torch.bool)
     for _ in range(1000):
         j[rows] = draw(rows)
         rows = clicked(keys, users*n_items + j)
         if not rows.any():
             return j
-    raise ValueError(
-        f"{int(rows.sum())} rows found no unclicked item in 1000 draws, first user {int(users[rows][0])}: the proposal covers nothing but clicks"
-    )
+    raise ValueError(f"{int(rows.sum())} rows found no unclicked item in 1000 draws, first user {int(users[rows][0])}: "
+        "the proposal covers nothing but clicks")
 
-def click_keys(train):
-    "Sorted pair numbers of the training clicks; a user with every item has no negative and is refused."
-    if (full := np.bincount(train.user, minlength=train.n_users).max()) >= train.n_items:
+def click_keys(train, exclude=None):
+    "Sorted pair numbers of the clicks of `train` and `exclude`; a user with every item has no negative: refused."
+    parts = [train] + ([exclude] if exclude is not None else [])
+    keys = np.unique(np.concatenate([x.user*train.n_items + x.item for x in parts]))
+    if (full := np.bincount(keys//train.n_items).max()) >= train.n_items:
         raise ValueError(f"a user has all {full} items: no negative exists; drop that user")
-    return torch.from_numpy(np.unique(train.user*train.n_items + train.item))
+    return torch.from_numpy(keys)
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #0404fbf6
 class NBPO:
-    "Matrix factorisation with learned label flips, by ascent on batch sums (Yu & Qin 2020); `version` 'bpo' and 'bpr' are its baselines."
+    "Matrix factorisation with learned label flips, by ascent on batch sums (Yu & Qin 2020); and its baselines."
     def __init__(self,
         n_users:int, n_items:int,
         version:str="hybrid", # see `nbpo_weights`; also "bpr"
         K:int=50, # width of both factorisations
         n_neg:int=4, # negatives for each click
         lr:float=.05, # times .99 after each epoch
-        l2:float=1., l2_flip:float=5., # weights on U, V and on P, Q; applied to all rows at each step
+        l2:tuple[float, float]=(1., 5.), # weights on U, V and on P, Q; applied to all rows at each step
         seed:int=0):
         if version != "bpr":
             nbpo_weights(.5, .5, True, version)
-        self.version,self.n_neg,self.lr,self.l2,self.l2_flip = version,n_neg,lr,l2,l2_flip
+        self.version,self.n_neg,self.lr,(self.l2,self.l2_flip) = version,n_neg,lr,l2
         self.rng = np.random.default_rng(seed)
         rows = lambda n: (self.rng.random((n, K))/K**.5).astype(np.float32)
         self.U,self.V,self.P,self.Q = rows(n_users),rows(n_items),5*rows(n_users),-5*rows(n_items)
+
+    def flips_of(self, u, i): # (b,), (b,) -> (b,)
+        "Flip probabilities of pairs."
+        return expit(inner(self.P, self.Q, u, i))
 
     def flip(self) -> np.ndarray: # (n_users, n_items)
         "Flip probability of every pair; near 0 before training."
         return expit((self.P @ self.Q.T).clip(-10, 10))
 
-    def weights(self, u, i, u_, j): # clicks (b,), (b,); silent pairs (b*n_neg,), (b*n_neg,)
-        "The weights of a batch as sparse matrices: for U.V and, when flips are learned, for P.Q."
-        at = lambda A, B, a, b: np.einsum("bk,bk->b", A[a], B[b]).clip(-10, 10)
-        mat = lambda a, b: csr_matrix(
-            (np.concatenate([self.n_neg * a, b]).astype(np.float32), (np.concatenate([u, u_]), np.concatenate([i, j]))),
-            (len(self.U), len(self.V)),
-        )
-        y, y_ = at(self.U, self.V, u, i), at(self.U, self.V, u_, j)
-        if self.version == "bpr":
-            c = expit(y_ - y.repeat(self.n_neg))
-            return mat(c.reshape(-1, self.n_neg).mean(1), -c), None
-        g, g_ = (expit(at(self.P, self.Q, a, b)) for a, b in ((u, i), (u_, j)))
-        (a, b), (a_, b_) = (
-            nbpo_weights(expit(y), g, True, self.version),
-            nbpo_weights(expit(y_), g_, False, self.version),
-        )
-        return mat(a, a_), None if self.version == "bpo" else mat(b, b_)
-
-    def step(self, u, i, u_, j):
+    def step(self, u, i, u_, j): # clicks (b,), (b,); silent pairs (b*n_neg,), (b*n_neg,)
         "One step of gradient ascent."
         C, D = self.weights(u, i, u_, j)
-        self.U,self.V = self.U + self.lr*(C @ self.V - self.l2*self.U), self.V + self.lr*(C.T @ self.U - self.l2*self.V)
+        self.U,self.V = ascend(self.U, self.V, C, self.lr, self.l2)
         if D is not None:
-            self.P, self.Q = (
-                self.P + self.lr * (D @ self.Q - self.l2_flip * self.P),
-                self.Q + self.lr * (D.T @ self.P - self.l2_flip * self.Q),
-            )
+            self.P,self.Q = ascend(self.P, self.Q, D, self.lr, self.l2_flip)
 
-    def epochs(self, train:Interactions, n:int, batch_size:int=5000):
-        "Train for n epochs; yields the number of each when it is done."
-        keys, m = click_keys(train), train.n_items
-        for e in range(1, n+1):
-            self.lr *= .99
-            for b in np.array_split(self.rng.permutation(len(train)), -(-len(train)//batch_size)):
-                u_ = train.user[b].repeat(self.n_neg)
-                j = free_items(
-                    keys,
-                    m,
-                    torch.from_numpy(u_),
-                    lambda rows: torch.from_numpy(self.rng.integers(m, size=int(rows.sum()))),
-                ).numpy()
-                self.step(train.user[b], train.item[b], u_, j)
-            yield e
+    def fit(self, train:Interactions, n:int, batch_size:int=5000) -> NBPO:
+        "Train for n epochs."
+        for _ in self.epochs(train, n, batch_size):
+            pass
+        return self
+
+# %% ../../nbs/collaborative/02_implicit.ipynb #d52fefd4
+def inner(A, B, a, b): return np.einsum("bk,bk->b", A[a], B[b]).clip(-10, 10)
+
+def ascend(A, B, C, lr, l2):
+    "Both factors one step up, C the sparse weights of the batch."
+    return A + lr*(C @ B - l2*A), B + lr*(C.T @ A - l2*B)
+
+@patch
+def weights(self:NBPO, u, i, u_, j):
+    "The weights of a batch as sparse matrices: for U.V and, when flips are learned, for P.Q."
+    n, at = self.n_neg, (np.concatenate([u, u_]), np.concatenate([i, j]))
+    shape = len(self.U), len(self.V)
+    mat = lambda a, b: csr_matrix((np.concatenate([a, b]).astype(np.float32), at), shape)
+    y, y_ = inner(self.U, self.V, u, i), inner(self.U, self.V, u_, j)
+    if self.version == "bpr":
+        c = expit(y_ - y.repeat(n))
+        return mat(c.reshape(-1, n).sum(1), -c), None
+    a, b = nbpo_weights(expit(y), self.flips_of(u, i), True, self.version)
+    a_, b_ = nbpo_weights(expit(y_), self.flips_of(u_, j), False, self.version)
+    return mat(n*a, a_), None if self.version == "bpo" else mat(n*b, b_)
+
+@patch
+def epochs(self:NBPO, train:Interactions, n:int, batch_size:int=5000):
+    "A generator, it trains only while you iterate: n epochs, yielding the number of each when it is done."
+    keys, m = click_keys(train), train.n_items
+    draw = lambda rows: torch.from_numpy(self.rng.integers(m, size=int(rows.sum())))
+    for e in range(1, n+1):
+        self.lr *= .99
+        for b in np.array_split(self.rng.permutation(len(train)), -(-len(train)//batch_size)):
+            u_ = train.user[b].repeat(self.n_neg)
+            j = free_items(keys, m, torch.from_numpy(u_), draw).numpy()
+            self.step(train.user[b], train.item[b], u_, j)
+        yield e
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #ba44950d
 def point_losses(
@@ -170,9 +188,8 @@ def ips_loss(
     check_shares(Y=Y, theta=theta, M=M)
     theta = torch.as_tensor(theta).clamp(min=M)
     if not (theta > 0).all():
-        raise ValueError(
-            f"the smallest propensity is {float(theta.min()):g}: an item that cannot be shown cannot be weighed; use M > 0"
-        )
+        raise ValueError(f"the smallest propensity is {float(theta.min()):g}: an item that cannot be shown cannot be "
+            "weighed; use M > 0")
     d1, d0 = point_losses(logits, kind)
     weight = Y/theta
     return (weight*d1 + (1-weight)*d0).mean()
@@ -196,11 +213,7 @@ class BiasMF(nn.Module):
     def __init__(self, n_users:int, n_items:int, dim:int=10): # dim: width of the factors
         super().__init__()
         self.U,self.V = (nn.Parameter(nn.init.xavier_uniform_(torch.empty(n, dim))) for n in (n_users, n_items))
-        self.bu, self.bi, self.b = (
-            nn.Parameter(torch.zeros(n_users)),
-            nn.Parameter(torch.zeros(n_items)),
-            nn.Parameter(torch.zeros(1)),
-        )
+        self.bu,self.bi,self.b = (nn.Parameter(torch.zeros(n)) for n in (n_users, n_items, 1))
     def forward(self, u, i): # (b,), (b,) -> (b,)
         return (self.U[u]*self.V[i]).sum(1) + self.bu[u] + self.bi[i] + self.b
     def all(self) -> Tensor: # (n_users, n_items)
@@ -219,16 +232,14 @@ def wmf_loss(
     d1, d0 = point_losses(logits, kind)
     return (Y*d1 + weight*(1-Y)*d0).mean()
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #7ef6ad48
 class RandomPairs:
-    "Batches (u, i, table1[u,i], ...) of uniform random pairs; one pass gives `steps` batches."
+    "Batches (u, i, table1[u,i], ...) of uniform random pairs; one pass gives `steps` batches, the next pass others."
     def __init__(self,
         *tables, # (n_users, n_items) tensors: clicks, propensities, ...
         batch_size:int=4096, steps:int=100, seed:int=0):
         if len({t.shape for t in tables}) != 1:
-            raise ValueError(
-                f"tables of different shapes {[tuple(t.shape) for t in tables]}: all must be (n_users, n_items)"
-            )
+            raise ValueError(f"tables of shapes {[tuple(t.shape) for t in tables]}, different shapes: all must be "
+                "(n_users, n_items)")
         self.tables,self.batch_size,self.steps,self.g = tables,batch_size,steps,torch.Generator().manual_seed(seed)
     def __len__(self): return self.steps
     def __iter__(self):
@@ -241,20 +252,15 @@ def train_pairs(
     loss:Callable, # (logits, *table entries) -> scalar: ips_loss, wmf_loss, ...
     *tables:Tensor,
     dim:int=10, steps:int=300, lr:float=.01, l2:float=1e-4, batch_size:int=4096, seed:int=0, device:str="cpu",
+    **kwargs, # for `fit`, which counts a tenth of the steps as an epoch
     ) -> BiasMF:
     "Fit a `BiasMF` on random pairs with Adam; equal steps for every loss."
     set_seed(seed)
     m = BiasMF(*tables[0].shape, dim)
     penalty = lambda: l2*sum(p.square().sum() for p in m.parameters())/2
-    fit(
-        m,
-        lambda m, b: loss(m(b[0], b[1]), *b[2:]) + penalty(),
-        RandomPairs(*tables, batch_size=batch_size, steps=steps, seed=seed),
-        steps=steps,
-        lr=lr,
-        seed=seed,
-        device=device,
-    )
+    pairs = RandomPairs(*tables, batch_size=batch_size, steps=max(1, steps//10), seed=seed)
+    objective = lambda m, b: loss(m(b[0], b[1]), *b[2:]) + penalty()
+    fit(m, objective, pairs, steps=steps, lr=lr, seed=seed, device=device, **kwargs)
     return m.cpu()
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #313e0209
@@ -269,7 +275,7 @@ def exposure_posterior(
     return np.where(Y > 0, 1., like/(like + 1 - mu))
 
 def weighted_least_squares(P, Y, V, lam, lam_y=1.):
-    "Rows $u=(\\lambda I+\\lambda_y\\sum_ip_{ui}V_iV_i^\\top)^{-1}\\lambda_y\\sum_ip_{ui}y_{ui}V_i$, all at once: (n, d)."
+    "Rows $(\\lambda I+\\lambda_y\\sum_ip_{ui}V_iV_i^\\top)^{-1}\\lambda_y\\sum_ip_{ui}y_{ui}V_i$, all at once: (n, d)."
     n, d = V.shape
     A = lam_y*(P @ np.einsum("ik,il->ikl", V, V).reshape(n, d*d)).reshape(-1, d, d) + lam*np.eye(d)
     return np.linalg.solve(A, lam_y*((P*Y) @ V)[..., None])[..., 0]
@@ -307,8 +313,8 @@ def dcg(
     scores, gain, mask, # (n_users, n_items): predictions, what each item is worth, which items are ranked
     k:int=5,
     ) -> float:
-    "Mean DCG@k over users who have something to gain; with gain = clicks/propensity it is the unbiased estimate used for model selection."
-    scores, gain, mask = (torch.as_tensor(x) for x in (scores, gain, mask))
+    "Mean DCG@k over users with something to gain; with gain = clicks/propensity an unbiased estimate for selection."
+    scores, gain, mask = map(torch.as_tensor, (scores, gain, mask))
     gain = torch.where(mask.bool(), gain.float(), 0.)
     top = torch.where(mask.bool(), scores.float(), -torch.inf).topk(k, 1).indices
     users = gain.sum(1) > 0
@@ -317,32 +323,33 @@ def dcg(
     return (gain.gather(1, top)/torch.log2(torch.arange(2, k+2.)))[users].sum(1).mean().item()
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #7e3a8375
+def rejecting(train, n, propose, exclude=None):
+    "A sampler (users, pos, model) -> (B, n) that draws again what is known; `propose` gives `draw(rows)`."
+    if n < 1:
+        raise ValueError(f"n={n}: at least one negative")
+    keys = click_keys(train, exclude)
+    def sampler(users, pos, model=None):
+        u = users.cpu().repeat_interleave(n)
+        return free_items(keys, train.n_items, u, propose(u, pos.cpu(), model)).view(-1, n).to(users.device)
+    return sampler
+
+def from_cdf(cdf, n, g):
+    return torch.searchsorted(cdf, torch.rand(n, generator=g, dtype=torch.double)).clamp(max=len(cdf)-1)
+
 def fixed_sampler(
     train:Interactions,
     n:int=1, # negatives for each row
     power:float=0., # item weight is clicks^power: 0 uniform, 1 popularity, .75 as in word2vec
+    exclude:Interactions|None=None, # further pairs that are no negatives: validation clicks
     seed:int=0,
     ) -> Callable: # (users (B,), pos (B,), model=None) -> (B, n)
-    "Negatives from one item distribution, a user's training clicks excluded."
-    keys, m, g = click_keys(train), train.n_items, torch.Generator().manual_seed(seed)
-    if n < 1:
-        raise ValueError(f"n={n}: at least one negative")
-    cdf = torch.from_numpy(np.maximum(np.bincount(train.item, minlength=m), 1.)**power).cumsum(0)
-    cdf = cdf/cdf[-1]
-    def sampler(users, pos, model=None):
-        u = users.cpu().repeat_interleave(n)
-        j = free_items(
-            keys,
-            m,
-            u,
-            lambda rows: torch.searchsorted(cdf, torch.rand(int(rows.sum()), generator=g, dtype=torch.double)).clamp(
-                max=m - 1
-            ),
-        )
-        return j.view(-1, n).to(users.device)
-    return sampler
+    "Negatives from one item distribution, a user's known clicks excluded."
+    g, counts = torch.Generator().manual_seed(seed), np.bincount(train.item, minlength=train.n_items)
+    p = torch.from_numpy(np.maximum(counts, 1.)**power)
+    cdf = p.cumsum(0)/p.sum()
+    def propose(u, pos, model): return lambda rows: from_cdf(cdf, int(rows.sum()), g)
+    return rejecting(train, n, propose, exclude)
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #7e0eef4b
 @torch.no_grad()
 def pair_scores(model, users, items): # (B,), (B, m) -> (B, m)
     "Scores of each row's items: `model.score(users, items)` if the model has it, else inner products of `model()`."
@@ -357,12 +364,13 @@ def dns_sampler(
     train:Interactions,
     n:int=1,
     M:int=8, # candidates for each negative
+    exclude:Interactions|None=None, # see `fixed_sampler`
     seed:int=0,
     ) -> Callable:
     "Dynamic negative sampling: the best-scored of M uniform candidates (Zhang et al. 2013)."
     if M < 1:
         raise ValueError(f"M={M}: at least one candidate")
-    draw = fixed_sampler(train, n*M, seed=seed)
+    draw = fixed_sampler(train, n*M, exclude=exclude, seed=seed)
     def sampler(users, pos, model):
         J = draw(users, pos)
         if M == 1:
@@ -371,73 +379,56 @@ def dns_sampler(
         return J.view(len(J), n, M).gather(2, best)[..., 0]
     return sampler
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #e5db2159
+class SortedFactors:
+    "Item lists sorted by each factor, refreshed every `every` looks."
+    def __init__(self, every): self.every,self.looks = every,0
+    def __call__(self, model):
+        U, I = (x.detach().cpu() for x in model())
+        if self.looks % self.every == 0:
+            self.order,self.sd = I.argsort(0, descending=True),I.std(0)
+        self.looks += 1
+        return U, self.order, self.sd
+
 def aobpr_sampler(
     train:Interactions,
     n:int=1,
     lam:float=.05, # mean rank, as a share of the catalogue
     every:int=20, # calls between refreshes of the sorted lists
+    exclude:Interactions|None=None, # see `fixed_sampler`
     seed:int=0,
     ) -> Callable:
     "Adaptive oversampling: geometric ranks in the sorted lists of single factors (Rendle & Freudenthaler 2014)."
     if not lam > 0:
         raise ValueError(f"lam={lam}: the mean rank must be positive")
-    keys, m, g, state = click_keys(train), train.n_items, torch.Generator().manual_seed(seed), dict(calls=0)
+    m, g, lists = train.n_items, torch.Generator().manual_seed(seed), SortedFactors(every)
     p = torch.exp(-torch.arange(m, dtype=torch.double)/(lam*m))
     cdf = p.cumsum(0)/p.sum()
-    def sampler(users, pos, model):
-        U, I = (x.detach().cpu() for x in model())
-        if state["calls"] % every == 0:
-            state.update(order=I.argsort(0, descending=True), sd=I.std(0))
-        state["calls"] += 1
-        u = users.cpu().repeat_interleave(n)
+    def propose(u, pos, model):
+        U, order, sd = lists(model)
         def draw(rows):
             W = U[u[rows]]
-            f = torch.multinomial(W.abs()*state["sd"] + 1e-12, 1, generator=g)
-            r = torch.searchsorted(cdf, torch.rand(len(W), generator=g, dtype=torch.double)).clamp(max=m-1)
-            return state["order"][torch.where(W.gather(1, f)[:, 0] > 0, r, m-1-r), f[:, 0]]
-        return free_items(keys, m, u, draw).view(-1, n).to(users.device)
-    return sampler
+            f = torch.multinomial(W.abs()*sd + 1e-12, 1, generator=g)
+            r = from_cdf(cdf, len(W), g)
+            return order[torch.where(W.gather(1, f)[:, 0] > 0, r, m-1-r), f[:, 0]]
+        return draw
+    return rejecting(train, n, propose, exclude)
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #ce6346df
 def inbatch_sampler(
     train:Interactions,
     n:int=1,
+    exclude:Interactions|None=None, # see `fixed_sampler`
     seed:int=0,
     ) -> Callable:
     "Negatives from the other rows' positives; a row that keeps hitting its user's clicks gets a uniform item."
-    keys, m, g = click_keys(train), train.n_items, torch.Generator().manual_seed(seed)
-    def sampler(users, pos, model=None):
-        u, pool, tries = users.cpu().repeat_interleave(n), pos.cpu(), [0]
+    m, g = train.n_items, torch.Generator().manual_seed(seed)
+    def propose(u, pos, model):
+        tries = iter(range(10**6))
         def draw(rows):
-            tries[0] += 1
-            if tries[0] > 20:
-                return torch.randint(m, (int(rows.sum()),), generator=g)
-            return pool[torch.randint(len(pool), (int(rows.sum()),), generator=g)]
-        return free_items(keys, m, u, draw).view(-1, n).to(users.device)
-    return sampler
-
-def mixed_sampler(
-    samplers, # all with the same n
-    weights=None, # probability of each; equal if not given
-    seed:int=0,
-    ) -> Callable:
-    "Each negative comes from sampler k with probability weights[k]."
-    w = torch.ones(len(samplers)) if weights is None else torch.as_tensor(weights, dtype=torch.float)
-    if len(w) != len(samplers) or (w < 0).any() or not w.sum() > 0:
-        raise ValueError(
-            f"weights={weights}: one non-negative number for each of the {len(samplers)} samplers, not all zero"
-        )
-    g = torch.Generator().manual_seed(seed)
-    def sampler(users, pos, model=None):
-        J = torch.stack([s(users, pos, model) for s in samplers], 2)
-        k = (
-            torch.multinomial(w, J[..., 0].numel(), replacement=True, generator=g)
-            .view(J.shape[0], J.shape[1], 1)
-            .to(J.device)
-        )
-        return J.gather(2, k)[..., 0]
-    return sampler
+            k = int(rows.sum())
+            pool = pos if next(tries) < 20 else torch.arange(m)
+            return pool[torch.randint(len(pool), (k,), generator=g)]
+        return draw
+    return rejecting(train, n, propose, exclude)
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #8da2ad28
 def sampled_bpr(
@@ -458,22 +449,21 @@ def row_norms(model, u, i, J):
     rows = F.embedding(torch.cat([u, model.n_users+i, model.n_users+J.reshape(-1)]), model.E0)
     return rows.square().sum()/(2*len(u))
 
+def fit_clicks(model, train:Interactions, loss, batch_size:int=1024, seed:int=0, device:str="cpu", **kwargs):
+    "`fit` on batches of (user, item) clicks; `kwargs` (steps, lr, evaluate, ...) go to it."
+    loader = batches(train.user, train.item, batch_size=batch_size, seed=seed)
+    return fit(model, loss, loader, seed=seed, device=device, **kwargs)
+
 def train_sampled(
     model:nn.Module,
     train:Interactions,
     sampler:Callable,
-    steps:int=300, batch_size:int=1024, lr:float=.01, l2:float=1e-3, seed:int=0, device:str="cpu",
+    steps:int=300, lr:float=.01, l2:float=1e-3, seed:int=0,
+    **kwargs, # for `fit_clicks`: batch_size, device, evaluate, ...
     ) -> pd.DataFrame: # history
     "Train with BPR on a sampler's negatives."
-    return fit(
-        model,
-        lambda m, b: sampled_bpr(m, b, sampler, l2),
-        batches(train.user, train.item, batch_size=batch_size, seed=seed),
-        steps=steps,
-        lr=lr,
-        seed=seed,
-        device=device,
-    )
+    loss = lambda m, b: sampled_bpr(m, b, sampler, l2)
+    return fit_clicks(model, train, loss, steps=steps, lr=lr, seed=seed, **kwargs)
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #d1d458a0
 def mixture_loss(
@@ -483,16 +473,27 @@ def mixture_loss(
     alpha:Tensor, # (N,) on the simplex
     instance:bool=True, # mix negatives (the approximation) or losses (exact)
     ) -> Tensor:  # scalar
-    "BPR against a mixture of samplers, by the loss-to-instance approximation or exactly (after Lyu et al. 2023; form inferred)."
-    if not ((alpha >= 0).all() and abs(alpha.detach().sum().item() - 1) < 1e-3):
-        raise ValueError(f"alpha={alpha.tolist()}: shares must be positive and sum to 1")
+    "BPR against a mixture of samplers, loss-to-instance or exact (after Lyu et al. 2023; form inferred)."
+    check_simplex(alpha)
     eu = F.embedding(u, U)
     pos = (eu*F.embedding(i, I)).sum(1)
     if instance:
         return F.softplus((eu*torch.einsum("bnd,n->bd", F.embedding(J, I), alpha)).sum(1) - pos).mean()
     return (F.softplus(torch.einsum("bd,bnd->bn", eu, F.embedding(J, I)) - pos[:, None]) @ alpha).mean()
 
+def check_simplex(alpha):
+    if not ((alpha >= 0).all() and abs(alpha.detach().sum().item() - 1) < 1e-3):
+        raise ValueError(f"alpha={alpha.tolist()}: shares must be positive and sum to 1")
+
 # %% ../../nbs/collaborative/02_implicit.ipynb #4e7263e5
+def held_out_loss(model, held):
+    "Softmax loss of held-out clicks (v, j) against the shared items K."
+    v, j, K = held
+    U, I = model()
+    ev = F.embedding(v, U)
+    logits = torch.cat([(ev*F.embedding(j, I)).sum(1, keepdim=True), ev @ F.embedding(K, I).T], 1)
+    return (logits.logsumexp(1) - logits[:, 0]).mean()
+
 def search_gradient(
     model:nn.Module,
     batch, # training u, i, J: (b,), (b,), (b, N)
@@ -501,82 +502,105 @@ def search_gradient(
     tau:float=1.,
     eps:float=.01, # finite-difference step, relative to the gradient's norm
     ) -> tuple[Tensor, float]:  # (N,) gradient of the validation loss after one unit step, validation loss
-    "How the validation loss would change with the mixture, one step ahead (first order in the step, finite differences)."
-    (u, i, J), (v, j, K), params = batch, held, [p for p in model.parameters() if p.requires_grad]
+    "How the validation loss changes with the mixture, one step ahead (first order in the step, finite differences)."
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     with eval_mode(model):
-        U, I = model()
-        ev = F.embedding(v, U)
-        logits = torch.cat([(ev*F.embedding(j, I)).sum(1, keepdim=True), ev @ F.embedding(K, I).T], 1)
-        val = (logits.logsumexp(1) - logits[:, 0]).mean()
-        g = torch.autograd.grad(val, params)
-        scale = eps/sum(x.square().sum() for x in g).sqrt().clamp(min=1e-12)
-        def at(sign):
+        val = held_out_loss(model, held)
+        g = torch.autograd.grad(val, list(params.values()))
+        e = float(eps/sum(x.square().sum() for x in g).sqrt().clamp(min=1e-12))
+        def train_gradient(by):
             with torch.no_grad():
-                [p.add_(x, alpha=sign*float(scale)) for p, x in zip(params, g)]
+                moved = {n: p + by*x for (n, p), x in zip(params.items(), g)}
+                U, I = functional_call(model, moved, ())
             b = a.detach().clone().requires_grad_()
-            with torch.no_grad():
-                U, I = model()
-            out, = torch.autograd.grad(mixture_loss(U, I, u, i, J, torch.softmax(b/tau, 0)), b)
-            with torch.no_grad():
-                [p.sub_(x, alpha=sign*float(scale)) for p, x in zip(params, g)]
-            return out
-        return -(at(1) - at(-1))/(2*float(scale)), val.item()
+            return torch.autograd.grad(mixture_loss(U, I, *batch, torch.softmax(b/tau, 0)), b)[0]
+        return -(train_gradient(e) - train_gradient(-e))/(2*e), val.item()
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #39c95034
+class SamplerSearch:
+    "A mixture of samplers that moves to lower a validation loss (after Lyu et al. 2023; reconstruction)."
+    def __init__(self,
+        samplers:dict[str, Callable], # name -> sampler with n=1
+        held:Interactions, # held-out clicks
+        steps:int, # over which the temperature falls
+        stride:int=5, # model steps for each step of the mixture
+        lr_a:float=.05, tau:tuple[float, float]=(1., .1), # learning rate of the mixture, temperature from and to
+        n_val:int=256, # random items in the validation softmax
+        seed:int=0):
+        if len(samplers) < 2:
+            raise ValueError(f"samplers={list(samplers)}: at least two, or there is nothing to search")
+        self.samplers,self.steps,self.stride,self.tau,self.n_val = samplers,steps,stride,tau,n_val
+        self.held,self.n_items = torch.from_numpy(np.stack([held.user, held.item])),held.n_items
+        self.a = torch.zeros(len(samplers), requires_grad=True)
+        self.opt,self.g = torch.optim.Adam([self.a], lr_a),torch.Generator().manual_seed(seed)
+        self.t,self.history = 0,[] # model steps so far; a row for each step of the mixture
+
+    @property
+    def temperature(self): return self.tau[0]*(self.tau[1]/self.tau[0])**(self.t/self.steps)
+
+    def alpha(self) -> Tensor: # (N,)
+        return torch.softmax(self.a.detach()/self.temperature, 0)
+
+def one_of_each(samplers, u, i, U, I):
+    "A negative of every sampler, (b, N); those that ask the model see U and I."
+    J = torch.cat([s(u, i, lambda: (U.detach(), I.detach())) for s in samplers.values()], 1)
+    if J.shape[1] != len(samplers):
+        raise ValueError(f"{len(samplers)} samplers gave {J.shape[1]} negatives a row. Fix: n=1 for each")
+    return J
+
+@patch
+def held_batch(self:SamplerSearch, device):
+    "Held-out clicks and random items for the validation softmax."
+    v, j = self.held[:, torch.randint(self.held.shape[1], (128,), generator=self.g)].to(device)
+    return v, j, torch.randint(self.n_items, (self.n_val,), generator=self.g).to(device)
+
+@patch
+def move(self:SamplerSearch, model, u, i, J):
+    "One step of the mixture, on a fresh validation batch."
+    held = self.held_batch(u.device)
+    grad, val = search_gradient(model, (u, i, J), held, self.a.to(u.device), self.temperature)
+    self.a.grad = grad.to(self.a)
+    self.opt.step()
+    self.history.append(dict(step=self.t, val=val) | dict(zip(self.samplers, self.alpha().tolist())))
+
+@patch
+def loss(self:SamplerSearch, model, batch, l2=1e-3):
+    "The model's loss against the mixed negative; every few calls the mixture moves first."
+    u, i = batch
+    J = one_of_each(self.samplers, u, i, *model())
+    self.t += 1
+    if self.t % self.stride == 0:
+        self.move(model, u, i, J)
+    U, I = model()
+    return mixture_loss(U, I, u, i, J, self.alpha().to(u.device)) + l2*row_norms(model, u, i, J[:, :1])
+
 def auto_sample(
     model:nn.Module,
     train:Interactions,
-    valid:Interactions, # held-out clicks for the search; never training negatives of its own batch
+    valid:Interactions, # held-out clicks for the search; the samplers should `exclude` them
     samplers:dict[str, Callable], # name -> sampler with n=1
     steps:int=300, # of both stages together
     search:float=.4, # share of the steps that search
-    every:int=5, # model steps for each step of the mixture
-    lr_a:float=.05, tau:tuple[float, float]=(1., .1), # learning rate of the mixture, temperature from and to
-    n_val:int=256, # random items in the validation softmax
-    batch_size:int=1024, lr:float=.01, l2:float=1e-3, seed:int=0, warm:bool=True, device:str="cpu",
-    ): # name of the chosen sampler, history of alpha (one row a mixture step)
+    warm:bool=True, # go on from the searched model; False: start over, with all `steps`
+    seed:int=0,
+    **kwargs, # stride, lr_a, tau, n_val for `SamplerSearch`; lr, l2, batch_size, ... for `train_sampled`
+    ): # name of the chosen sampler, history of alpha (a row a mixture step), history of the second stage
     "Search a sampler while training, then go on with it (after Lyu et al. 2023; reconstruction)."
     if both := len(valid) - len(new_pairs(valid, train)):
         raise ValueError(f"{both} of {len(valid)} validation clicks are training clicks: hold some out")
-    g, n, names = torch.Generator().manual_seed(seed), max(int(steps*search), 1), list(samplers)
-    a = torch.zeros(len(names), device=device, requires_grad=True)
-    opt, history, t = torch.optim.Adam([a], lr_a), [], [0]
+    own = {k: kwargs.pop(k) for k in ("stride", "lr_a", "tau", "n_val") if k in kwargs}
+    n = max(int(steps*search), 1)
+    stage = SamplerSearch(samplers, valid, n, seed=seed, **own)
     start = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    held = torch.from_numpy(np.stack([valid.user, valid.item]))
-    def loss(m, batch):
-        u, i = batch
-        U, I = m()
-        frozen = lambda: (U.detach(), I.detach())
-        J = torch.cat([s(u, i, frozen) for s in samplers.values()], 1)
-        temperature = tau[0]*(tau[1]/tau[0])**(t[0]/n)
-        t[0] += 1
-        if t[0] % every == 0:
-            v, j = held[:, torch.randint(held.shape[1], (128,), generator=g)].to(u.device)
-            a.grad, val = search_gradient(
-                m, (u, i, J), (v, j, torch.randint(train.n_items, (n_val,), generator=g).to(u.device)), a, temperature
-            )
-            opt.step()
-            history.append(
-                dict(step=t[0], val=val) | dict(zip(names, torch.softmax(a.detach() / temperature, 0).tolist()))
-            )
-            U, I = m()
-        alpha = torch.softmax(a.detach()/temperature, 0)
-        return mixture_loss(U, I, u, i, J, alpha) + l2*row_norms(m, u, i, J[:, :1])
-
-    fit(
-        model,
-        loss,
-        batches(train.user, train.item, batch_size=batch_size, seed=seed),
-        steps=n,
-        lr=lr,
-        seed=seed,
-        device=device,
-    )
-    best = names[int(a.argmax())]
+    search_stage(model, train, stage, seed, **kwargs)
     if not warm:
         model.load_state_dict(start)
-    train_sampled(model, train, samplers[best], steps-n if warm else steps, batch_size, lr, l2, seed+1, device)
-    return best, pd.DataFrame(history)
+    best = list(samplers)[int(stage.a.argmax())]
+    h = train_sampled(model, train, samplers[best], steps-n if warm else steps, seed=seed+1, **kwargs)
+    return best, pd.DataFrame(stage.history), h
+
+def search_stage(model, train, stage, seed, lr=.01, l2=1e-3, batch_size=1024, device="cpu", **_):
+    fit_clicks(model, train, lambda m, b: stage.loss(m, b, l2), batch_size, seed, device, steps=stage.steps, lr=lr)
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #b5900ea2
 @patch(as_prop=True)
@@ -586,11 +610,15 @@ def item_fields(self:World, rng) -> pd.DataFrame:
     out = {}
     for a in ("mood", "genre", "setting"):
         truth = pd.factorize(self.items[a], sort=True)[0]
-        for k, (values, noise) in enumerate(((6, .05), (12, .15), (24, .25))):
-            recode = rng.integers(values, size=(truth.max()+1, 2)) # each attribute value goes by two names
-            code = recode[truth, rng.integers(2, size=len(truth))]
-            out[f"{a}{k+1}"] = np.where(rng.random(len(truth)) < noise, rng.integers(values, size=len(truth)), code)
+        for k, (n_values, noise) in enumerate(((6, .05), (12, .15), (24, .25))):
+            out[f"{a}{k+1}"] = noisy_copy(truth, n_values, noise, rng)
     return pd.DataFrame(out | dict(id=np.arange(self.n_items)))
+
+def noisy_copy(truth, n_values, noise, rng):
+    "Codes renamed, each to one of two names, and a share `noise` of them drawn at random."
+    names = rng.integers(n_values, size=(truth.max()+1, 2))
+    code = names[truth, rng.integers(2, size=len(truth))]
+    return np.where(rng.random(len(truth)) < noise, rng.integers(n_values, size=len(truth)), code)
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #de63c502
 def mutual_information(
@@ -608,21 +636,14 @@ def mutual_information(
 def field_relatedness(
     fields:pd.DataFrame, # one column a field
     ) -> np.ndarray:  # (k, k), zero diagonal
-    "Mutual information of every pair of fields, divided by the smaller entropy so that an id does not look related to everything."
+    "Mutual information of every pair of fields over the smaller entropy; an id is related to nothing."
     H = [mutual_information(fields[c], fields[c]) for c in fields]
-    M = np.array(
-        [
-            [
-                0.0 if a == b else mutual_information(fields[a], fields[b]) / max(min(H[i], H[j]), 1e-12)
-                for j, b in enumerate(fields)
-            ]
-            for i, a in enumerate(fields)
-        ]
-    )
-    M[:, [len(fields[c].unique()) == len(fields) for c in fields]] = (
-        0  # a unique field determines all others and is related to none
-    )
-    M[[len(fields[c].unique()) == len(fields) for c in fields]] = 0
+    M = np.zeros((len(H), len(H)))
+    for i, a in enumerate(fields):
+        for j, b in list(enumerate(fields))[:i]:
+            M[i, j] = M[j, i] = mutual_information(fields[a], fields[b])/max(min(H[i], H[j]), 1e-12)
+    unique = [len(fields[c].unique()) == len(fields) for c in fields] # determines all others, is related to none
+    M[unique] = M[:, unique] = 0
     return M
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #708aadd6
@@ -633,22 +654,24 @@ def view_mask(
     rng:np.random.Generator|None=None,
     ) -> tuple[Tensor, Tensor]: # two (k,) bool masks, True = hidden
     "Which fields the two views hide (Yao et al. 2021)."
-    rng = rng or np.random.default_rng()
-    hide = np.zeros(k, bool)
-    if how == "spread":
-        return torch.from_numpy(hide), torch.from_numpy(hide.copy())
-    if how == "cfm":
-        if relatedness is None:
-            raise ValueError("how='cfm' needs the (k, k) relatedness of the fields: field_relatedness(fields)")
-        first = rng.integers(k)
-        near = np.argsort(-np.delete(np.asarray(relatedness)[first] + 1e-9*rng.random(k), first))[:k//2]
-        hide[first] = True
-        hide[np.delete(np.arange(k), first)[near]] = True
-    elif how in ("rfm", "fd"):
-        hide[rng.permutation(k)[:k//2]] = True
-    else:
+    if how not in ("cfm", "rfm", "spread", "fd"):
         raise ValueError(f"how={how!r}: must be 'cfm', 'rfm', 'spread' or 'fd'")
-    return torch.from_numpy(hide), torch.from_numpy(hide if how == "fd" else ~hide)
+    if how == "cfm" and relatedness is None:
+        raise ValueError("how='cfm' needs the (k, k) relatedness of the fields: field_relatedness(fields)")
+    hide, rng = np.zeros(k, bool), rng or np.random.default_rng()
+    if how == "cfm":
+        hide[related_fields(relatedness, rng)] = True
+    elif how != "spread":
+        hide[rng.permutation(k)[:k//2]] = True
+    return torch.from_numpy(hide), torch.from_numpy(~hide if how in ("cfm", "rfm") else hide.copy())
+
+def related_fields(relatedness, rng):
+    "A random field and the k//2 fields most related to it; ties in random order."
+    M = np.asarray(relatedness)
+    first = rng.integers(len(M))
+    close = M[first] + 1e-9*rng.random(len(M))
+    close[first] = np.inf
+    return np.argsort(-close)[:len(M)//2 + 1]
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #a928f437
 class ItemTower(nn.Module):
@@ -669,18 +692,24 @@ class ItemTower(nn.Module):
         nn.init.normal_(self.values.weight, std=.1)
         self.mlp = nn.Sequential(nn.Linear(self.k*dim, hidden), nn.ReLU(), nn.Linear(hidden, out))
 
-    def forward(self, items, hide=None, value_dropout:float=0.): # (b,), (k,) bool -> (b, out)
+    def fields(self, items, value_dropout): # (b,) -> (b, k, dim)
+        "The mean embedding of each field's values; the learned default where none is left."
         s = self.slots[items]
         there = (s >= 0).float()
         if value_dropout:
             there = there*(torch.rand_like(there) >= value_dropout)
         add = lambda x: x.new_zeros(len(s), self.k, *x.shape[2:]).index_add_(1, self.field, x)
         count = add(there)[..., None]
-        E = torch.where(count > 0, add(self.values(s.clamp(min=0))*there[..., None])/count.clamp(min=1), self.default)
+        total = add(self.values(s.clamp(min=0))*there[..., None])
+        return torch.where(count > 0, total/count.clamp(min=1), self.default)
+
+    def forward(self, items, hide=None, value_dropout:float=0.): # (b,), (k,) bool -> (b, out)
+        E = self.fields(items, value_dropout)
         if hide is not None:
             E = torch.where(hide.to(E.device)[:, None], self.default, E)
         return F.normalize(self.mlp(E.flatten(1)), dim=1)
 
+# %% ../../nbs/collaborative/02_implicit.ipynb #875f760c
 class TwoTower(nn.Module):
     "A query tower on user ids and an `ItemTower`; `model()` gives unit vectors of all users and items."
     def __init__(self, n_users:int, tower:ItemTower, dim:int=32):
@@ -690,7 +719,9 @@ class TwoTower(nn.Module):
     def encode(self, u): return F.normalize(self.query(self.users(u)), dim=1)
 
     def forward(self):
-        return self.encode(torch.arange(self.users.num_embeddings)), self.items(torch.arange(len(self.items.slots)))
+        at = self.users.weight.device
+        users, items = (torch.arange(n, device=at) for n in (self.users.num_embeddings, len(self.items.slots)))
+        return self.encode(users), self.items(items)
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #8fdde5da
 def batch_softmax(
@@ -710,6 +741,27 @@ def batch_softmax(
     return F.cross_entropy(S, torch.arange(len(S), device=S.device))
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #942c3e95
+class SelfSupervision:
+    "The contrastive task on an item tower: which items, which views (Yao et al. 2021)."
+    def __init__(self,
+        train:Interactions,
+        how:str="cfm", # views: see `view_mask`
+        relatedness=None,
+        uniform:bool=True, # items: uniform from the catalogue, or drawn from the log
+        n:int=256, # items a step, those drawn twice once
+        tau:float=.1, value_dropout:float=.1,
+        seed:int=0):
+        self.how,self.relatedness,self.n,self.tau = how,relatedness,n,tau
+        self.drop = 0. if how == "spread" else value_dropout
+        self.pool = torch.arange(train.n_items) if uniform else torch.tensor(train.item)
+        self.rng,self.g = np.random.default_rng(seed),torch.Generator().manual_seed(seed)
+
+    def __call__(self, tower:ItemTower) -> Tensor: # scalar
+        items = self.pool[torch.randint(len(self.pool), (self.n,), generator=self.g)].unique().to(tower.slots.device)
+        masks = view_mask(tower.k, self.how, self.relatedness, self.rng)
+        return batch_softmax(*(tower(items, hide, self.drop) for hide in masks), self.tau)
+
+# %% ../../nbs/collaborative/02_implicit.ipynb #7dad1a7c
 def train_two_tower(
     model:TwoTower,
     train:Interactions,
@@ -717,35 +769,19 @@ def train_two_tower(
     relatedness=None,
     alpha:float=.3, # weight of the contrastive loss
     uniform:bool=True, # items of the contrastive task: uniform, or drawn from the log
-    tau:float=.1, tau_ssl:float=.1, value_dropout:float=.1,
-    steps:int=300, batch_size:int=256, lr:float=3e-3, seed:int=0, device:str="cpu",
+    tau:float=.1, # temperature of the main task
+    seed:int=0,
+    **kwargs, # for `fit_clicks`: steps, lr, batch_size, device, evaluate, ...
     ) -> pd.DataFrame: # history
     "Main task plus self-supervision on the item tower (Yao et al. 2021)."
-    rng, g, k = np.random.default_rng(seed), torch.Generator().manual_seed(seed), model.items.k
-    freq = torch.from_numpy(np.bincount(train.item, minlength=train.n_items).clip(1)/len(train)).float()
-    log_items = torch.tensor(train.item)
+    kwargs = dict(steps=300, batch_size=256, lr=3e-3) | kwargs
+    freq = torch.from_numpy(np.bincount(train.item, minlength=train.n_items).clip(1)/len(train)).float().log()
+    rng, contrast = np.random.default_rng(seed), None
+    if how not in (None, "fd"):
+        contrast = SelfSupervision(train, how, relatedness, uniform, kwargs["batch_size"], seed=seed)
     def loss(m, batch):
         u, i = batch
-        hide = view_mask(k, "fd", rng=rng)[0] if how == "fd" and m.training else None
-        main = batch_softmax(m.encode(u), m.items(i, hide), tau, freq.to(i.device)[i].log(), i)
-        if how in (None, "fd"):
-            return main
-        pick = (
-            torch.randint(train.n_items, (batch_size,), generator=g)
-            if uniform
-            else log_items[torch.randint(len(log_items), (batch_size,), generator=g)]
-        )
-        pick = pick.unique().to(i.device)
-        drop = 0. if how == "spread" else value_dropout
-        z, z2 = (m.items(pick, hide, drop) for hide in view_mask(k, how, relatedness, rng))
-        return main + alpha*batch_softmax(z, z2, tau_ssl)
-
-    return fit(
-        model,
-        loss,
-        batches(train.user, train.item, batch_size=batch_size, seed=seed),
-        steps=steps,
-        lr=lr,
-        seed=seed,
-        device=device,
-    )
+        hide = view_mask(m.items.k, "fd", rng=rng)[0] if how == "fd" else None
+        main = batch_softmax(m.encode(u), m.items(i, hide), tau, freq.to(i.device)[i], i)
+        return main + alpha*contrast(m.items) if contrast else main
+    return fit_clicks(model, train, loss, seed=seed, **kwargs)
