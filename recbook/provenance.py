@@ -260,7 +260,7 @@ def content(x):
         return ["sparse", joblib.hash([x.tocoo().row, x.tocoo().col, x.tocoo().data]), str(x.shape)]
     if isinstance(x, Path):
         return ["path", str(x)]
-    if type(x).__module__.startswith("torch") and hasattr(x, "detach"):
+    if type(x).__module__.startswith("torch") and hasattr(x, "detach") and not isinstance(x, type):
         if x.is_sparse:
             x = x.to_dense()
         return ["tensor", str(x.dtype), str(tuple(x.shape)), joblib.hash(x.detach().cpu().float().numpy())]
