@@ -114,9 +114,8 @@ def test_the_bias_keeps_the_density_that_was_asked_for():
         loader = batches(q, (q[:, 0]*6 + torch.randint(6, (800,))), batch_size=100)
         m.vq.start(m.tokens(q[:100]).detach())
         fit(m, lambda m, b: sampled_softmax(m, b, x), loader, steps=150, lr=.005, device="cpu", progress=False)
-        with torch.no_grad():
-            share = (m.pair_scores(m.vq(m.tokens(q[:100])), m.item(x)) > 0).float().mean()
-        assert .25*density < share < 1.5*density  # a bit less: the batch holds more clicked items than the catalogue
+        m.settle(x)
+        assert CodeIndex(m, x).density == pytest.approx(density, abs=1e-3)
     with pytest.raises(ValueError, match="density=0"):
         SparCode([2], [2], density=0)
 

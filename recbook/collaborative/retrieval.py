@@ -115,9 +115,23 @@ class SparCode(nn.Module):
 # %% ../../nbs/collaborative/03_retrieval.ipynb #1b67b8cc
 @patch
 @torch.no_grad()
-def follow(self:SparCode, S, rate=.05):
-    "Move b towards the value that leaves `density` of the scores S above zero."
-    self.b.copy_(torch.lerp(self.b, -torch.quantile(S[::8].flatten(), 1-self.density), rate))
+def follow(self:SparCode, S):
+    "Set b so that a share `density` of the scores S is above zero (in long lists, of every eighth row)."
+    self.b.copy_(-torch.quantile((S[::8] if len(S) > 64 else S).flatten(), 1-self.density))
+
+@patch
+@torch.no_grad()
+def settle(self:SparCode,
+    x:Tensor): # (n_items, fields): the catalogue
+    "Set b after training, from the scores of all codes with all items: exactly `density` of them will be stored."
+    with eval_mode(self):
+        S = self.E(self.vq.words(self.every_code()), self.item(x)).numpy()
+    self.b.fill_(-float(np.quantile(S, 1-self.density)))
+
+@patch
+def every_code(self:SparCode) -> Tensor: # (N**M, M)
+    M, N, _ = self.vq.C.shape
+    return torch.cartesian_prod(*[torch.arange(N)]*M).reshape(-1, M)
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #83a31dcf
 class CodeIndex:
@@ -130,7 +144,7 @@ class CodeIndex:
         self.place = N**np.arange(M)[::-1] # a code (z1..zM) is a number in base N
         with eval_mode(model):
             items, rows = model.item(x), []
-            for block in torch.cartesian_prod(*[torch.arange(N)]*M).reshape(-1, M).split(512):
+            for block in model.every_code().split(512):
                 rows.append(sp.csr_matrix(model.pair_scores(model.vq.words(block), items).numpy()))
         self.scores = sp.vstack(rows, format="csr")
     @torch.no_grad()
@@ -446,7 +460,7 @@ def label(self:FilteredVamana, w):
     return want
 
 @patch
-def find(self:FilteredVamana, Q, where, ok, ef):
+def find(self:FilteredVamana, Q, where, ok, ef): # noqa: F811
     numbers = [self.labels.get(self.label(w)) for w in where]
     starts = np.array([[-1]*4 if k is None else self.start[k] for k in numbers])
     ok = np.c_[ok, np.zeros(len(Q), bool)]
@@ -486,7 +500,7 @@ class Serf(FilterIndex):
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #b8e9f6f3
 @patch
-def find(self:Serf, Q, where, ok, ef):
+def find(self:Serf, Q, where, ok, ef): # noqa: F811
     for w in where:
         if set(w) != {self.column} or not isinstance(w[self.column], tuple) or w[self.column][0] is not None:
             raise ValueError(f"this index answers {{{self.column!r}: (None, high)}}, not {w}: use RangeTree for other ranges")
@@ -545,7 +559,7 @@ def ways_in(self:RangeTree, whole, level):
     return [s + (2*j+1)*size(s)//8 for l, s in whole if l == level for j in range(4)]
 
 @patch
-def find(self:RangeTree, Q, where, ok, ef):
+def find(self:RangeTree, Q, where, ok, ef): # noqa: F811
     spans = [self.parts(*self.ranks(w)) for w in where]
     ids = padded([[r for x in rest for r in range(*x)] for _, rest in spans])
     found = [(ids, np.where(ids < 0, np.inf, np.square(self.Y[ids]-Q[:, None]).sum(2)), (ids >= 0).sum(1))]
@@ -586,7 +600,7 @@ class Ung(FilterIndex):
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #1f4e85ed
 @patch
-def find(self:Ung, Q, where, ok, ef):
+def find(self:Ung, Q, where, ok, ef): # noqa: F811
     for w in where:
         if set(w) != {self.column} or not isinstance(w[self.column], (set, frozenset)):
             raise ValueError(f"this index answers {{{self.column!r}: {{tags}}}}, not {w}")
