@@ -138,7 +138,7 @@ def kmeans(
 
 # %% ../nbs/foundations/07_towers.ipynb #c0e00f90
 class ProductQuantizer(nn.Module):
-    "Nearest of N codewords for each of M parts, straight-through (van den Oord et al. 2017; parts as in Jégou et al. 2011)."
+    "Nearest of N codewords for each of M parts, straight-through (van den Oord et al. 2017; Jégou et al. 2011)."
     def __init__(self, d:int, M:int=2, N:int=32, beta:float=.25):
         super().__init__()
         if d % whole_number("M", M):

@@ -28,7 +28,7 @@ ITEM = ("genre", "mood", "era", "setting") # the item attribute each of them act
 @patch(as_prop=True)
 @aspect
 def requests(self:World, rng) -> dict[str, np.ndarray]:
-    "One request a user: `fields` (n_users, 4) values of `REQUEST`, and the true `logit` (n_users, n_items), a product of two tables plus weak sums."
+    "One request a user: `fields` (n_users, 4) and the true `logit` (n_users, n_items): a product plus weak sums."
     fields = np.stack([rng.integers(n, size=self.n_users) for n in REQUEST.values()], 1)
     codes = [pd.factorize(self.items[a], sort=True)[0] for a in ITEM]
     T = [rng.normal(size=(n, c.max()+1))[f][:, c] for n, f, c in zip(REQUEST.values(), fields.T, codes)]
@@ -135,7 +135,7 @@ def every_code(self:SparCode) -> Tensor: # (N**M, M)
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #83a31dcf
 class CodeIndex:
-    "Inverted index of a trained SparCode: sparse scores of codes (rows) and items (columns); no network runs on items when serving."
+    "Inverted index of a trained SparCode: sparse scores of codes (rows) and items (columns)."
     @torch.no_grad()
     def __init__(self,
         model:SparCode,
@@ -198,11 +198,11 @@ def ivf_search(
     sizes = np.array([index.invlists.list_size(c) for c in range(n_lists)])
     return index.search(q, k)[1], sizes[lists].sum(1)
 
-# %% ../../nbs/collaborative/03_retrieval.ipynb #30ee2ffd
+# %% ../../nbs/collaborative/03_retrieval.ipynb #b6d6d124
 @patch(as_prop=True)
 @aspect
 def attributes(self:World, rng) -> pd.DataFrame:
-    "What a shop filters by: `genre` (text tells), `brand` (text does not; Zipf), `year` (partly follows the era), `tags` (sets: mood, setting and random shelves)."
+    "What a shop filters by: `genre`, `brand` (Zipf), `year`, `tags` (mood, setting and random shelves)."
     n, it = self.n_items, self.items
     brand = rng.choice(40, n, p=(z := 1/np.arange(1, 41)**1.1)/z.sum())
     year = (1900 + 20*pd.factorize(it.era, sort=True)[0] + rng.normal(0, 25, n)).round().astype(int)
@@ -218,7 +218,7 @@ def passing(
     table:pd.DataFrame, # attributes, one row a vector
     where:dict, # column -> value, (low, high) or {tags}
     ) -> np.ndarray:  # (n,) bool
-    "Which rows pass a filter: equality, inclusive range with None for an open side, or a set column that contains all the given tags."
+    "Which rows pass: equality, inclusive range with None for an open side, or all the given tags."
     if unknown := set(where) - set(table):
         raise ValueError(f"no column {sorted(unknown)} to filter by; the table has {list(table)}")
     mask = np.ones(len(table), bool)
@@ -277,7 +277,7 @@ def robust_prune(
 # %% ../../nbs/collaborative/03_retrieval.ipynb #d14ec20b
 def vamana(
     X:np.ndarray, # (n, d)
-    near:dict[int, np.ndarray]|None=None, # node -> candidate nodes; its 48 nearest if None; nodes without an entry stay out
+    near:dict[int, np.ndarray]|None=None, # node -> candidates; the 48 nearest if None; others stay out
     R:int=16, # links of a node
     far:int=4, # random candidates besides
     seed:int=0,
@@ -348,7 +348,7 @@ def keep_nearest(found, at, new, d):
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #3ac6a596
 class FilterIndex:
-    "Common part of the filtered indexes: vectors, attribute table, masks of filters, and picking the results that pass."
+    "Common part of the filtered indexes: vectors, attributes, masks, and picking the results that pass."
     def __init__(self,
         X:np.ndarray, # (n, d) float32
         table:pd.DataFrame, # attributes of the n vectors
@@ -403,7 +403,7 @@ def entries(X, seed, n=8):
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #007f8565
 class Acorn(FilterIndex):
-    "ACORN (Patel et al. 2024): unpruned neighbour lists; expand to passing nodes only, over two hops (gamma=1) or over longer lists."
+    "ACORN (Patel et al. 2024): unpruned lists; passing nodes only, over two hops (gamma=1) or longer lists."
     def build(self, M=16, gamma=1, seed=0):
         self.M, self.gamma, self.starts = M, gamma, entries(self.X, seed)
         self.G = nearest_among(self.X, M*gamma)[1]
@@ -456,7 +456,7 @@ def label(self:FilteredVamana, w):
     if isinstance(want, (set, frozenset)) and len(want) == 1:
         want = next(iter(want))
     if len(w) != 1 or isinstance(want, (tuple, set, frozenset, type(None))):
-        raise ValueError(f"this index answers one value of {self.column!r}, not {w}: use an index that answers anything")
+        raise ValueError(f"this index answers one value of {self.column!r}, not {w}")
     return want
 
 @patch
@@ -474,10 +474,10 @@ def order_of(column):
     return np.argsort(column.to_numpy(), kind="stable")
 
 class Serf(FilterIndex):
-    "One graph for all ranges `(None, high)` of a column: links with the interval of their life (the half-bounded case of SeRF, Zuo et al. 2024)."
+    "One graph for all ranges `(None, high)`: links with the interval of their life (half-bounded SeRF, Zuo et al. 2024)."
     def build(self, column, R=16, L=48):
         self.column, self.order, n = column, order_of(self.table[column]), len(self.X)
-        self.Y, self.sorted = self.X[self.order], self.table[column].to_numpy()[self.order] # numbered by rank from here on
+        self.Y, self.sorted = self.X[self.order], self.table[column].to_numpy()[self.order] # by rank
         alive, dead = [{} for _ in range(n)], [[] for _ in range(n)]
         for i in range(1, n):
             near = np.argsort(np.square(self.Y[:i]-self.Y[i]).sum(1))[:L]
@@ -503,7 +503,7 @@ class Serf(FilterIndex):
 def find(self:Serf, Q, where, ok, ef): # noqa: F811
     for w in where:
         if set(w) != {self.column} or not isinstance(w[self.column], tuple) or w[self.column][0] is not None:
-            raise ValueError(f"this index answers {{{self.column!r}: (None, high)}}, not {w}: use RangeTree for other ranges")
+            raise ValueError(f"this index answers {{{self.column!r}: (None, high)}}, not {w}. Fix: RangeTree")
     r = np.array([np.searchsorted(self.sorted, w[self.column][1], "right") for w in where]) # how many pass
     starts = np.where(r[:, None] > 0, (r[:, None]*np.array([0, .25, .5, .75])).astype(int), -1)
     def expand(q, p): return np.where((self.born[p] < r[q, None]) & (r[q, None] <= self.died[p]), self.to[p], -1)
@@ -512,7 +512,7 @@ def find(self:Serf, Q, where, ok, ef): # noqa: F811
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #ba6b1be2
 class RangeTree(FilterIndex):
-    "A graph for each part of a binary tree over the order of a column; answers every range (a stand-in for two-sided SeRF)."
+    "A graph for each part of a binary tree over a column's order: any range (a stand-in for two-sided SeRF)."
     def build(self, column, R=16, L=48, leaf=64, seed=0):
         self.column, self.order, n = column, order_of(self.table[column]), len(self.X)
         self.Y, self.sorted = self.X[self.order], self.table[column].to_numpy()[self.order]
@@ -573,7 +573,7 @@ def find(self:RangeTree, Q, where, ok, ef): # noqa: F811
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #780f181b
 class Ung(FilterIndex):
-    "Unified navigating graph (Cai et al. 2024) over the sets of a column: a graph in each group, links to minimal supersets."
+    "Unified navigating graph (Cai et al. 2024): a graph for each set of tags, links to minimal supersets."
     def build(self, column, R=16, L=48, seed=0):
         self.column, groups = column, self.table.groupby(column, sort=False).indices
         self.sets = sorted(groups, key=lambda s: (len(s), sorted(s)))
@@ -635,7 +635,7 @@ def price(
     curve:pd.DataFrame, # of `effort_curve`
     n_passing:float, # vectors that pass, mean over queries
     target:float=.95) -> float:
-    "Distances evaluated for the target recall; where it is not reached, all that was spent last plus a scan of what passes."
+    "Distances evaluated for the target recall; where it is not reached, what was spent plus a scan."
     last = curve.iloc[-1]
     return float(last.evals if last.recall >= target else last.evals + n_passing)
 
@@ -664,8 +664,9 @@ class DiagLinUCB:
         self.b[j, c] += w*r
         self.touched += 2*len(c)
 
+# %% ../../nbs/collaborative/03_retrieval.ipynb #41b00f1c
 class LinUCB:
-    "Full LinUCB with one ridge regression for each item (Li et al. 2010); the inverse is kept by Sherman and Morrison's formula."
+    "Full LinUCB: a ridge regression for each item (Li et al. 2010), its inverse by Sherman and Morrison's formula."
     def __init__(self, n_items:int, C:int, alpha:float=1.):
         self.alpha,self.inv,self.b,self.touched = alpha,np.tile(np.eye(C), (n_items, 1, 1)),np.zeros((n_items, C)),0
     def moments(self, items, c, w):
@@ -683,7 +684,7 @@ def item_tower(
     features:np.ndarray, # (n_items, f)
     dim:int=16, ridge:float=1., seed:int=0,
     ) -> tuple[np.ndarray, np.ndarray]:  # user vectors (n_users, dim), item vectors (n_items, dim)
-    "Truncated SVD of the log; item vectors regressed on item features over the items that have clicks, predicted for all."
+    "Truncated SVD of the log; item vectors regressed on features where there are clicks, predicted for all."
     from sklearn.decomposition import TruncatedSVD
     from sklearn.linear_model import Ridge
     clicks = canonical(clicks)
