@@ -420,6 +420,11 @@ def test_contexts_and_towers():
     assert U.shape == (50, 3) and V.shape == (30, 3) and np.isfinite(V).all()
 
 
+def test_what_is_not_retrieved_is_no_hit():
+    S = np.array([[3., -np.inf, -np.inf], [1, 2, 3]])
+    np.testing.assert_allclose(recalls(S, np.array([[0, 1], [-1, -1]]), 2), [.5, np.nan])
+
+
 def test_padding_does_not_count_in_recall():
     S = np.array([[3., 2, 1, 0], [0, 1, 2, 3]])
     assert recall_at(S, np.array([[0, -1], [0, 3]]), 1) == pytest.approx(2/3)

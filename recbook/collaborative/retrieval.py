@@ -48,13 +48,14 @@ def check_ranking(scores, relevant, k):
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #7e66de06
 def recalls(
-    scores:np.ndarray, # (n, n_items)
+    scores:np.ndarray, # (n, n_items); an item at -inf is not retrieved
     relevant:np.ndarray, # (n, r) item numbers; -1 is padding
     k:int=50) -> np.ndarray: # (n,); nan where nothing is relevant
     "Share of each row's relevant items among the k with the highest scores."
     scores, relevant = np.asarray(scores), np.asarray(relevant)
     check_ranking(scores, relevant, k)
     top = np.argpartition(-scores, k-1, 1)[:, :k]
+    top = np.where(np.isneginf(np.take_along_axis(scores, top, 1)), -2, top)
     hit, n = (relevant[:, :, None] == top[:, None]).any(2).sum(1), (relevant >= 0).sum(1)
     return np.where(n > 0, hit/np.maximum(n, 1), np.nan)
 
