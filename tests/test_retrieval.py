@@ -10,28 +10,27 @@ from recbook.collaborative.retrieval import (
     LinUCB,
     PostFilter,
     PreFilter,
-    ProductQuantizer,
     RangeTree,
     Serf,
     SparCode,
-    TwoTower,
     Ung,
     effort_curve,
     filtered_recall,
     first_distinct,
     item_tower,
     ivf_search,
-    kmeans,
     nearest_among,
     passing,
+    price,
     recall_at,
+    recalls,
     robust_prune,
-    sampled_softmax,
     simulate,
     sparse_context,
     vamana,
     walk,
 )
+from recbook.towers import sampled_softmax
 from recbook.world import World
 
 
@@ -64,7 +63,8 @@ def brute(X, Q, ok, k):
 @pytest.fixture(scope="module")
 def sparcode():
     torch.manual_seed(0)
-    m = SparCode([5, 4], [6, 30], d=4, K=3, M=2, N=7, hidden=5)
+    m = SparCode([5, 4], [6, 30], d=4, K=3, M=2, N=7, E=AllToAll(4, 5))
+    m.b += .2
     x = torch.stack([torch.randint(6, (30,)), torch.arange(30)], 1)
     q = torch.tensor(list(product(range(5), range(4))))
     m.vq.start(m.tokens(q).detach())
@@ -94,15 +94,30 @@ def test_scores_are_a_sum_over_tokens_of_nearest_codes(sparcode):
 def test_pruning_keeps_the_best_postings(sparcode):
     m, q, x = sparcode
     index = CodeIndex(m, x)
-    half = index.prune(.5)
-    full, cut = index.scores.toarray(), half.scores.toarray()
-    R = half.scores.getnnz(1).max()
-    assert half.scores.nnz <= index.scores.nnz/2 and np.minimum(index.scores.getnnz(1), R+1).sum() > index.scores.nnz/2
+    full, cut = index.scores.toarray(), index.prune(5).scores.toarray()
     for a, b in zip(full, cut):
-        np.testing.assert_allclose(np.sort(b)[::-1][:R], np.sort(a)[::-1][:R])
-    assert index.prune(1).scores.nnz == index.scores.nnz
-    with pytest.raises(ValueError, match="keep=0"):
+        np.testing.assert_allclose(np.sort(b)[::-1][:5], np.sort(a)[::-1][:5])
+        assert (b > 0).sum() <= 5
+    assert index.prune(30).scores.nnz == index.scores.nnz and index.density == (full != 0).mean()
+    assert index.prune(5).search(q)[1].max() <= 5*m.K
+    with pytest.raises(ValueError, match="R=0"):
         index.prune(0)
+
+
+def test_the_bias_keeps_the_density_that_was_asked_for():
+    from recbook.training import batches, fit, set_seed
+    x = torch.arange(200)[:, None]
+    for density in (.05, .2):
+        set_seed(0)
+        m = SparCode([30], [200], d=4, N=8, density=density)
+        q = torch.randint(30, (800, 1))
+        loader = batches(q, (q[:, 0]*6 + torch.randint(6, (800,))), batch_size=100)
+        m.vq.start(m.tokens(q[:100]).detach())
+        fit(m, lambda m, b: sampled_softmax(m, b, x), loader, steps=150, lr=.005, device="cpu", progress=False)
+        m.settle(x)
+        assert CodeIndex(m, x).density == pytest.approx(density, abs=1e-3)
+    with pytest.raises(ValueError, match="density=0"):
+        SparCode([2], [2], density=0)
 
 
 def test_unquantised_model_uses_the_tokens_themselves(sparcode):
@@ -121,54 +136,12 @@ def test_all_to_all_equals_the_pairwise_perceptron():
     W = torch.cat([E.t.weight, E.x.weight, E.tx], 1)
     for i, j in product(range(5), range(6)):
         h = torch.relu(W @ torch.cat([t[i], x[j], t[i]*x[j]]) + E.t.bias)
-        torch.testing.assert_close(E(t, x)[i, j], E.out.weight[0] @ h + E.out.bias[0])
+        torch.testing.assert_close(E(t, x)[i, j], E.out.weight[0] @ h)
 
 
-def test_quantizer_passes_the_gradient_and_trains_its_words():
-    torch.manual_seed(0)
-    vq = ProductQuantizer(4, 2, 3)
-    t = torch.randn(50, 4, requires_grad=True)
-    out = vq(t)
-    g = torch.randn_like(out)
-    (out*g).sum().backward()
-    torch.testing.assert_close(t.grad, g)
-    t.grad = None
-    vq(t)
-    vq.loss.backward()
-    c = vq.words(vq.codes(t)).detach()
-    torch.testing.assert_close(t.grad, vq.beta*2*(t.detach()-c)/50)
-    m, n = 0, int(vq.codes(t)[0, 0])
-    mine = vq.codes(t)[:, 0] == n
-    torch.testing.assert_close(vq.C.grad[m, n], (2*(vq.C[m, n]-t[mine, :2])/50).sum(0).detach())
-
-
-def test_dead_words_come_back():
-    torch.manual_seed(0)
-    vq = ProductQuantizer(2, 1, 4)
-    t = torch.randn(100, 2)
-    with torch.no_grad():
-        vq.C[0, 3] = 1e3
-    before = vq.perplexity(t)[0]
-    for _ in range(400):
-        vq(t)
-    assert vq.C.abs().max() < 10 and vq.perplexity(t)[0] > before
-
-
-def test_sampled_softmax_never_counts_the_positive_as_negative():
-    m = TwoTower([2], [3], 2)
-    q, x = torch.zeros(4, 1, dtype=int), torch.arange(3)[:, None]
-    torch.manual_seed(0)
-    one = sampled_softmax(m, (q, torch.zeros(4, dtype=int)), x[:1], 20)
-    assert one.item() == pytest.approx(0, abs=1e-6)
-
-
-def test_recall_at_and_kmeans_and_ivf():
+def test_recall_at_and_ivf():
     scores = np.array([[3, 2, 1, 0.], [0, 1, 2, 3.]])
     assert recall_at(scores, np.array([[0, 3], [3, 2]]), 2) == .75
-    X = np.repeat(np.eye(3), 10, 0) + np.random.default_rng(0).normal(size=(30, 3))*.01
-    assert np.allclose(np.sort(kmeans(X, 3).argmax(1)), [0, 1, 2])
-    with pytest.raises(ValueError, match="40 clusters for 30"):
-        kmeans(X, 40)
     Y = np.random.default_rng(1).normal(size=(300, 5)).astype(np.float32)
     found, touched = ivf_search(Y, Y[:4], k=5, n_lists=6, n_probe=6)
     assert (np.sort(found, 1) == np.sort(np.argsort(-Y[:4] @ Y.T, 1)[:, :5], 1)).all() and (touched == 300).all()
@@ -183,8 +156,6 @@ def test_requests_are_products_of_tables():
     )
     same = (r["fields"] == r["fields"][0]).all(1)
     assert np.ptp(r["logit"][same], 0).max() == 0
-    with pytest.raises(ValueError, match="cannot be cut"):
-        ProductQuantizer(5, 2)
 
 
 # ---- filtered search
@@ -338,7 +309,17 @@ def test_recall_and_effort(shop):
     exact = PreFilter(X, table).search(Q, where)[0]
     h = effort_curve(PostFilter(X, table), Q, where, exact, efs=(10, 50, 200))
     assert h.recall.is_monotonic_increasing and h.evals.is_monotonic_increasing and h.recall.iloc[-1] >= .95
+    assert price(h, 7) == h.evals.iloc[-1] and price(h[:1], 7) == h.evals[0] + 7*(h.recall[0] < .95)
 
+
+def test_acorn_scans_where_less_than_one_in_gamma_passes(shop):
+    X, table, Q = shop
+    rare = np.arange(200) < 12
+    t = table.assign(rare=rare)
+    for gamma, scans in ((12, True), (20, False)):
+        found, evals = Acorn(X, t, gamma=gamma).search(Q, [dict(rare=True)]*len(Q), 5)
+        assert (evals == 12).all() == scans and rare[found[found >= 0]].all()
+    assert (found == brute(X, Q, np.tile(rare, (15, 1)), 5)).mean() > .9
 
 # ---- Online Matching
 
@@ -437,6 +418,11 @@ def test_contexts_and_towers():
     R[:, :5] = 0
     U, V = item_tower(R.tocsr(), F, dim=3)
     assert U.shape == (50, 3) and V.shape == (30, 3) and np.isfinite(V).all()
+
+
+def test_what_is_not_retrieved_is_no_hit():
+    S = np.array([[3., -np.inf, -np.inf], [1, 2, 3]])
+    np.testing.assert_allclose(recalls(S, np.array([[0, 1], [-1, -1]]), 2), [.5, np.nan])
 
 
 def test_padding_does_not_count_in_recall():

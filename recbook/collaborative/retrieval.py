@@ -10,15 +10,16 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from ..data import canonical, whole_number
-from ..training import batches, eval_mode, fit, set_seed
+from ..towers import ProductQuantizer, Tower
+from ..training import eval_mode
 from ..world import World, aspect
 
 # %% auto #0
-__all__ = ['REQUEST', 'ITEM', 'Tower', 'TwoTower', 'sampled_softmax', 'recall_at', 'kmeans', 'ProductQuantizer', 'over_columns',
-           'AllToAll', 'SparCode', 'CodeIndex', 'ivf_search', 'passing', 'nearest_among', 'robust_prune', 'vamana',
-           'by_distance', 'walk', 'FilterIndex', 'PreFilter', 'PostFilter', 'entries', 'Acorn', 'first_distinct',
-           'FilteredVamana', 'order_of', 'Serf', 'RangeTree', 'Ung', 'filtered_recall', 'effort_curve', 'DiagLinUCB',
-           'LinUCB', 'item_tower', 'sparse_context', 'simulate']
+__all__ = ['REQUEST', 'ITEM', 'RULES', 'check_ranking', 'recalls', 'recall_at', 'AllToAll', 'SparCode', 'CodeIndex', 'ivf_search',
+           'passing', 'nearest_among', 'robust_prune', 'vamana', 'by_distance', 'walk', 'unseen', 'keep_nearest',
+           'FilterIndex', 'scan', 'PreFilter', 'PostFilter', 'entries', 'Acorn', 'first_distinct', 'FilteredVamana',
+           'order_of', 'Serf', 'RangeTree', 'padded', 'Ung', 'filtered_recall', 'effort_curve', 'price', 'DiagLinUCB',
+           'LinUCB', 'item_tower', 'sparse_context', 'check_simulation', 'policy_scores', 'simulate']
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #2ac43375
 REQUEST = dict(taste=16, occasion=8, age=6, place=6) # fields of a request and how many values each has
@@ -27,193 +28,84 @@ ITEM = ("genre", "mood", "era", "setting") # the item attribute each of them act
 @patch(as_prop=True)
 @aspect
 def requests(self:World, rng) -> dict[str, np.ndarray]:
-    "One request a user: `fields` (n_users, 4) values of `REQUEST`, and the true `logit` (n_users, n_items), a product of two tables plus weak sums."
+    "One request a user: `fields` (n_users, 4) and the true `logit` (n_users, n_items): a product plus weak sums."
     fields = np.stack([rng.integers(n, size=self.n_users) for n in REQUEST.values()], 1)
     codes = [pd.factorize(self.items[a], sort=True)[0] for a in ITEM]
     T = [rng.normal(size=(n, c.max()+1))[f][:, c] for n, f, c in zip(REQUEST.values(), fields.T, codes)]
     return dict(fields=fields, logit=(1.5*T[0]*T[1] + .5*T[2] + .5*T[3] + self.quality).astype(np.float32))
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #7a35b2a2
-class Tower(nn.Module):
-    "Embeddings of categorical fields, concatenated, through a two-layer perceptron."
-    def __init__(self,
-        sizes:Sequence[int], # number of values of each field
-        out:int, # width of the result
-        dim:int=16, hidden:int=64): # width of a field's embedding; of the hidden layer
-        super().__init__()
-        self.fields = nn.ModuleList(nn.Embedding(n, dim) for n in sizes)
-        for e in self.fields:
-            nn.init.normal_(e.weight, std=.3)
-        self.mlp = nn.Sequential(nn.Linear(dim*len(sizes), hidden), nn.ReLU(), nn.Linear(hidden, out))
-    def forward(self,
-        x:Tensor, # (n, n_fields) integers
-        ) -> Tensor: # (n, out)
-        return self.mlp(torch.cat([e(x[:, f]) for f, e in enumerate(self.fields)], 1))
-
-# %% ../../nbs/collaborative/03_retrieval.ipynb #7e66de06
-class TwoTower(nn.Module):
-    "Score q·c of a request tower and an item tower."
-    def __init__(self, q_sizes:Sequence[int], x_sizes:Sequence[int], d:int=16):
-        super().__init__()
-        self.query,self.item = Tower(q_sizes, d),Tower(x_sizes, d)
-        self.extra = 0. # no loss besides the ranking loss
-    def forward(self,
-        q:Tensor, x:Tensor, # (n, fields), (m, fields)
-        ) -> Tensor: # (n, m)
-        return self.query(q) @ self.item(x).T
-
-# %% ../../nbs/collaborative/03_retrieval.ipynb #4b15e93d
-def sampled_softmax(
-    model:nn.Module, # model(q, x) -> (n, m) scores; model.extra is added to the loss
-    batch, # q (b, fields), positive items (b,)
-    x:Tensor, # (n_items, fields): the catalogue
-    n_neg:int=128, # sampled items, shared by the batch
-    scale:float=1., # scores are multiplied by it
-    ) -> Tensor: # scalar
-    "Softmax of each positive against uniformly sampled items; a sampled item equal to the positive is masked."
-    q, pos = batch
-    neg = torch.randint(len(x), (n_neg,), device=pos.device)
-    uniq, at = torch.cat([pos, neg]).unique(return_inverse=True)
-    y = scale*model(q, x[uniq])
-    own, other = at[:len(pos)], at[len(pos):]
-    y_neg = y[:, other].masked_fill(other == own[:, None], -torch.inf)
-    y_pos = y.gather(1, own[:, None])
-    return F.cross_entropy(torch.cat([y_pos, y_neg], 1), torch.zeros_like(pos)) + model.extra
-
-# %% ../../nbs/collaborative/03_retrieval.ipynb #1b67b8cc
-def recall_at(
-    scores:np.ndarray, # (n, n_items)
-    relevant:np.ndarray, # (n, r) item numbers
-    k:int=50) -> float:
-    "Mean share of the relevant items among the k with the highest scores; -1 in `relevant` is padding and does not count."
-    scores, relevant = np.asarray(scores), np.asarray(relevant)
+def check_ranking(scores, relevant, k):
+    "Refuse scores and relevant items that don't fit each other."
     if whole_number("k", k) > scores.shape[1]:
         raise ValueError(f"k={k}: there are only {scores.shape[1]} items")
     if np.isnan(scores).any():
         raise ValueError("scores contain NaN: check the model's loss")
-    if (
-        len(relevant) != len(scores)
-        or relevant.max(initial=-1) >= scores.shape[1]
-        or not (there := relevant >= 0).any()
-    ):
-        raise ValueError(
-            f"relevant items {relevant.shape} up to {relevant.max(initial=-1)} for scores {scores.shape}: one row a request, items below the width, some not -1"
-        )
+    last, there = relevant.max(initial=-1), (relevant >= 0).any()
+    if len(relevant) != len(scores) or last >= scores.shape[1] or not there:
+        raise ValueError(f"relevant items {relevant.shape} up to {last} for scores {scores.shape}: "
+            "one row a request, items below the width, some not -1")
+
+# %% ../../nbs/collaborative/03_retrieval.ipynb #7e66de06
+def recalls(
+    scores:np.ndarray, # (n, n_items); an item at -inf is not retrieved
+    relevant:np.ndarray, # (n, r) item numbers; -1 is padding
+    k:int=50) -> np.ndarray: # (n,); nan where nothing is relevant
+    "Share of each row's relevant items among the k with the highest scores."
+    scores, relevant = np.asarray(scores), np.asarray(relevant)
+    check_ranking(scores, relevant, k)
     top = np.argpartition(-scores, k-1, 1)[:, :k]
-    return float((relevant[:, :, None] == top[:, None]).any(2)[there].mean())
+    top = np.where(np.isneginf(np.take_along_axis(scores, top, 1)), -2, top)
+    hit, n = (relevant[:, :, None] == top[:, None]).any(2).sum(1), (relevant >= 0).sum(1)
+    return np.where(n > 0, hit/np.maximum(n, 1), np.nan)
 
-# %% ../../nbs/collaborative/03_retrieval.ipynb #0b539758
-def kmeans(
-    X:np.ndarray, # (n, d)
-    k:int,
-    seed:int=0, n_iter:int=20) -> np.ndarray: # (k, d) centres
-    "Centres of k clusters, by faiss."
-    if len(X) < k:
-        raise ValueError(f"{k} clusters for {len(X)} vectors: ask for at most {len(X)}")
-    km = faiss.Kmeans(X.shape[1], k, niter=n_iter, seed=seed+1, min_points_per_centroid=1)
-    km.train(np.ascontiguousarray(X, np.float32))
-    return km.centroids
+def recall_at(scores:np.ndarray, relevant:np.ndarray, k:int=50) -> float:
+    "Share of all relevant items that are among the k with the highest scores; arguments as in `recalls`."
+    n = (np.asarray(relevant) >= 0).sum(1)
+    return float(np.nansum(recalls(scores, relevant, k)*n)/n.sum())
 
-class ProductQuantizer(nn.Module):
-    "Nearest of N codewords for each of M parts, straight-through (van den Oord et al. 2017; parts as in Jégou et al. 2011)."
-    def __init__(self, d:int, M:int=2, N:int=32, beta:float=.25):
-        super().__init__()
-        if d % M:
-            raise ValueError(f"d={d} cannot be cut into M={M} equal parts")
-        self.C = nn.Parameter(torch.randn(M, N, d//M)*.1)
-        self.beta,self.loss = beta,0.
-        self.register_buffer("used", torch.ones(M, N))
-    def codes(self,
-        t:Tensor, # (n, d)
-        ) -> Tensor: # (n, M)
-        "The numbers of the nearest codewords."
-        return torch.cdist(self.parts(t), self.C).argmin(2).T
-    def parts(self, t): return t.reshape(len(t), len(self.C), -1).transpose(0, 1) # (M, n, d/M)
-    def words(self,
-        z:Tensor, # (n, M)
-        ) -> Tensor: # (n, d)
-        "The codewords of the codes, joined."
-        return torch.cat([C[z[:, m]] for m, C in enumerate(self.C)], 1)
-    def forward(self, t:Tensor) -> Tensor: # (n, d) -> (n, d)
-        z = self.codes(t.detach())
-        c = self.words(z)
-        if self.training:
-            self.loss = (c-t.detach()).pow(2).sum(1).mean() + self.beta*(t-c.detach()).pow(2).sum(1).mean()
-            self.watch(z, t.detach())
-        return t + (c-t).detach()
-
-# %% ../../nbs/collaborative/03_retrieval.ipynb #87f610bc
-@patch
-@torch.no_grad()
-def start(self:ProductQuantizer,
-    t:Tensor, # (n, d) tokens
-    seed:int=0):
-    "Put the codewords at the k-means centres of the tokens' parts."
-    for m, P in enumerate(self.parts(t)):
-        self.C[m] = torch.from_numpy(kmeans(P.numpy(), self.C.shape[1], seed))
-
-@patch
-@torch.no_grad()
-def watch(self:ProductQuantizer, z, t):
-    "Update usage; move dead codewords onto random tokens."
-    M, N, _ = self.C.shape
-    share = torch.stack([torch.bincount(z[:, m], minlength=N)/len(z)*N for m in range(M)])
-    self.used.mul_(.98).add_(share, alpha=.02)
-    for m, n in (self.used < .01).nonzero().tolist():
-        self.C[m, n] = self.parts(t)[m, torch.randint(len(t), ())]
-        self.used[m, n] = .1
-
-@patch
-def perplexity(self:ProductQuantizer,
-    t:Tensor, # (n, d)
-    ) -> np.ndarray: # (M,) between 1 and N
-    "Effective number of codewords in use, for each part."
-    p = torch.stack([torch.bincount(z, minlength=self.C.shape[1])/len(t) for z in self.codes(t).T])
-    return torch.exp(torch.special.entr(p).sum(1)).detach().numpy()
-
-# %% ../../nbs/collaborative/03_retrieval.ipynb #cfba1f10
-def over_columns(b, x):
-    "The scalar b once for each row of x: its gradient is then a sum of column sums, whose order does not depend on the number of threads."
-    return b.reshape(1).expand(len(x))
-
+# %% ../../nbs/collaborative/03_retrieval.ipynb #4b15e93d
 class AllToAll(nn.Module):
     "E(t, c): perceptron on [t, c, t*c] for every pair, one hidden layer."
     def __init__(self, d:int=16, hidden:int=32):
         super().__init__()
-        self.t,self.x = nn.Linear(d, hidden),nn.Linear(d, hidden, bias=False)
+        self.t, self.x = nn.Linear(d, hidden), nn.Linear(d, hidden, bias=False)
         self.tx = nn.Parameter(torch.randn(hidden, d)/d**.5)
-        self.out = nn.Linear(hidden, 1)
+        self.out = nn.Linear(hidden, 1, bias=False)
     def forward(self,
         t:Tensor, x:Tensor, # (n, d), (m, d)
         ) -> Tensor: # (n, m)
         n, h = len(t), len(self.tx)
         pair = ((t[:, None]*self.tx).reshape(n*h, -1) @ x.T).reshape(n, h, -1)
-        return torch.einsum(
-            "nhm,h->nm", F.relu(pair + self.t(t)[:, :, None] + self.x(x).T), self.out.weight[0]
-        ) + over_columns(self.out.bias, x)
+        hidden = F.relu(pair + self.t(t)[:, :, None] + self.x(x).T)
+        return torch.einsum("nhm,h->nm", hidden, self.out.weight[0])
 
-# %% ../../nbs/collaborative/03_retrieval.ipynb #17e437b2
+# %% ../../nbs/collaborative/03_retrieval.ipynb #88d1b665
 class SparCode(nn.Module):
     "Sum over tokens of ReLU(E(code, item) + b): all-to-all scores that fit an inverted index (Su et al. 2023)."
     def __init__(self,
         q_sizes:Sequence[int], x_sizes:Sequence[int], # values of the fields of requests and items
-        d:int=16, K:int=4, # width of tokens and items; tokens K_u of a request
+        d:int=16, K:int=4, # width of tokens and items; tokens of a request
         M:int=2, N:int=32, # parts of a token; codewords of a part
-        hidden:int=32, quantise:bool=True):
+        density:float=.1, # share of all (code, item) scores to be stored
+        E:nn.Module|None=None): # (n, d), (m, d) -> (n, m); a perceptron if None
         super().__init__()
-        self.K,self.quantise,self.extra = K,quantise,0.
-        self.tokenizer,self.item,self.E = Tower(q_sizes, K*d),Tower(x_sizes, d),AllToAll(d, hidden)
-        self.vq, self.b = (
-            ProductQuantizer(d, M, N),
-            nn.Parameter(torch.tensor(0.5)),
-        )  # above zero at first: a ReLU that is shut everywhere learns nothing
+        if not 0 < density <= 1:
+            raise ValueError(f"density={density}: must lie in 0..1")
+        self.K, self.density, self.quantise, self.extra = K, density, True, 0.
+        self.tokenizer, self.item, self.E = Tower(q_sizes, K*d), Tower(x_sizes, d), E or AllToAll(d)
+        self.vq = ProductQuantizer(d, M, N)
+        self.register_buffer("b", torch.tensor(0.))
 
     def tokens(self, q:Tensor) -> Tensor: # (n, fields) -> (n*K, d)
         "Unquantised tokens, those of a request in a row."
         return self.tokenizer(q).reshape(len(q)*self.K, -1)
     def pair_scores(self, t:Tensor, x:Tensor) -> Tensor: # (n, d), (m, d) -> (n, m)
         "ReLU(E + b) of tokens and item vectors."
-        return F.relu(self.E(t, x) + over_columns(self.b, x))
+        S = self.E(t, x)
+        if self.training:
+            self.follow(S.detach())
+        return F.relu(S + self.b)
     def forward(self, q:Tensor, x:Tensor) -> Tensor: # (n, fields), (m, fields) -> (n, m)
         t = self.tokens(q)
         if self.quantise:
@@ -221,18 +113,39 @@ class SparCode(nn.Module):
         self.extra = self.vq.loss if self.quantise and self.training else 0.
         return self.pair_scores(t, self.item(x)).reshape(len(q), self.K, -1).sum(1)
 
-# %% ../../nbs/collaborative/03_retrieval.ipynb #25d8a093
+# %% ../../nbs/collaborative/03_retrieval.ipynb #1b67b8cc
+@patch
+@torch.no_grad()
+def follow(self:SparCode, S):
+    "Set b so that a share `density` of the scores S is above zero (in long lists, of every eighth row)."
+    self.b.copy_(-torch.quantile((S[::8] if len(S) > 64 else S).flatten(), 1-self.density))
+
+@patch
+@torch.no_grad()
+def settle(self:SparCode,
+    x:Tensor): # (n_items, fields): the catalogue
+    "Set b after training, from the scores of all codes with all items: exactly `density` of them will be stored."
+    with eval_mode(self):
+        S = self.E(self.vq.words(self.every_code()), self.item(x)).numpy()
+    self.b.fill_(-float(np.quantile(S, 1-self.density)))
+
+@patch
+def every_code(self:SparCode) -> Tensor: # (N**M, M)
+    M, N, _ = self.vq.C.shape
+    return torch.cartesian_prod(*[torch.arange(N)]*M).reshape(-1, M)
+
+# %% ../../nbs/collaborative/03_retrieval.ipynb #83a31dcf
 class CodeIndex:
-    "Inverted index of a trained SparCode: sparse scores of codes (rows) and items (columns); no network runs on items when serving."
+    "Inverted index of a trained SparCode: sparse scores of codes (rows) and items (columns)."
     @torch.no_grad()
     def __init__(self,
         model:SparCode,
         x:Tensor): # (n_items, fields)
-        self.model,(M, N, _) = model,model.vq.C.shape
+        self.model, (M, N, _) = model, model.vq.C.shape
         self.place = N**np.arange(M)[::-1] # a code (z1..zM) is a number in base N
         with eval_mode(model):
             items, rows = model.item(x), []
-            for block in torch.cartesian_prod(*[torch.arange(N)]*M).reshape(-1, M).split(512):
+            for block in model.every_code().split(512):
                 rows.append(sp.csr_matrix(model.pair_scores(model.vq.words(block), items).numpy()))
         self.scores = sp.vstack(rows, format="csr")
     @torch.no_grad()
@@ -246,23 +159,27 @@ class CodeIndex:
         n, K = z.shape
         pick = sp.csr_matrix((np.ones(n*K, np.float32), (np.arange(n).repeat(K), z.ravel())), (n, self.scores.shape[0]))
         return pick @ self.scores, np.diff(self.scores.indptr)[z].sum(1)
-    def prune(self, keep:float) -> CodeIndex: # share of postings to keep, 0..1
-        "A copy in which each list keeps its R highest scores, R such that at most this share of all postings is left."
-        if not 0 < keep <= 1:
-            raise ValueError(f"keep={keep}: must lie in 0..1")
-        if not self.scores.nnz:
-            raise ValueError("the index is empty, every score is zero: train longer, or raise the model's b")
-        S = self.scores.copy()
-        size = np.diff(S.indptr)
-        row = np.arange(len(size)).repeat(size)
-        kept = np.cumsum(np.bincount(np.arange(S.nnz) - S.indptr[row])) # postings left for R = 1, 2, ...
-        R = max(np.searchsorted(kept, keep*S.nnz, "right"), 1)
-        order = np.lexsort((-S.data, row))
-        S.data[order[np.arange(S.nnz) - S.indptr[row] >= R]] = 0
-        S.eliminate_zeros()
-        other = object.__new__(CodeIndex)
-        other.__dict__ |= self.__dict__ | dict(scores=S)
-        return other
+
+# %% ../../nbs/collaborative/03_retrieval.ipynb #9736fd6a
+@patch(as_prop=True)
+def density(self:CodeIndex) -> float:
+    "Share of all (code, item) scores that is stored."
+    return self.scores.nnz/np.prod(self.scores.shape)
+
+@patch
+def prune(self:CodeIndex,
+    R:int, # postings a list may keep
+    ) -> CodeIndex:
+    "A copy in which each list keeps its R highest scores."
+    whole_number("R", R)
+    S = self.scores.copy()
+    row = np.arange(S.shape[0]).repeat(np.diff(S.indptr))
+    place = np.arange(S.nnz) - S.indptr[row]
+    S.data[np.lexsort((-S.data, row))[place >= R]] = 0
+    S.eliminate_zeros()
+    other = object.__new__(CodeIndex)
+    other.__dict__ |= self.__dict__ | dict(scores=S)
+    return other
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #403e4e8f
 def ivf_search(
@@ -282,11 +199,11 @@ def ivf_search(
     sizes = np.array([index.invlists.list_size(c) for c in range(n_lists)])
     return index.search(q, k)[1], sizes[lists].sum(1)
 
-# %% ../../nbs/collaborative/03_retrieval.ipynb #30ee2ffd
+# %% ../../nbs/collaborative/03_retrieval.ipynb #b6d6d124
 @patch(as_prop=True)
 @aspect
 def attributes(self:World, rng) -> pd.DataFrame:
-    "What a shop filters by: `genre` (text tells), `brand` (text does not; Zipf), `year` (partly follows the era), `tags` (sets: mood, setting and random shelves)."
+    "What a shop filters by: `genre`, `brand` (Zipf), `year`, `tags` (mood, setting and random shelves)."
     n, it = self.n_items, self.items
     brand = rng.choice(40, n, p=(z := 1/np.arange(1, 41)**1.1)/z.sum())
     year = (1900 + 20*pd.factorize(it.era, sort=True)[0] + rng.normal(0, 25, n)).round().astype(int)
@@ -302,7 +219,7 @@ def passing(
     table:pd.DataFrame, # attributes, one row a vector
     where:dict, # column -> value, (low, high) or {tags}
     ) -> np.ndarray:  # (n,) bool
-    "Which rows pass a filter: equality, inclusive range with None for an open side, or a set column that contains all the given tags."
+    "Which rows pass: equality, inclusive range with None for an open side, or all the given tags."
     if unknown := set(where) - set(table):
         raise ValueError(f"no column {sorted(unknown)} to filter by; the table has {list(table)}")
     mask = np.ones(len(table), bool)
@@ -360,31 +277,29 @@ def robust_prune(
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #d14ec20b
 def vamana(
-    X: np.ndarray,  # (n, d)
-    near: dict[int, np.ndarray]
-    | None = None,  # node -> candidate nodes; its 48 nearest if None. Nodes without an entry stay out
-    R: int = 16,  # links of a node
-    far: int = 4,  # random candidates besides
-    seed: int = 0,
-    may: Callable | None = None,  # (p, p*, candidates) -> bool, as in `robust_prune`
-) -> np.ndarray:  # (n, R) node numbers, -1 where there is none
+    X:np.ndarray, # (n, d)
+    near:dict[int, np.ndarray]|None=None, # node -> candidates; the 48 nearest if None; others stay out
+    R:int=16, # links of a node
+    far:int=4, # random candidates besides
+    seed:int=0,
+    may:Callable|None=None, # (p, p*, candidates) -> bool, as in `robust_prune`
+    ) -> np.ndarray: # (n, R) node numbers, -1 where there is none
     "Pruned proximity graph over exact candidate lists."
     near = dict(zip(*nearest_among(X, 48))) if near is None else near
-    rng, nodes, back = np.random.default_rng(seed), np.array(list(near)), {p: [] for p in near}
+    rng, nodes, links = np.random.default_rng(seed), np.array(list(near)), {p: [] for p in near}
+    def best(p, c): return robust_prune(X, p, by_distance(X, p, c), R, may=may and (lambda star, c: may(p, star, c)))
     for p, c in near.items():
         if may is None:
             c = np.r_[c, rng.choice(nodes, min(far, len(nodes)))]
-        for j in (
-            kept := robust_prune(X, p, by_distance(X, p, c), R, may=may and (lambda star, c, p=p: may(p, star, c)))
-        ):
-            back[j].append(p)
-        back[p] += kept.tolist()
+        kept = best(p, c)
+        links[p] += kept.tolist()
+        for j in kept:
+            links[j].append(p)
     G = np.full((len(X), R), -1)
-    for p, l in back.items():
-        l = by_distance(X, p, np.array(l, int))
-        if len(l) > R:
-            l = robust_prune(X, p, l, R, may=may and (lambda star, c, p=p: may(p, star, c)))
-        G[p, :len(l)] = l
+    for p, c in links.items():
+        c = by_distance(X, p, np.array(c, int))
+        c = best(p, c) if len(c) > R else c
+        G[p, :len(c)] = c
     return G
 
 def by_distance(X, p, c):
@@ -404,29 +319,37 @@ def walk(
     "Best-first search of a graph, all queries in step; a node's distance is evaluated once per query."
     q = len(Q)
     seen, evals = np.zeros((q, len(X)+1), bool), np.zeros(q, int)
-    ids, dist, open_ = np.full((q, ef), -1), np.full((q, ef), np.inf), np.zeros((q, ef), bool)
     seen[:, -1] = True # the last column stands for "none"
+    found = np.full((q, ef), -1), np.full((q, ef), np.inf), np.zeros((q, ef), bool) # nodes, distances, to be expanded
     at, new = np.arange(q), starts
     while len(at):
-        new = np.where(seen[at[:, None], new], -1, new)
-        new = np.sort(new, 1)
-        new[:, 1:][new[:, 1:] == new[:, :-1]] = -1
-        seen[at[:, None], new] = True
+        new = unseen(seen, at, new)
         d = np.where(new < 0, np.inf, np.square(X[new] - Q[at, None]).sum(2))
         evals[at] += (new >= 0).sum(1)
-        a_ids, a_d = np.c_[ids[at], new], np.c_[dist[at], d]
-        a_open = np.c_[open_[at], np.isfinite(d)]
-        best = np.argsort(a_d, 1, kind="stable")[:, :ef]
-        ids[at], dist[at], open_[at] = (np.take_along_axis(a, best, 1) for a in (a_ids, a_d, a_open))
-        at = np.flatnonzero(open_.any(1))
-        j = open_[at].argmax(1) # the nearest open one: rows are sorted
-        open_[at, j] = False
-        new = expand(at, ids[at, j]) if len(at) else new
-    return ids, dist, evals
+        keep_nearest(found, at, new, d)
+        at = np.flatnonzero(found[2].any(1))
+        j = found[2][at].argmax(1) # the nearest open one: rows are sorted
+        found[2][at, j] = False
+        new = expand(at, found[0][at, j]) if len(at) else new
+    return *found[:2], evals
+
+def unseen(seen, at, new):
+    "The nodes that each query meets for the first time, sorted; the rest become -1. They count as seen from now on."
+    new = np.sort(np.where(seen[at[:, None], new], -1, new), 1)
+    new[:, 1:][new[:, 1:] == new[:, :-1]] = -1
+    seen[at[:, None], new] = True
+    return new
+
+def keep_nearest(found, at, new, d):
+    "Merge new nodes into the sorted rows `at` of the results, in place."
+    joined = [np.c_[a[at], b] for a, b in zip(found, (new, d, np.isfinite(d)))]
+    best = np.argsort(joined[1], 1, kind="stable")[:, :found[0].shape[1]]
+    for a, b in zip(found, joined):
+        a[at] = np.take_along_axis(b, best, 1)
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #3ac6a596
 class FilterIndex:
-    "Common part of the filtered indexes: vectors, attribute table, masks of filters, and picking the results that pass."
+    "Common part of the filtered indexes: vectors, attributes, masks, and picking the results that pass."
     def __init__(self,
         X:np.ndarray, # (n, d) float32
         table:pd.DataFrame, # attributes of the n vectors
@@ -458,17 +381,20 @@ class FilterIndex:
         return np.pad(top, ((0, 0), (0, k-top.shape[1])), constant_values=-1), evals
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #1a14450c
+def scan(X, Q, ok, ef):
+    "The `ef` nearest that pass, their distances, and the evaluations: as many as pass."
+    d = np.where(ok, np.square(Q).sum(1)[:, None] - 2*Q @ X.T + np.square(X).sum(1), np.inf)
+    best = np.argsort(d, 1)[:, :ef]
+    return best, np.take_along_axis(d, best, 1), ok.sum(1)
+
 class PreFilter(FilterIndex):
     "Compare with everything that passes: exact."
-    def find(self, Q, where, ok, ef):
-        d = np.where(ok, np.square(Q).sum(1)[:, None] - 2*Q @ self.X.T + np.square(self.X).sum(1), np.inf)
-        best = np.argsort(d, 1)[:, :ef]
-        return best, np.take_along_axis(d, best, 1), ok.sum(1)
+    def find(self, Q, where, ok, ef): return scan(self.X, Q, ok, ef)
 
 class PostFilter(FilterIndex):
     "Walk a plain graph, strike out afterwards."
     def build(self, R=16, seed=0):
-        self.G,self.starts = vamana(self.X, R=R, seed=seed),entries(self.X, seed)
+        self.G, self.starts = vamana(self.X, R=R, seed=seed), entries(self.X, seed)
     def find(self, Q, where, ok, ef):
         return walk(self.X, Q, np.tile(self.starts, (len(Q), 1)), ef, lambda q, p: self.G[p])
 
@@ -478,18 +404,24 @@ def entries(X, seed, n=8):
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #007f8565
 class Acorn(FilterIndex):
-    "ACORN (Patel et al. 2024): unpruned neighbour lists; expand to passing nodes only, over two hops (gamma=1) or over longer lists."
+    "ACORN (Patel et al. 2024): unpruned lists; passing nodes only, over two hops (gamma=1) or longer lists."
     def build(self, M=16, gamma=1, seed=0):
-        self.M,self.gamma,self.starts = M,gamma,entries(self.X, seed)
+        self.M, self.gamma, self.starts = M, gamma, entries(self.X, seed)
         self.G = nearest_among(self.X, M*gamma)[1]
+    def expand(self, ok, p):
+        "The first M neighbours of the nodes p that pass."
+        c = self.G[p]
+        if self.gamma == 1:
+            c = np.concatenate([c, self.G[c].reshape(len(p), -1)], 1)
+        return first_distinct(np.where(np.take_along_axis(ok, c, 1), c, -1), self.M)
     def find(self, Q, where, ok, ef):
-        ok = np.c_[ok, np.zeros(len(Q), bool)]
-        def expand(q, p):
-            c = self.G[p]
-            if self.gamma == 1:
-                c = np.concatenate([c, self.G[c].reshape(len(p), -1)], 1)
-            return first_distinct(np.where(np.take_along_axis(ok[q], c, 1), c, -1), self.M)
-        return walk(self.X, Q, np.tile(self.starts, (len(Q), 1)), ef, expand)
+        ids, dist, evals = scan(self.X, Q, ok, ef)
+        far = np.flatnonzero(ok.mean(1) >= 1/self.gamma if self.gamma > 1 else np.ones(len(Q), bool))
+        if len(far):
+            open_, starts = np.c_[ok, np.zeros(len(Q), bool)][far], np.tile(self.starts, (len(far), 1))
+            found = walk(self.X, Q[far], starts, ids.shape[1], lambda q, p: self.expand(open_[q], p))
+            ids[far], dist[far], evals[far] = found
+        return ids, dist, evals
 
 def first_distinct(c, m):
     "The first m different numbers of each row, -1 skipped and used to fill up."
@@ -507,38 +439,33 @@ class FilteredVamana(FilterIndex):
         self.column = column
         sets = [v if isinstance(v, (set, frozenset)) else {v} for v in self.table[column]]
         self.labels = {v: k for k, v in enumerate(sorted(set().union(*sets)))}
-        B = np.zeros((len(sets), len(self.labels)), bool)
-        for i, s in enumerate(sets):
-            B[i, [self.labels[v] for v in s]] = True
+        B = np.array([[v in s for v in self.labels] for s in sets])
         near = {i: [] for i in range(len(B))}
-        for k in range(B.shape[1]):
-            for p, c in zip(*nearest_among(self.X, L, np.flatnonzero(B[:, k]))):
+        for b in B.T:
+            for p, c in zip(*nearest_among(self.X, L, np.flatnonzero(b))):
                 near[p].append(c)
-        self.G = vamana(
-            self.X,
-            {p: np.concatenate(c) for p, c in near.items()},
-            R,
-            seed=seed,
-            may=lambda p, star, c: ~(B[c] & B[p] & ~B[star]).any(1),
-        )
+        near = {p: np.concatenate(c) for p, c in near.items()}
+        covers = lambda p, star, c: ~(B[c] & B[p] & ~B[star]).any(1)
+        self.G = vamana(self.X, near, R, seed=seed, may=covers)
         self.start = [np.r_[(r := np.flatnonzero(b))[entries(self.X[r], seed, 4)]] for b in B.T]
-    def label(self, w):
-        want = w.get(self.column)
-        if isinstance(want, (set, frozenset)) and len(want) == 1:
-            want = next(iter(want))
-        if len(w) != 1 or isinstance(want, (tuple, set, frozenset, type(None))):
-            raise ValueError(
-                f"this index answers one value of {self.column!r}, not {w}: use an index that answers anything"
-            )
-        return want
-    def find(self, Q, where, ok, ef):
-        starts = np.array(
-            [self.start[self.labels[v]] if (v := self.label(w)) in self.labels else [-1] * 4 for w in where]
-        )
-        ok = np.c_[ok, np.zeros(len(Q), bool)]
-        return walk(
-            self.X, Q, starts, ef, lambda q, p: np.where(np.take_along_axis(ok[q], self.G[p], 1), self.G[p], -1)
-        )
+
+# %% ../../nbs/collaborative/03_retrieval.ipynb #f1ea9398
+@patch
+def label(self:FilteredVamana, w):
+    "The one value that a filter asks for."
+    want = w.get(self.column)
+    if isinstance(want, (set, frozenset)) and len(want) == 1:
+        want = next(iter(want))
+    if len(w) != 1 or isinstance(want, (tuple, set, frozenset, type(None))):
+        raise ValueError(f"this index answers one value of {self.column!r}, not {w}")
+    return want
+
+@patch
+def find(self:FilteredVamana, Q, where, ok, ef): # noqa: F811
+    numbers = [self.labels.get(self.label(w)) for w in where]
+    starts = np.array([[-1]*4 if k is None else self.start[k] for k in numbers])
+    ok = np.c_[ok, np.zeros(len(Q), bool)]
+    return walk(self.X, Q, starts, ef, lambda q, p: np.where(np.take_along_axis(ok[q], self.G[p], 1), self.G[p], -1))
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #d867b6df
 def order_of(column):
@@ -548,124 +475,122 @@ def order_of(column):
     return np.argsort(column.to_numpy(), kind="stable")
 
 class Serf(FilterIndex):
-    "One graph for all ranges `(None, high)` of a column: links with the interval of their life (the half-bounded case of SeRF, Zuo et al. 2024)."
+    "One graph for all ranges `(None, high)`: links with the interval of their life (half-bounded SeRF, Zuo et al. 2024)."
     def build(self, column, R=16, L=48):
-        self.column,self.order = column,order_of(self.table[column])
-        Y, n = self.X[self.order], len(self.X) # nodes are numbered by rank from here on
-        self.sorted,alive,dead = self.table[column].to_numpy()[self.order],[{} for _ in range(n)],[[] for _ in range(n)]
-        def link(a, c, t):
-            "Node a shall keep the best of its links and c, at time t."
-            for j in c:
-                alive[a].setdefault(j, t)
-            if len(alive[a]) <= R:
-                return
-            keep = set(robust_prune(Y, a, by_distance(Y, a, np.array(list(alive[a]))), R).tolist())
-            for j in [j for j in alive[a] if j not in keep]:
-                dead[a].append((j, alive[a].pop(j), t))
+        self.column, self.order, n = column, order_of(self.table[column]), len(self.X)
+        self.Y, self.sorted = self.X[self.order], self.table[column].to_numpy()[self.order] # by rank
+        alive, dead = [{} for _ in range(n)], [[] for _ in range(n)]
         for i in range(1, n):
-            near = np.argsort(np.square(Y[:i]-Y[i]).sum(1))[:L]
-            link(i, (kept := robust_prune(Y, i, near, R).tolist()), i)
-            for j in kept:
-                link(j, [i], i)
+            near = np.argsort(np.square(self.Y[:i]-self.Y[i]).sum(1))[:L]
+            kept = robust_prune(self.Y, i, near, R).tolist()
+            for a, c in [(i, kept), *((j, [i]) for j in kept)]:
+                self.link(alive[a], dead[a], a, c, i, R)
         life = [d + [(j, b, n) for j, b in a.items()] for a, d in zip(alive, dead)]
         E = np.full((n, max(map(len, life)), 3), -1)
         for a, l in enumerate(life):
             E[a, :len(l)] = np.array(l).reshape(-1, 3)
-        self.to,self.born,self.died = E.transpose(2, 0, 1)
-    def find(self, Q, where, ok, ef):
-        for w in where:
-            if set(w) != {self.column} or not isinstance(w[self.column], tuple) or w[self.column][0] is not None:
-                raise ValueError(
-                    f"this index answers {{{self.column!r}: (None, high)}}, not {w}: use RangeTree for other ranges"
-                )
-        r = np.array([np.searchsorted(self.sorted, w[self.column][1], "right") for w in where]) # how many pass
-        starts = np.where(r[:, None] > 0, (r[:, None]*np.array([0, .25, .5, .75])).astype(int), -1)
-        def expand(q, p): return np.where((self.born[p] < r[q, None]) & (r[q, None] <= self.died[p]), self.to[p], -1)
-        ids, dist, evals = walk(self.X[self.order], Q, starts, ef, expand)
-        return np.where(ids < 0, -1, self.order[ids]), dist, evals
+        self.to, self.born, self.died = E.transpose(2, 0, 1)
+    def link(self, alive, dead, a, c, t, R):
+        "Node a keeps the best R of its living links and c, at time t."
+        for j in c:
+            alive.setdefault(j, t)
+        if len(alive) > R:
+            keep = set(robust_prune(self.Y, a, by_distance(self.Y, a, np.array(list(alive))), R).tolist())
+            for j in [j for j in alive if j not in keep]:
+                dead.append((j, alive.pop(j), t))
+
+# %% ../../nbs/collaborative/03_retrieval.ipynb #b8e9f6f3
+@patch
+def find(self:Serf, Q, where, ok, ef): # noqa: F811
+    for w in where:
+        if set(w) != {self.column} or not isinstance(w[self.column], tuple) or w[self.column][0] is not None:
+            raise ValueError(f"this index answers {{{self.column!r}: (None, high)}}, not {w}. Fix: RangeTree")
+    r = np.array([np.searchsorted(self.sorted, w[self.column][1], "right") for w in where]) # how many pass
+    starts = np.where(r[:, None] > 0, (r[:, None]*np.array([0, .25, .5, .75])).astype(int), -1)
+    def expand(q, p): return np.where((self.born[p] < r[q, None]) & (r[q, None] <= self.died[p]), self.to[p], -1)
+    ids, dist, evals = walk(self.Y, Q, starts, ef, expand)
+    return np.where(ids < 0, -1, self.order[ids]), dist, evals
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #ba6b1be2
 class RangeTree(FilterIndex):
-    "A graph for each part of a binary tree over the order of a column; answers every range (a stand-in for two-sided SeRF)."
+    "A graph for each part of a binary tree over a column's order: any range (a stand-in for two-sided SeRF)."
     def build(self, column, R=16, L=48, leaf=64, seed=0):
-        self.column,self.order,n = column,order_of(self.table[column]),len(self.X)
-        self.Y,self.sorted = self.X[self.order],self.table[column].to_numpy()[self.order]
-        self.levels,size = [],n
+        self.column, self.order, n = column, order_of(self.table[column]), len(self.X)
+        self.Y, self.sorted = self.X[self.order], self.table[column].to_numpy()[self.order]
+        self.levels, size = [], n
         while size > leaf: # parts of `size` ranks, the last one shorter
             near = {}
             for a in range(0, n, size):
                 near |= dict(zip(*nearest_among(self.Y, L, np.arange(a, min(a+size, n)))))
-            G = vamana(self.Y, near, R, far=0, seed=seed)
-            self.levels.append((size, G))
+            self.levels.append((size, vamana(self.Y, near, R, far=0, seed=seed)))
             size = -(-size//2)
-        self.leaf = size
-    def parts(self, a, b):
-        "Whole parts (level, start) that tile the ranks a <= r < b, largest first, and the ranges left over."
-        n, out, rest = len(self.Y), [], [(a, b)]
-        for l, (size, _) in enumerate(self.levels):
-            left = []
-            for a, b in rest:
-                first, last = -(-a//size), -(-n//size) if b == n else b//size
-                if first >= last:
-                    left.append((a, b))
-                    continue
-                out += [(l, k*size) for k in range(first, last)]
-                left += [(a, first*size), (min(last*size, n), b)]
-            rest = [x for x in left if x[0] < x[1]]
-        return out, rest
-    def find(self, Q, where, ok, ef):
-        spans = []
-        for w in where:
-            if set(w) != {self.column} or not isinstance(w[self.column], tuple):
-                raise ValueError(f"this index answers a range of {self.column!r}, not {w}")
-            lo, hi = w[self.column]
-            spans.append(
-                self.parts(
-                    0 if lo is None else np.searchsorted(self.sorted, lo),
-                    len(self.Y) if hi is None else np.searchsorted(self.sorted, hi, "right"),
-                )
-            )
-        found, evals = [], np.zeros(len(Q), int)
-        for l, (size, G) in enumerate(self.levels):
-            starts = [
-                [s + (2 * j + 1) * min(size, len(self.Y) - s) // 8 for k, s in out if k == l for j in range(4)]
-                for out, _ in spans
-            ]
-            if not (width := max(map(len, starts))):
+    def ranks(self, w): # a <= rank < b of the rows that pass
+        if set(w) != {self.column} or not isinstance(w[self.column], tuple):
+            raise ValueError(f"this index answers a range of {self.column!r}, not {w}")
+        lo, hi = w[self.column]
+        return (0 if lo is None else np.searchsorted(self.sorted, lo),
+            len(self.Y) if hi is None else np.searchsorted(self.sorted, hi, "right"))
+
+# %% ../../nbs/collaborative/03_retrieval.ipynb #f9a8c2f3
+@patch
+def parts(self:RangeTree, a, b):
+    "Whole parts (level, start) that tile the ranks a <= r < b, largest first, and the ranges left over."
+    n, out, rest = len(self.Y), [], [(a, b)]
+    for l, (size, _) in enumerate(self.levels):
+        left = []
+        for a, b in rest:
+            first, last = -(-a//size), -(-n//size) if b == n else b//size
+            if first >= last:
+                left.append((a, b))
                 continue
-            S = np.array([s + [-1]*(width-len(s)) for s in starts])
-            ids, d, e = walk(self.Y, Q, S, ef, lambda q, p, G=G: G[p])
-            found.append((ids, d))
-            evals += e
-        ranks = [np.concatenate([np.arange(*r) for r in rest] or [np.empty(0, int)]) for _, rest in spans]
-        width = max(map(len, ranks))
-        ids = np.array([np.r_[r, np.full(width-len(r), -1)] for r in ranks], int)
-        found.append((ids, np.where(ids < 0, np.inf, np.square(self.Y[ids]-Q[:, None]).sum(2))))
-        evals += (ids >= 0).sum(1)
-        ids, d = (np.concatenate(x, 1) for x in zip(*found))
-        return np.where(ids < 0, -1, self.order[ids]), d, evals
+            out += [(l, k*size) for k in range(first, last)]
+            left += [(a, first*size), (min(last*size, n), b)]
+        rest = [x for x in left if x[0] < x[1]]
+    return out, rest
+
+def padded(lists): # rows of one length, filled up by -1
+    width = max(1, max(map(len, lists)))
+    return np.array([[*l, *[-1]*(width-len(l))] for l in lists], int)
+
+# %% ../../nbs/collaborative/03_retrieval.ipynb #8fd654a1
+@patch
+def ways_in(self:RangeTree, whole, level):
+    "Four start nodes in each whole part of this level."
+    size = lambda s: min(self.levels[level][0], len(self.Y)-s)
+    return [s + (2*j+1)*size(s)//8 for l, s in whole if l == level for j in range(4)]
+
+@patch
+def find(self:RangeTree, Q, where, ok, ef): # noqa: F811
+    spans = [self.parts(*self.ranks(w)) for w in where]
+    ids = padded([[r for x in rest for r in range(*x)] for _, rest in spans])
+    found = [(ids, np.where(ids < 0, np.inf, np.square(self.Y[ids]-Q[:, None]).sum(2)), (ids >= 0).sum(1))]
+    for l, (_, G) in enumerate(self.levels):
+        S = padded([self.ways_in(whole, l) for whole, _ in spans])
+        if (S >= 0).any():
+            found.append(walk(self.Y, Q, S, ef, lambda q, p, G=G: G[p]))
+    ids, d, evals = zip(*found)
+    ids = np.concatenate(ids, 1)
+    return np.where(ids < 0, -1, self.order[ids]), np.concatenate(d, 1), sum(evals)
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #780f181b
 class Ung(FilterIndex):
-    "Unified navigating graph (Cai et al. 2024) over the sets of a column: a graph in each group, links to minimal supersets."
+    "Unified navigating graph (Cai et al. 2024): a graph for each set of tags, links to minimal supersets."
     def build(self, column, R=16, L=48, seed=0):
-        self.column = column
-        groups = self.table.groupby(column, sort=False).indices
+        self.column, groups = column, self.table.groupby(column, sort=False).indices
         self.sets = sorted(groups, key=lambda s: (len(s), sorted(s)))
-        near, cross = {}, [[] for _ in self.X]
         self.rows = [np.asarray(groups[s]) for s in self.sets]
+        near = {}
         for r in self.rows:
             near |= dict(zip(*nearest_among(self.X, L, r)))
-        G = vamana(self.X, near, R, far=0, seed=seed)
+        self.G = np.c_[vamana(self.X, near, R, far=0, seed=seed), padded(self.cross())]
+    def cross(self): # node -> nearest node in each minimal superset of its own set
+        out = [[] for _ in self.X]
         for s, r in zip(self.sets, self.rows):
             for u in self.minimal(s, proper=True):
                 d = np.square(self.X[r][:, None]-self.X[self.rows[u]]).sum(2)
                 for p, j in zip(r, self.rows[u][d.argmin(1)]):
-                    cross[p].append(j)
-        up = np.full((len(self.X), max(map(len, cross))), -1)
-        for p, c in enumerate(cross):
-            up[p, :len(c)] = c
-        self.G = np.c_[G, up]
+                    out[p].append(j)
+        return out
     def minimal(self, want, proper=False): # group numbers
         "Smallest sets that contain `want`: none of them contains another one."
         out = []
@@ -673,16 +598,17 @@ class Ung(FilterIndex):
             if want <= s and not (proper and s == want) and not any(self.sets[o] <= s for o in out):
                 out.append(k)
         return out
-    def find(self, Q, where, ok, ef):
-        starts = []
-        for w in where:
-            if set(w) != {self.column} or not isinstance(w[self.column], (set, frozenset)):
-                raise ValueError(f"this index answers {{{self.column!r}: {{tags}}}}, not {w}")
-            starts.append([self.rows[g][0] for g in self.minimal(frozenset(w[self.column]))])
-        width = max(1, max(map(len, starts)))
-        return walk(self.X, Q, np.array([s + [-1]*(width-len(s)) for s in starts]), ef, lambda q, p: self.G[p])
 
-# %% ../../nbs/collaborative/03_retrieval.ipynb #8189539c
+# %% ../../nbs/collaborative/03_retrieval.ipynb #1f4e85ed
+@patch
+def find(self:Ung, Q, where, ok, ef): # noqa: F811
+    for w in where:
+        if set(w) != {self.column} or not isinstance(w[self.column], (set, frozenset)):
+            raise ValueError(f"this index answers {{{self.column!r}: {{tags}}}}, not {w}")
+    starts = [[self.rows[g][0] for g in self.minimal(frozenset(w[self.column]))] for w in where]
+    return walk(self.X, Q, padded(starts), ef, lambda q, p: self.G[p])
+
+# %% ../../nbs/collaborative/03_retrieval.ipynb #07253946
 def filtered_recall(
     found:np.ndarray, exact:np.ndarray, # (q, k) node numbers, -1 for none
     ) -> float:
@@ -690,22 +616,29 @@ def filtered_recall(
     have = [(len(set(a[a >= 0]) & set(b[b >= 0])), (b >= 0).sum()) for a, b in zip(found, exact)]
     return float(np.mean([h/n for h, n in have if n]))
 
+# %% ../../nbs/collaborative/03_retrieval.ipynb #8189539c
 def effort_curve(
     index:FilterIndex,
     Q:np.ndarray, where:Sequence[dict], exact:np.ndarray, # queries, filters and the true results (q, k)
-    efs:Sequence[int]=(10, 20, 40, 80, 160, 320),
+    efs:Sequence[int]=(10, 14, 20, 28, 40, 56, 80, 112, 160, 224, 320, 448, 640),
     target:float=.95, # stop when recall reaches it
-    ) -> pd.DataFrame: # ef, recall, evals, seconds
-    "Recall and price at growing effort."
-    from time import perf_counter
+    ) -> pd.DataFrame: # ef, recall, evals
+    "Recall and distance evaluations at growing effort."
     rows = []
     for ef in efs:
-        t = perf_counter()
         found, evals = index.search(Q, where, exact.shape[1], ef)
-        rows.append(dict(ef=ef, recall=filtered_recall(found, exact), evals=evals.mean(), seconds=perf_counter()-t))
+        rows.append(dict(ef=ef, recall=filtered_recall(found, exact), evals=evals.mean()))
         if rows[-1]["recall"] >= target:
             break
     return pd.DataFrame(rows)
+
+def price(
+    curve:pd.DataFrame, # of `effort_curve`
+    n_passing:float, # vectors that pass, mean over queries
+    target:float=.95) -> float:
+    "Distances evaluated for the target recall; where it is not reached, what was spent plus a scan."
+    last = curve.iloc[-1]
+    return float(last.evals if last.recall >= target else last.evals + n_passing)
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #6983f642
 class DiagLinUCB:
@@ -732,8 +665,9 @@ class DiagLinUCB:
         self.b[j, c] += w*r
         self.touched += 2*len(c)
 
+# %% ../../nbs/collaborative/03_retrieval.ipynb #41b00f1c
 class LinUCB:
-    "Full LinUCB with one ridge regression for each item (Li et al. 2010); the inverse is kept by Sherman and Morrison's formula."
+    "Full LinUCB: a ridge regression for each item (Li et al. 2010), its inverse by Sherman and Morrison's formula."
     def __init__(self, n_items:int, C:int, alpha:float=1.):
         self.alpha,self.inv,self.b,self.touched = alpha,np.tile(np.eye(C), (n_items, 1, 1)),np.zeros((n_items, C)),0
     def moments(self, items, c, w):
@@ -751,7 +685,7 @@ def item_tower(
     features:np.ndarray, # (n_items, f)
     dim:int=16, ridge:float=1., seed:int=0,
     ) -> tuple[np.ndarray, np.ndarray]:  # user vectors (n_users, dim), item vectors (n_items, dim)
-    "Truncated SVD of the log; item vectors regressed on item features over the items that have clicks, predicted for all."
+    "Truncated SVD of the log; item vectors regressed on features where there are clicks, predicted for all."
     from sklearn.decomposition import TruncatedSVD
     from sklearn.linear_model import Ridge
     clicks = canonical(clicks)
@@ -776,37 +710,47 @@ def sparse_context(
     return c, e/e.sum(1, keepdims=True)
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #732cd243
-def simulate(
-    day:dict, # p (n_users, n_items) click probabilities, c, x, cand, tower: see `day`
-    model, # DiagLinUCB, LinUCB or None for the tower alone
-    rule:str, # "ucb", "greedy", "thompson", "epsilon", "tower" or "random"
-    events:int, epsilon:float=.1, delay:int=1, seed:int=0,
-    ) -> pd.DataFrame: # one row an event: user, item, click, regret against the best candidate
-    "Show one item to each arriving user; update the model `delay` events later."
-    if rule not in ("ucb", "greedy", "thompson", "epsilon", "tower", "random"):
-        raise ValueError(f"rule={rule!r}: must be ucb, greedy, thompson, epsilon, tower or random")
-    whole_number("events", events)
-    whole_number("delay", delay)
+RULES = ("ucb", "greedy", "thompson", "epsilon", "tower", "random")
+
+def check_simulation(day, rule, epsilon):
+    "Refuse an unknown rule and what is no probability."
+    if rule not in RULES:
+        raise ValueError(f"rule={rule!r}: must be one of {', '.join(RULES)}")
     if not 0 <= epsilon <= 1:
         raise ValueError(f"epsilon={epsilon}: must lie in 0..1")
     if not (day["p"].min() >= 0 and day["p"].max() <= 1):
         raise ValueError(f"click probabilities from {day['p'].min():g} to {day['p'].max():g}: must lie in 0..1")
+
+def policy_scores(day, model, rule, u, epsilon, rng):
+    "What the rule thinks of each candidate of user u."
+    items = day["cand"][u]
+    if rule == "tower":
+        return day["tower"][u, items]
+    if rule == "random" or rule == "epsilon" and rng.random() < epsilon:
+        return rng.random(len(items))
+    mean, var = model.moments(items, day["c"][u], day["x"][u])
+    width = dict(ucb=1., thompson=rng.normal(size=len(items))).get(rule, 0.)
+    return mean + model.alpha*var**.5*width
+
+# %% ../../nbs/collaborative/03_retrieval.ipynb #dafd0176
+def simulate(
+    day:dict, # p (n_users, n_items) click probabilities, c, x, cand, tower: see `day`
+    model, # DiagLinUCB, LinUCB or None for the tower alone
+    rule:str, # one of `RULES`
+    events:int, epsilon:float=.1, delay:int=1, seed:int=0,
+    ) -> pd.DataFrame: # one row an event: user, item, click, regret against the best candidate
+    "Show one item to each arriving user; update the model `delay` events later."
+    check_simulation(day, rule, epsilon)
+    whole_number("events", events)
+    whole_number("delay", delay)
     rng, arrive = np.random.default_rng([seed, 1]), np.random.default_rng([seed, 2])
     users, coins, waiting, rows = arrive.integers(len(day["p"]), size=events), arrive.random(events), [], []
-    for t, u in enumerate(users):
-        items, c, x = day["cand"][u], day["c"][u], day["x"][u]
-        if rule == "tower":
-            score = day["tower"][u, items]
-        elif rule == "random" or rule == "epsilon" and rng.random() < epsilon:
-            score = rng.random(len(items))
-        else:
-            mean, var = model.moments(items, c, x)
-            score = mean + model.alpha*var**.5*dict(ucb=1., thompson=rng.normal(size=len(items))).get(rule, 0.)
-        best = score.max()
-        j = items[rng.choice(np.flatnonzero(score == best))]
-        click = float(coins[t] < day["p"][u, j])
-        rows.append((u, j, click, day["p"][u, items].max() - day["p"][u, j]))
-        waiting.append((j, c, x, click))
+    for u, coin in zip(users, coins):
+        score, items, p = policy_scores(day, model, rule, u, epsilon, rng), day["cand"][u], day["p"][u]
+        j = items[rng.choice(np.flatnonzero(score == score.max()))]
+        click = float(coin < p[j])
+        rows.append((u, j, click, p[items].max() - p[j]))
+        waiting.append((j, day["c"][u], day["x"][u], click))
         if model is not None and len(waiting) >= delay:
             for e in waiting:
                 model.update(*e)
