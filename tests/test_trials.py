@@ -329,3 +329,12 @@ def test_climbing_sees_the_last_fifth_only():
 
 
 def test_settings_are_all_combinations(): assert len(settings(dict(a=[1, 2], b=[1, 2, 3], c=["x"]))) == 6
+
+
+def test_classes_of_libraries_count_by_version_and_annotations_by_name():
+    import torch
+    from torch import Tensor
+
+    def f(x: Tensor) -> Tensor: return x
+    assert digest(Tensor) == digest(torch.Tensor) != digest(torch.nn.Linear)
+    assert digest(f) == digest(f)
