@@ -4,6 +4,7 @@ import pytest
 from tiny_book import DEMO, write_page
 
 os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1") # two processes share the cores
 
 
 def pytest_collection_modifyitems(items):
