@@ -89,7 +89,7 @@ def sampled_softmax(
     model:nn.Module, # model(q, x) -> (n, m) scores; model.extra is added to the loss
     batch, # q (b, fields), positive items (b,)
     x:Tensor, # (n_items, fields): the catalogue
-    n_neg:int=128, # sampled items, shared by the batch
+    n_neg:int=128, # sampled items, shared by the batch; well below the number of items
     tau:float=1., # temperature: scores are divided by it
     p:Tensor|None=None, # (n_items,) positive sampling weights; uniform if None
     ) -> Tensor: # scalar
