@@ -72,7 +72,7 @@ def dot(
 
 def fresh(score:Scorer) -> Scorer:
     "Mark a scorer whose answers nobody else holds, so that they may be written over."
-    score.fresh = True
+    score.fresh = score # a wrapper that copies attributes is not marked by it
     return score
 
 def table(
@@ -153,7 +153,7 @@ def recommend(
         u = users[s:s+chunk]
         S = scores_of(score, u, n_items)
         if seen is not None:
-            S = hide(S, seen[u], getattr(score, "fresh", False))
+            S = hide(S, seen[u], getattr(score, "fresh", None) is score)
         top = topk(S, k)
         if seen is not None and (short := (S.gather(1, top[:, -1:]) == -torch.inf)[:, 0]).any():
             top[short] = seen_last(S[short], mask_of(seen[u], S.device)[short], k)
@@ -377,5 +377,5 @@ def individual_unfairness(
     "Mean |difference in utility| between a user and the most similar users (Dwork et al. 2012: similar people, similar treatment)."
     from sklearn.neighbors import NearestNeighbors
     u = np.asarray(utility, float)
-    nn = NearestNeighbors(n_neighbors=neighbours+1).fit(X).kneighbors(X, return_distance=False)[:, 1:]
+    nn = NearestNeighbors(n_neighbors=neighbours).fit(X).kneighbors(return_distance=False) # oneself left out
     return float(np.abs(u[nn] - u[:, None]).mean())

@@ -785,3 +785,14 @@ def test_every_token_and_the_end_mark_count_whatever_pads(pad):
     tok.pad_token = None
     with pytest.raises(ValueError, match="pad token"):
         I.lm_batch(tok, ["a"])
+
+
+def test_activations_that_write_over_their_input_change_nothing():
+    def net(inplace):
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(inplace=inplace), torch.nn.Linear(8, 2))
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(1))
+    y = (x[:, 0] > 0).long()
+    from recbook.trust.influence import influence
+    one, two = (influence(net(i), (x, y), (x[:5], y[:5]), method="ekfac") for i in (False, True))
+    np.testing.assert_allclose(np.asarray(one), np.asarray(two), rtol=1e-4, atol=1e-6)

@@ -291,3 +291,16 @@ def test_what_would_be_silently_wrong_is_refused(call, says):
 def test_a_stranger_item_is_nobodys_hit():
     with pytest.raises(ValueError, match="0..9"):
         hits([[16]], csr_matrix(([1.], ([1], [6])), (2, 10)), [0])
+
+
+def test_a_wrapper_with_a_memory_is_not_written_into():
+    import functools
+    kept, score = {}, table(np.array([[5., 4, 3, 2, 1]]))
+    remembered = functools.wraps(score)(lambda u: kept.setdefault(tuple(u.tolist()), score(u)))
+    assert recommend(remembered, [0], 2, csr_matrix([[1, 1, 0, 0, 0]])).tolist() == [[2, 3]]
+    assert recommend(remembered, [0], 2).tolist() == [[0, 1]]
+
+
+def test_nobody_is_their_own_neighbour():
+    from recbook.metrics import individual_unfairness
+    assert individual_unfairness([0, 1, 0, 1], np.zeros((4, 1)), 3) == pytest.approx(2/3)

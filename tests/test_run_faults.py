@@ -795,3 +795,28 @@ def test_folded_solutions_run_in_the_kernel_of_the_chapter_and_leave_no_cell(boo
 def test_a_wrong_solution_fails_the_chapter(book):
     with_page(book, ("markdown", FOLDED.format("assert 1 == 2")))
     assert "AssertionError" in cli("run", "solved", code=1)
+
+
+@pytest.mark.parametrize("text, codes", [
+    ("<details>\r\n\r\n```python\r\nx = 1\r\n```\r\n\r\n</details>", ["x = 1\n"]), ("<DETAILS open>\n\n```python \nx = 1\n```\n</DETAILS>", ["x = 1\n"]),
+    ("no fold\n\n```python\nx = 1\n```", []), ("<details>\nonly words\n</details>", [])])
+def test_folded_code_is_found(text, codes):
+    cell = dict(cell_type="markdown", id="a", metadata={}, source=text)
+    assert [c["source"] for c in R.with_solutions(dict(cells=[cell]))["cells"][1:]] == codes
+
+
+@pytest.mark.parametrize("fence", ["~~~python\nx = 1\n~~~", "````python\nx = 1\n````", "  ```python\n  x = 1\n  ```", "```py\nx = 1\n```", "```python\nx = 1\n"])
+def test_folded_code_that_would_be_skipped_is_refused(fence):
+    cell = dict(cell_type="markdown", id="a", metadata={}, source=f"<details>\n\n{fence}\n\n</details>")
+    with pytest.raises(R.UsageError, match="can't be read"):
+        R.with_solutions(dict(cells=[cell]))
+
+
+def test_a_tree_git_cannot_look_at_is_not_clean(book):
+    git = lambda *a: subprocess.run(["git", "-C", str(book), *a], check=True, capture_output=True)
+    git("init", "-q")
+    git("add", "-A")
+    git("-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "-qm", "x")
+    assert not R.commit(book).endswith("+dirty")
+    (book/".git/index").write_bytes(b"junk")
+    assert R.commit(book).endswith("+dirty")

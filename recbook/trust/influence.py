@@ -261,8 +261,8 @@ def layer_grads(
             if len(out) != n:
                 raise ValueError(f"layer {name} gives {len(out)} rows for {n} examples: rows must stay in front")
             out = out if out.requires_grad else out.detach().requires_grad_()
-            seen[name] = args[0].detach(), out
-            return out
+            seen[name] = args[0].detach().clone(), out
+            return out.clone() # what follows may write over it
         return hook
     hooks = [m.register_forward_hook(keep(k)) for k, m in layers.items()]
     try:
