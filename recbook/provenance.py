@@ -166,17 +166,20 @@ def digest(
     return Digest().of(x)
 
 class Digest:
-    "One walk over everything reachable; what was met before is named, not walked again."
-    def __init__(self): self.seen = {}
+    "One walk over everything reachable; what is met again is not walked again, what contains itself is named."
+    def __init__(self): self.done, self.open = {}, {}
 
     def of(self, x) -> str:
         "Digest of one object."
-        known = id(x) in self.seen
-        if not known:
-            self.seen[id(x)] = (len(self.seen), x)
-        if known and isinstance(x, (types.FunctionType, type)):
-            return f"seen {self.seen[id(x)][0]}"
-        return mix(self.parts(x))
+        if id(x) in self.done:
+            return self.done[id(x)][0]
+        if id(x) in self.open:
+            return f"open {list(self.open).index(id(x))}"
+        self.open[id(x)] = x
+        made = mix(self.parts(x))
+        del self.open[id(x)]
+        self.done[id(x)] = made, x # x is kept, or its id could be given to another object
+        return made
 
     def parts(self, x):
         "What decides `x`, as text and as digests of its parts."

@@ -338,3 +338,20 @@ def test_classes_of_libraries_count_by_version_and_annotations_by_name():
     def f(x: Tensor) -> Tensor: return x
     assert digest(Tensor) == digest(torch.Tensor) != digest(torch.nn.Linear)
     assert digest(f) == digest(f)
+
+
+class Node:
+    def __init__(self, value): self.value, self.next = value, self
+
+
+def test_what_contains_itself_has_a_digest_and_aliases_count_as_equal():
+    loop = [1]
+    loop.append(loop)
+    assert digest(loop) == digest(loop) and digest(Node(1)) == digest(Node(1)) != digest(Node(2))
+    one = np.arange(3)
+    assert digest([one, one]) == digest([np.arange(3), np.arange(3)])
+
+    def even(n): return n == 0 or odd(n-1)
+
+    def odd(n): return n != 0 and even(n-1)
+    assert digest(even) == digest(even) != digest(odd)
