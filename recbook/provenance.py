@@ -4,7 +4,7 @@
 
 # %% ../nbs/foundations/10_provenance.ipynb #fa5787c7
 from __future__ import annotations
-import ast, functools, hashlib, inspect, json, os, re, sys, tempfile, types
+import ast, functools, hashlib, inspect, json, os, re, sys, sysconfig, tempfile, types
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
 from importlib import metadata
@@ -17,7 +17,7 @@ from .data import cache_dir, root
 # %% auto #0
 __all__ = ['PACKAGE', 'bare', 'Module', 'named', 'words', 'defined', 'touched', 'read_module', 'module_of', 'reach', 'imported',
            'digest', 'Digest', 'mix', 'content', 'names_in', 'bytecode', 'package_code', 'distribution', 'library',
-           'written_here', 'Store', 'notebook_code', 'python']
+           'written_here', 'library_folders', 'Store', 'notebook_code', 'python']
 
 # %% ../nbs/foundations/10_provenance.ipynb #6f2d9ca7
 def bare(
@@ -302,13 +302,13 @@ def written_here(x):
     "Is this a notebook's or a script's own definition, neither of a library nor of the package?"
     if x.__module__ in ("__main__", "__mp_main__"):
         return True
-    m = sys.modules.get(x.__module__)
-    f = getattr(m, "__file__", None)
-    return (
-        bool(f)
-        and x.__module__.split(".")[0] != PACKAGE
-        and not re.search(r"[/\\](site-packages|dist-packages|lib[/\\]python)", f)
-    )
+    f = getattr(sys.modules.get(x.__module__), "__file__", None)
+    return bool(f) and x.__module__.split(".")[0] != PACKAGE and not any(map(Path(f).resolve().is_relative_to, library_folders()))
+
+@functools.cache
+def library_folders():
+    "Where this Python keeps its own modules and what was installed."
+    return [Path(p).resolve() for k, p in sysconfig.get_paths().items() if k.endswith("lib")]
 
 # %% ../nbs/foundations/10_provenance.ipynb #42b56225
 class Store:
