@@ -4,7 +4,7 @@
 
 # %% ../nbs/foundations/10_provenance.ipynb #fa5787c7
 from __future__ import annotations
-import ast, functools, hashlib, inspect, json, os, re, sys, sysconfig, tempfile, types
+import ast, dis, functools, hashlib, inspect, json, os, re, sys, sysconfig, tempfile, types
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
 from importlib import metadata
@@ -16,8 +16,9 @@ from .data import cache_dir, root
 
 # %% auto #0
 __all__ = ['PACKAGE', 'bare', 'Module', 'named', 'words', 'defined', 'touched', 'read_module', 'module_of', 'reach', 'imported',
-           'digest', 'Digest', 'mix', 'content', 'names_in', 'bytecode', 'package_code', 'distribution', 'library',
-           'written_here', 'library_folders', 'Store', 'notebook_code', 'python']
+           'digest', 'Digest', 'mix', 'content', 'exact_array', 'names_in', 'imports_in', 'bytecode', 'package_code',
+           'distribution', 'library', 'module_code', 'written_here', 'library_folders', 'Store', 'notebook_code',
+           'python']
 
 # %% ../nbs/foundations/10_provenance.ipynb #6f2d9ca7
 def bare(
@@ -198,7 +199,7 @@ class Digest:
         if isinstance(x, types.MethodType):
             return ["method", self.of(x.__func__), self.of(x.__self__)]
         if isinstance(x, types.ModuleType):
-            return library(x.__name__) or package_code([(x.__name__, "*")])
+            return module_code(x.__name__, "*")
         if isinstance(x, (types.FunctionType, type)):
             return self.definition(x)
         if hasattr(x, "__wrapped__"):
@@ -224,12 +225,20 @@ class Digest:
             self.of(f.__kwdefaults__),
             self.of(cells),
             repr(values),
+            *(y for m, n in imports_in(f.__code__) for y in module_code(m, n)),
         ]
 
     def klass(self, c):
         own = {k: getattr(v, "__func__", getattr(v, "fget", v)) for k, v in vars(c).items()}
         own = {k: v for k, v in own.items() if isinstance(v, types.FunctionType) or not k.startswith("__")}
         return ["class", *map(self.of, c.__bases__), self.of(own), str(vars(c).get("__annotations__"))]
+
+    def inside(self, x):
+        "The parts of a model that are not in its weights: classes of its modules, and plain attributes of our own classes."
+        for m in getattr(x, "modules", lambda: [x])():
+            yield self.of(type(m))
+            if type(m).__module__.split(".")[0] == PACKAGE or written_here(type(m)):
+                yield self.of({k: v for k, v in vars(m).items() if not k.startswith("_") and k != "training"})
 
     def instance(self, x):
         "An object by its class and what it holds; by its `fingerprint()` where it has one."
@@ -239,7 +248,7 @@ class Digest:
         if is_dataclass(x):
             return [kind, *(self.of(getattr(x, f.name)) for f in fields(x))]
         if hasattr(x, "state_dict"):
-            return [kind, self.of(dict(x.state_dict())), re.sub(r"0x[0-9a-f]+", "", repr(x))]
+            return [kind, self.of(dict(x.state_dict())), re.sub(r"0x[0-9a-f]+", "", repr(x)), *self.inside(x)]
         if type(x).__module__.split(".")[0] == PACKAGE or written_here(type(x)):
             return [kind, self.of(vars(x))]
         try:
@@ -257,8 +266,12 @@ def content(x):
         return ["scalar", str(x.dtype), repr(x.item())]
     if isinstance(x, np.ndarray):
         return ["array", str(x.dtype), str(x.shape), joblib.hash(x)]
-    if isinstance(x, (pd.DataFrame, pd.Series, pd.Index)):
-        return ["frame", joblib.hash(x.to_dict() if isinstance(x, pd.DataFrame) else x.tolist())]
+    if isinstance(x, pd.DataFrame):
+        columns = [content(x.iloc[:, k]) for k in range(x.shape[1])]
+        return ["frame", str(x.shape), joblib.hash([x.columns.tolist(), x.index.tolist(), columns])]
+    if isinstance(x, (pd.Series, pd.Index)):
+        labels = x.index.tolist() if isinstance(x, pd.Series) else None
+        return ["series", str(x.dtype), repr(x.name), joblib.hash([labels, x.tolist()])]
     if sp.issparse(x):
         return ["sparse", joblib.hash([x.tocoo().row, x.tocoo().col, x.tocoo().data]), str(x.shape)]
     if isinstance(x, Path):
@@ -266,13 +279,33 @@ def content(x):
     if type(x).__module__.startswith("torch") and hasattr(x, "detach") and not isinstance(x, type):
         if x.is_sparse:
             x = x.to_dense()
-        return ["tensor", str(x.dtype), str(tuple(x.shape)), joblib.hash(x.detach().cpu().float().numpy())]
+        return ["tensor", str(x.dtype), str(tuple(x.shape)), joblib.hash(exact_array(x))]
     return None
 
+def exact_array(x):
+    "A tensor as an array that tells apart all that it tells apart; types numpy lacks fit into float32."
+    x = x.detach().cpu().resolve_conj()
+    try:
+        return x.numpy()
+    except TypeError:
+        return x.float().numpy()
+
 def names_in(code):
-    "Global names and attributes a code object mentions, nested functions included."
+    "Global names a code object looks up, nested functions included; attributes are no globals."
     inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
-    return set(code.co_names).union(*map(names_in, inner))
+    own = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return own.union(*map(names_in, inner))
+
+def imports_in(code):
+    "(module, name) of every import inside a code object, nested functions included."
+    out, module = [], None
+    for i in dis.get_instructions(code):
+        if i.opname == "IMPORT_NAME":
+            module = i.argval
+            out.append((module, "*"))
+        elif i.opname == "IMPORT_FROM":
+            out = [o for o in out if o != (module, "*")] + [(module, i.argval)]
+    return out + [o for c in code.co_consts if isinstance(c, types.CodeType) for o in imports_in(c)]
 
 def bytecode(code, doc=None):
     "What a code object does: instructions, constants (docstring aside), names."
@@ -280,7 +313,8 @@ def bytecode(code, doc=None):
     plain = [c for c in kept if not isinstance(c, types.CodeType)]
     consts = [repr(sorted(c, key=repr) if isinstance(c, frozenset) else c) for c in plain]
     inner = [y for c in code.co_consts if isinstance(c, types.CodeType) for y in bytecode(c)]
-    return [code.co_code.hex(), *consts, *code.co_names, *code.co_varnames, *inner]
+    shape = [code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags & 12] # 12: *args, **kwargs
+    return [code.co_code.hex(), str(shape), *consts, *code.co_names, *code.co_varnames, *inner]
 
 # %% ../nbs/foundations/10_provenance.ipynb #dc2aeb13
 def package_code(names):
@@ -298,6 +332,14 @@ def library(module): # module name -> [its name and version]; [] for the package
     top = module.split(".")[0]
     return [] if top == PACKAGE else [module, distribution(top)]
 
+def module_code(name, thing):
+    "Digest parts of a module's definition `thing` (`*`: all): of the package, of a file that lies beside the notebook, or a library's version."
+    if name.split(".")[0] == PACKAGE:
+        return package_code([(name, thing)])
+    f = getattr(sys.modules.get(name), "__file__", None)
+    own = f and not any(map(Path(f).resolve().is_relative_to, library_folders()))
+    return [name, hashlib.sha256(Path(f).read_bytes()).hexdigest()] if own else library(name)
+
 def written_here(x):
     "Is this a notebook's or a script's own definition, neither of a library nor of the package?"
     if x.__module__ in ("__main__", "__mp_main__"):
@@ -312,7 +354,7 @@ def library_folders():
 
 # %% ../nbs/foundations/10_provenance.ipynb #42b56225
 class Store:
-    "Numbers on disk, each under a key; `None` for a folder keeps nothing."
+    "Numbers on disk, each under a key."
     def __init__(self, folder:Path|None=None): # default: <cache>/trials
         self.folder = cache_dir()/"trials" if folder is None else Path(folder)
 

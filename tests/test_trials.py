@@ -355,3 +355,54 @@ def test_what_contains_itself_has_a_digest_and_aliases_count_as_equal():
 
     def odd(n): return n != 0 and even(n-1)
     assert digest(even) == digest(even) != digest(odd)
+
+
+def test_digests_tell_values_apart_that_look_alike():
+    import torch
+    frame = pd.DataFrame(dict(a=[1, 2], b=[3, 4]), index=[0, 0])
+    others = [pd.DataFrame(dict(a=[9, 2], b=[3, 4]), index=[0, 0]), frame.iloc[::-1], frame[["b", "a"]], frame.astype("float32"), frame.reset_index(drop=True)]
+    assert digest(frame) == digest(frame.copy()) and all(digest(frame) != digest(o) for o in others)
+    assert digest(pd.Series([1, 2], [0, 1])) != digest(pd.Series([1, 2], [1, 0]))
+    assert digest(torch.tensor([2**24])) != digest(torch.tensor([2**24 + 1]))
+    assert digest(torch.tensor(1., dtype=torch.float64)) != digest(torch.tensor(1 + 1e-9, dtype=torch.float64))
+    assert digest(torch.tensor(1 + 1j)) != digest(torch.tensor(1 + 2j)) and digest(torch.ones(2, dtype=torch.bfloat16))
+
+    def f(a, b): return b
+    def g(a, *b): return b
+    def h(a, *, b): return b
+    assert len({digest(f), digest(g), digest(h)}) == 3
+
+
+def test_a_model_is_more_than_its_weights():
+    import torch
+
+    class Cold(torch.nn.Module):
+        def __init__(self, t):
+            super().__init__()
+            self.t = t
+    assert digest(Cold(.1)) == digest(Cold(.1)) != digest(Cold(10.)) and digest(torch.nn.Sequential(Cold(.1))) != digest(torch.nn.Sequential(Cold(10.)))
+
+
+def test_imports_inside_a_function_and_modules_beside_it_are_followed(monkeypatch, tmp_path):
+    def inside():
+        from recbook.metrics import evaluate
+        return evaluate
+    old, source = provenance.module_of, Path(provenance.find_spec("recbook.metrics").origin).read_text(encoding="utf-8")
+    before = digest(inside)
+    new = provenance.Module("recbook.metrics", source.replace("gain = np.arange(1, k+1), 1/np.log2", "gain = np.arange(1, k+1), 1/np.log"))
+    monkeypatch.setattr(provenance, "module_of", lambda n: new if n == "recbook.metrics" else old(n))
+    assert digest(inside) != before
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path/"beside.py").write_text("def f(): return 1\n")
+    import beside
+    before = digest(beside)
+    (tmp_path/"beside.py").write_text("def f(): return 2\n")
+    assert digest(beside) != before
+
+
+def test_an_attribute_is_no_global(monkeypatch):
+    def f(x): return x.scale
+    before = digest(f)
+    monkeypatch.setitem(globals(), "scale", 2.)
+    assert digest(f) == before
