@@ -287,7 +287,10 @@ def exact(
     c = find_claim(id)
     if not c.get("exact"):
         raise ValueError(f"{id} is not marked exact in the catalogue. Fix: exact = true there, or measure it")
-    assert holds, f"{id} should hold by construction and does not: {c['statement']}"
+    if holds not in (True, False):
+        raise ValueError(f"{id}: holds={holds!r} must be true or false")
+    if not holds:
+        raise AssertionError(f"{id} should hold by construction and does not: {c['statement']}")
     out = Claim(
         declared(c)
         | dict(
@@ -315,14 +318,15 @@ def measure(
     chance:float|None=None, ceiling:float=np.inf, # our system must work before it is compared: see `trials.alive`
     ) -> list[Claim]:
     "Claims measured on a table of trials, each shown as a card."
-    from recbook.trials import alive, values
+    from recbook.trials import alive, same_units, values
     out = []
     for c in map(find_claim, [ids] if isinstance(ids, str) else ids):
         col = y or c.get("column") or c["metric"]
         mine, them = c["ours"], opponent(df, c, col, dataset)
-        a = values(df, mine, col, dataset=dataset)
-        b = c["threshold"] if "threshold" in c else values(df, them, col, dataset=dataset)
         part = df[df.dataset == dataset]
+        both = part if "threshold" in c else same_units(part, mine, them, col)
+        a = values(both, mine, col)
+        b = c["threshold"] if "threshold" in c else values(both, them, col)
         caveats = [caveats_of(part, mine), [] if "threshold" in c else caveats_of(part, them)]
         if chance is not None and not alive(a, chance, ceiling, strict=False):
             caveats[0].append("not alive")
@@ -349,13 +353,16 @@ def opponent(df, c, col, dataset):
     "The method a claim compares with."
     from recbook.trials import best_rival
     role = {"best rival": "rival", "best placebo": "placebo"}.get(c["theirs"])
+    if role and c.get("direction") == "equal":
+        raise ValueError(f"{c['id']}: {c['theirs']!r} needs a direction, and the claim says equal. Fix: name the system")
     return best_rival(df, col, dataset, role, c.get("direction") == "lower") if role else c["theirs"]
 
 def named(c, them): return f"{c['theirs']} ({them})" if them != c["theirs"] else them
 
 def caveats_of(part, method):
-    rows = part[part.method == method]["caveats"]
-    return [x for x in (rows.iloc[0].split(", ") if len(rows) else []) if x]
+    "All caveats of a method, whatever rows they stand in."
+    said = part[part.method == method]["caveats"].unique()
+    return list(dict.fromkeys(x for s in said for x in s.split(", ") if x))
 
 def setting_of(part, method):
     rows = part[part.method == method].setting
@@ -363,14 +370,15 @@ def setting_of(part, method):
 
 def rival_of(part, c, mine, them, col, dataset):
     "How our system stands to the strongest simple rival of the table; nothing where there is none or the claim is about something else."
-    from recbook.trials import best_rival, values
-    if c.get("rivals") is False or "threshold" in c or not (part[part.role == "rival"][col].notna()).any():
+    from recbook.trials import best_rival, same_units, values
+    if c.get("rivals") is False or c.get("direction") == "equal" or "threshold" in c or not (part[part.role == "rival"][col].notna()).any():
         return {}
     lower = c.get("direction") == "lower"
     name = best_rival(part, col, dataset, lower=lower)
     if name in (them, mine):
         return {}
-    d = [values(part, m, col, dataset=dataset) for m in (mine, name)]
+    both = same_units(part, mine, name, col)
+    d = [values(both, m, col) for m in (mine, name)]
     d = [x.reshape(len(x), -1).mean(1) for x in d] if d[0].shape != d[1].shape else d
     effect, lo, hi, _ = paired_interval(d[0] - d[1])
     v = verdict(lo, hi, "lower" if lower else "higher", 0., c.get("smallest"))
@@ -492,7 +500,7 @@ def read_record(f):
 def is_stale(r, home):
     "Has the chapter's code, or what it reaches in the package, changed since the record was made? Records without a digest count as stale."
     path = next(iter((home/"nbs").glob(f"*/[0-9]*_{r['area']}.ipynb")), None)
-    return path is not None and r.get("code") != notebook_code(path)
+    return path is None or r.get("code") != notebook_code(path)
 
 def scoreboard(
     profile:str|None=None, # all profiles if not given

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
+from numbers import Integral, Real
 import numpy as np, pandas as pd
 from tqdm.auto import tqdm
 from .data import _registry
@@ -17,9 +18,10 @@ from .provenance import Store, digest, distribution
 
 # %% auto #0
 __all__ = ['ROLES', 'LIBRARIES', 'Outcome', 'Method', 'check_axis', 'settings', 'Case', 'trial_key', 'names_of', 'run_trial',
-           'pack', 'unpack', 'run_all', 'in_turn', 'spread', 'keyed', 'Tuned', 'tune', 'check_names', 'check_alike',
-           'limits_of', 'text', 'score_all', 'best_of', 'edges', 'beyond', 'widened', 'choice', 'follow', 'climbing',
-           'over_seeds', 'rows_of', 'values', 'per_seed', 'derive', 'best_rival', 'NotAlive', 'alive', 'ranked']
+           'pack', 'unpack', 'run_all', 'in_turn', 'spread', 'keyed', 'Tuned', 'tune', 'check_names', 'check_seeds',
+           'check_alike', 'limits_of', 'text', 'score_all', 'best_of', 'edges', 'beyond', 'widened', 'choice', 'follow',
+           'climbing', 'over_seeds', 'rows_of', 'values', 'same_units', 'per_seed', 'derive', 'best_rival', 'NotAlive',
+           'alive', 'ranked']
 
 # %% ../nbs/foundations/11_trials.ipynb #e31c75b8
 @dataclass
@@ -225,10 +227,17 @@ def check_names(methods, cases):
             raise ValueError(f"no {what}")
         if len(set(names)) < len(names):
             raise ValueError(f"{what} with the same name among {names}. Fix: rename one")
-    known = {m.name for m in methods}
+    known = {m.name for m in methods if not m.like}
     for m in methods:
         if m.like and m.like not in known:
-            raise ValueError(f"{m.name}: like={m.like!r} is none of {sorted(known)}")
+            raise ValueError(f"{m.name}: like={m.like!r} is none of {sorted(known)}, the methods with settings of their own")
+
+def check_seeds(seeds):
+    "Whole numbers, each once: a seed is one replication."
+    if odd := [s for s in seeds if isinstance(s, bool) or not isinstance(s, Integral)]:
+        raise ValueError(f"seeds {odd} are no whole numbers")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds {list(seeds)} repeat one")
 
 def check_alike(methods, seeds):
     "Equal numbers of settings for all that have any; enough distinct seeds."
@@ -237,8 +246,7 @@ def check_alike(methods, seeds):
         raise ValueError(f"unequal numbers of settings: {sizes}. Fix: give every method as many")
     if max(sizes.values(), default=1) == 1:
         return
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"tuning seeds {list(seeds)} repeat one")
+    check_seeds(seeds)
     if len(seeds) < 2:
         raise ValueError(f"one tuning seed {list(seeds)}. Fix: at least two, or a tie and chance decide")
 
@@ -264,7 +272,7 @@ def edges(setting, grid, limits):
     "Numeric axes of two values or more on whose end `setting` lies, and the direction: -1 low, +1 high."
     out = {}
     for k, tried in grid.items():
-        if len(tried) < 2 or any(isinstance(v, (str, bool)) or not isinstance(v, (int, float)) for v in tried):
+        if len(tried) < 2 or any(isinstance(v, bool) or not isinstance(v, Real) for v in tried):
             continue
         lo, hi = limits.get(k, (-math.inf, math.inf))
         if setting[k] == min(tried) and min(tried) > lo:
@@ -277,10 +285,14 @@ def beyond(tried, side, limits=(-math.inf, math.inf)):
     "The next value of an axis: the same ratio further (the same step where values are not all positive), inside the limits."
     v = sorted(tried)[::-side] # nearest the edge first
     new = v[0]*v[0]/v[1] if v[-1] > 0 and v[0] > 0 else v[0] + (v[0] - v[1])
-    new = min(max(new, limits[0]), limits[1])
-    if all(isinstance(x, int) for x in tried):
+    if all(isinstance(x, Integral) for x in tried):
         new = int(max(round(new), v[0]+1) if side > 0 else min(round(new), v[0]-1))
-    return new
+    sign = 0 if min(tried) >= 0 else -math.inf # what was never negative stays so, and what was positive stays positive
+    inside = max(limits[0], sign) <= new <= limits[1] and (new > 0 or min(tried) <= 0)
+    if inside:
+        return new
+    end = limits[1] if side > 0 else limits[0] # up to the limit itself, where that is a value of the axis' kind
+    return v[0] if not math.isfinite(end) or all(isinstance(x, Integral) for x in tried) and end != int(end) else type(v[0])(end)
 
 def widened(scores, grid, limits):
     "New settings beyond the edges where the best one lies; the grid grows in place."
@@ -318,6 +330,7 @@ def climbing(
     ) -> bool:
     "Does the best of the last fifth beat all that came before, by more than `tol` of the curve's range?"
     c = np.asarray(curve, float)
+    c = c[np.isfinite(c)] # where a run had no value it had not reached any
     if len(c) < 5:
         return False
     n = math.ceil(len(c)/5)
@@ -332,8 +345,9 @@ def over_seeds(
     ) -> pd.DataFrame:  # dataset, method, role, seed, unit, setting, caveats, shares, and a column a metric
     "Every method on every case and seed with its chosen setting: a row for each unit, and one (unit -1) for what is measured once a run."
     check_names(methods, cases)
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds {list(seeds)} repeat one")
+    check_seeds(seeds)
+    if not len(seeds):
+        raise ValueError("no seeds to report")
     if tuned and (both := sorted(set(tuned.seeds) & set(seeds))) and len(tuned.tried):
         raise ValueError(f"seeds {both} were used for tuning. Fix: report others")
     tuned = tuned or tune(methods, cases, [])
@@ -402,6 +416,20 @@ def values(
     if wide.shape[1] == 1:
         return wide.iloc[:, 0].to_numpy()
     return common.to_numpy() if common.shape[1] >= .5*wide.shape[1] else wide.mean(axis=1).to_numpy()
+
+def same_units(
+    df:pd.DataFrame, # of `over_seeds`, one data set
+    a:str, b:str, # two methods
+    y:str, # metric
+    ) -> pd.DataFrame: # `df` with their rows on units that both have
+    "Pair two methods by unit: where one has no value, the other's does not count; too few in common is an error."
+    mine, theirs = (set(df[(df.method == m) & df[y].notna()].unit) for m in (a, b))
+    common = mine & theirs
+    if {-1} in (mine, theirs) or mine == theirs:
+        return df
+    if len(common) < .5*max(len(mine), len(theirs)):
+        raise ValueError(f"{a!r} and {b!r} have {y} for {len(mine)} and {len(theirs)} units, {len(common)} in common. Fix: measure both on the same")
+    return df[~df.method.isin([a, b]) | df.unit.isin(common | {-1})]
 
 def per_seed(
     df:pd.DataFrame, # of `over_seeds`

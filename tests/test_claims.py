@@ -349,3 +349,31 @@ def test_a_broken_record_is_named_and_left_out(monkeypatch, tmp_path, text):
 def test_odd_values_are_refused(call, says):
     with pytest.raises(ValueError, match=says):
         call()
+
+
+def test_systems_are_paired_by_user_not_by_position(monkeypatch):
+    catalogue(monkeypatch)
+    def run(case, seed, skip, shift): # users differ much, systems do not at all
+        v = np.arange(40.) + shift
+        v[skip] = np.nan
+        return dict(recall=v)
+    from functools import partial
+    ms = [Method("A", partial(run, skip=[0, 1], shift=0.)), Method("B", partial(run, skip=[38, 39], shift=0.))]
+    df = over_seeds(ms, [Case("set", float, same_units=True)], range(4), store=Store("/nonexistent/x"))
+    r, = measure(df, "x.1", "set")
+    assert r["effect"] == 0 and r["units"] == 36
+    ms = [Method("A", partial(run, skip=list(range(39)), shift=0.)), Method("B", partial(run, skip=[], shift=0.))]
+    df = over_seeds(ms, [Case("set", float, same_units=True)], range(4), store=Store("/nonexistent/x"))
+    with pytest.raises(ValueError, match="1 in common"): measure(df, "x.1", "set")
+
+
+def test_a_caveat_counts_in_whatever_row_it_stands(monkeypatch):
+    catalogue(monkeypatch)
+    df = trial_frame(A=.3, B=.2)
+    df.loc[(df.method == "B") & (df.seed == 5), "caveats"] = "unfinished"
+    assert measure(df, "x.1", "set")[0]["provisional"]
+
+
+def test_the_best_rival_needs_a_direction(monkeypatch):
+    catalogue(monkeypatch, theirs="best rival", direction="equal", margin=.1)
+    with pytest.raises(ValueError, match="needs a direction"): measure(trial_frame(A=.3, r1=.2), "x.1", "set")

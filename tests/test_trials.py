@@ -124,7 +124,7 @@ def test_an_ablation_may_follow_another_and_says_so(store):
 
 
 def test_more_settings_of_whole_numbers_stay_whole():
-    assert beyond([2, 4], 1) == 8 and isinstance(beyond([2, 4], 1), int) and beyond([1, 2], -1) == 0
+    assert beyond([2, 4], 1) == 8 and isinstance(beyond([2, 4], 1), int) and beyond([1, 2], -1) == 1 and beyond([0, 1e-3], -1) == 0 and beyond([8, 10], 1, (1, 10.4)) == 10
     assert (
         beyond([0.0, 0.5], 1) == 1.0
         and beyond([0.1, 0.01], -1) == pytest.approx(0.001)
@@ -406,3 +406,20 @@ def test_an_attribute_is_no_global(monkeypatch):
     before = digest(f)
     monkeypatch.setitem(globals(), "scale", 2.)
     assert digest(f) == before
+
+
+@pytest.mark.parametrize("call, says", [
+    (lambda m: tune([m], [WORLD], [0, .5]), "no whole numbers"), (lambda m: over_seeds([Method("B", short)], [WORLD], [.5, 2]), "no whole numbers"),
+    (lambda m: over_seeds([Method("B", short)], [WORLD], []), "no seeds"), (lambda m: tune([m, Method("B", short, like="C"), Method("C", short, like="B")], [WORLD], [0, 1]), "settings of their own")])
+def test_odd_seeds_and_circles_are_refused(call, says):
+    with pytest.raises(ValueError, match=says): call(Method("A", quadratic, dict(lr=[.1, 1.])))
+
+
+def test_numpy_numbers_have_edges_and_positive_axes_stay_positive(store):
+    t = tune([Method("A", lambda case, seed, k: Outcome(dict(x=1.), valid=float(k)), dict(k=list(np.array([8, 16, 32]))))], [WORLD], [0, 1], store=store)
+    assert t.of("world", "A")[1][0].startswith("edge")
+    t = tune([Method("A", lambda case, seed, k: Outcome(dict(x=1.), valid=-float(k)), dict(k=[1, 2, 4]))], [WORLD], [0, 1], store=store)
+    assert t.of("world", "A") == (dict(k=1), ("edge: k=1",))
+
+
+def test_a_gap_in_the_curve_hides_nothing(): assert climbing([0, 1, 2, np.nan, 4, 5, 6, 7, 8, 9])
