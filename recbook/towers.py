@@ -150,7 +150,7 @@ class ProductQuantizer(nn.Module):
         t:Tensor, # (n, d)
         ) -> Tensor: # (n, M)
         "The numbers of the nearest codewords."
-        return torch.cdist(self.parts(t), self.C).argmin(2).T
+        return torch.cdist(self.parts(t), self.C, compute_mode="donot_use_mm_for_euclid_dist").argmin(2).T
     def parts(self, t): return t.reshape(len(t), len(self.C), -1).transpose(0, 1) # (M, n, d/M)
     def words(self,
         z:Tensor, # (n, M)

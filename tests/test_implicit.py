@@ -605,3 +605,30 @@ def test_the_search_differentiates_the_model_that_is_scored():
     held = torch.tensor([0, 1]), torch.tensor([6, 7]), torch.arange(4)
     a, c = (search_gradient(m, b, held, torch.zeros(2)) for _ in range(2))
     assert torch.equal(a[0], c[0]) and a[1] == c[1] and m.training
+
+
+def test_dcg_sees_small_differences_refuses_nan_and_breaks_ties_by_item():
+    from recbook.collaborative.implicit import dcg
+    one = np.ones((1, 2))
+    assert dcg(np.array([[1., 1 + 1e-9]]), np.array([[0, 1.]]), one, 1) == 1
+    with pytest.raises(ValueError, match="NaN"): dcg(np.full((1, 4), np.nan), np.eye(1, 4), np.ones((1, 4)), 1)
+    assert dcg(np.zeros((1, 50)), np.eye(1, 50), np.ones((1, 50)), 1) == 1
+
+
+def test_a_missing_value_is_a_category():
+    from recbook.collaborative.implicit import mutual_information
+    assert mutual_information([0, 1, 1, 0], [0., 1, np.nan, 1]) == pytest.approx(.3466, abs=1e-3)
+
+
+def test_scoring_candidates_leaves_batch_statistics_alone_and_lists_belong_to_their_model():
+    from recbook.collaborative.implicit import SortedFactors
+    class Normed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.U, self.I, self.bn = torch.nn.Parameter(torch.randn(6, 4)), torch.nn.Parameter(torch.randn(9, 4)), torch.nn.BatchNorm1d(4)
+        def forward(self): return self.U, self.bn(self.I)
+    m = Normed().train()
+    pair_scores(m, torch.arange(6), torch.zeros(6, 2, dtype=torch.long))
+    assert m.bn.num_batches_tracked == 0 and m.training and m.bn.training
+    lists, up, down = SortedFactors(20), lambda: (torch.ones(6, 1), torch.arange(9.)[:, None]), lambda: (torch.ones(6, 1), -torch.arange(9.)[:, None])
+    assert lists(up)[1][0] == 8 and lists(down)[1][0] == 0

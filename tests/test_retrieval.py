@@ -509,3 +509,20 @@ def test_training_gives_the_same_bits_on_one_and_two_threads():
     finally:
         torch.set_num_threads(had)
     assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+@pytest.mark.parametrize("off", [0., 1e3, 1e4])
+def test_a_scan_is_exact_far_from_the_origin(off):
+    from recbook.collaborative.retrieval import scan
+    rng = np.random.default_rng(0)
+    X, Q = ((rng.normal(size=(n, 8)) + off).astype("f4") for n in (400, 5))
+    want = np.square(Q.astype(float)[:, None] - X.astype(float)).sum(2).argsort(1)[:, :10]
+    assert (scan(X, Q, np.ones((5, 400), bool), 10)[0] == want).all()
+
+
+def test_no_more_items_are_touched_than_there_are_and_unsigned_scores_rank():
+    from recbook.collaborative.retrieval import ivf_search, recalls
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(400, 8)).astype("f4")
+    assert (ivf_search(X, X[:10], 10, n_lists=4, n_probe=8)[1] == 400).all()
+    assert recalls(np.array([[0, 1, 2]], np.uint8), np.array([[2]]), 1).tolist() == [1]

@@ -113,3 +113,16 @@ V = torch.eye(2)
 def test_what_would_be_silently_wrong_is_refused(call, says):
     with pytest.raises(ValueError, match=says):
         call()
+
+
+@pytest.mark.parametrize("off", [0., 1e3, 3e3])
+def test_codes_are_the_nearest_words_far_from_the_origin(off):
+    from recbook.towers import ProductQuantizer
+    torch.manual_seed(0)
+    t = torch.randn(100, 8) + off
+    q = ProductQuantizer(8, 2, 32)
+    q.start(t)
+    q.eval()
+    parts = t.double().reshape(100, 2, 4).transpose(0, 1)
+    want = (parts[:, :, None] - q.C.detach().double()[:, None]).square().sum(-1).argmin(2).T
+    assert (q.codes(t) == want).float().mean() > .99

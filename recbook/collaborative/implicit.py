@@ -5,6 +5,8 @@
 # %% ../../nbs/collaborative/02_implicit.ipynb #00000004
 from __future__ import annotations
 from collections.abc import Callable
+from contextlib import nullcontext
+from weakref import ref
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from ..baselines import clicked
 from ..data import Interactions, new_pairs
+from ..metrics import topk
 from ..training import batches, eval_mode, fit, set_seed
 from ..world import World, aspect
 
@@ -315,8 +318,8 @@ def dcg(
     ) -> float:
     "Mean DCG@k over users with something to gain; with gain = clicks/propensity an unbiased estimate for selection."
     scores, gain, mask = map(torch.as_tensor, (scores, gain, mask))
-    gain = torch.where(mask.bool(), gain.float(), 0.)
-    top = torch.where(mask.bool(), scores.float(), -torch.inf).topk(k, 1).indices
+    gain = torch.where(mask.bool(), gain.double(), 0.)
+    top = topk(torch.where(mask.bool(), scores.double(), -torch.inf), k) # NaN is an error there, ties go by item
     users = gain.sum(1) > 0
     if not users.any():
         raise ValueError("no user has a gain among the ranked items: check the mask")
@@ -357,7 +360,8 @@ def pair_scores(model, users, items): # (B,), (B, m) -> (B, m)
         return model.score(users, items)
     if model is None:
         raise ValueError("this sampler asks the model: call it as sampler(users, pos, model)")
-    U, I = model()
+    with eval_mode(model) if isinstance(model, nn.Module) else nullcontext():
+        U, I = model()
     return torch.bmm(F.embedding(items, I), F.embedding(users, U)[:, :, None])[..., 0]
 
 def dns_sampler(
@@ -380,11 +384,12 @@ def dns_sampler(
     return sampler
 
 class SortedFactors:
-    "Item lists sorted by each factor, refreshed every `every` looks."
-    def __init__(self, every): self.every,self.looks = every,0
+    "Item lists sorted by each factor, refreshed every `every` looks and for another model."
+    def __init__(self, every): self.every, self.looks, self.of = every, 0, lambda: None
     def __call__(self, model):
         U, I = (x.detach().cpu() for x in model())
-        if self.looks % self.every == 0:
+        if self.looks % self.every == 0 or self.of() is not model:
+            self.of, self.looks = ref(model), 0
             self.order,self.sd = I.argsort(0, descending=True),I.std(0)
         self.looks += 1
         return U, self.order, self.sd
@@ -625,7 +630,7 @@ def mutual_information(
     a, b, # (n,) int codes
     ) -> float: # nats
     "Mutual information of two categorical fields from their joint counts (Yao et al. 2021)."
-    a, b = (pd.factorize(np.asarray(v))[0] for v in (a, b))
+    a, b = (pd.factorize(np.asarray(v), use_na_sentinel=False)[0] for v in (a, b)) # missing is a value of its own
     if len(a) != len(b):
         raise ValueError(f"fields of {len(a)} and {len(b)} values: one value per item in each")
     P = np.bincount(a*(b.max()+1) + b, minlength=(a.max()+1)*(b.max()+1)).reshape(a.max()+1, -1)/len(a)

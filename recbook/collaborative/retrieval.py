@@ -53,6 +53,7 @@ def recalls(
     k:int=50) -> np.ndarray: # (n,); nan where nothing is relevant
     "Share of each row's relevant items among the k with the highest scores."
     scores, relevant = np.asarray(scores), np.asarray(relevant)
+    scores = scores if scores.dtype.kind == "f" else scores.astype(float) # unsigned numbers have no opposite
     check_ranking(scores, relevant, k)
     top = np.argpartition(-scores, k-1, 1)[:, :k]
     top = np.where(np.isneginf(np.take_along_axis(scores, top, 1)), -2, top)
@@ -197,7 +198,7 @@ def ivf_search(
     index.nprobe = n_probe
     lists = coarse.search(q, n_probe)[1]
     sizes = np.array([index.invlists.list_size(c) for c in range(n_lists)])
-    return index.search(q, k)[1], sizes[lists].sum(1)
+    return index.search(q, k)[1], np.where(lists >= 0, sizes[lists], 0).sum(1) # -1: there are fewer lists than asked for
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #b6d6d124
 @patch(as_prop=True)
@@ -383,6 +384,8 @@ class FilterIndex:
 # %% ../../nbs/collaborative/03_retrieval.ipynb #1a14450c
 def scan(X, Q, ok, ef):
     "The `ef` nearest that pass, their distances, and the evaluations: as many as pass."
+    centre = X.mean(0, dtype=np.float64) # far from the origin the products cancel
+    X, Q = X - centre, Q - centre
     d = np.where(ok, np.square(Q).sum(1)[:, None] - 2*Q @ X.T + np.square(X).sum(1), np.inf)
     best = np.argsort(d, 1)[:, :ef]
     return best, np.take_along_axis(d, best, 1), ok.sum(1)

@@ -433,8 +433,12 @@ def span_ids(tok, text):
 
 def place_in(text, subject, start=0):
     "Where the subject begins: as words of their own if it occurs like that, else wherever it occurs."
-    found = re.compile(rf"(?<!\w){re.escape(subject)}(?!\w)").search(text, start)
-    return found.start() if found else text.index(subject, start)
+    whole = "\\w+#'’\\-\u0300-\u036f" # what a name goes on with: C++, Ann-Marie, an accent of its own
+    for inside in (whole, "\\w"):
+        found = re.compile(rf"(?<![{inside}]){re.escape(subject)}(?![{inside}])").search(text, start)
+        if found:
+            return found.start()
+    return text.index(subject, start)
 
 # %% ../../nbs/trust/03_editing.ipynb #f4116581
 @torch.no_grad()
