@@ -29,6 +29,7 @@ class Tower(nn.Module):
         if len(columns) != len(sizes):
             raise ValueError(f"{len(columns)} numbers of columns for {len(sizes)} fields. Fix: one for each field")
         field, first = np.repeat(np.arange(len(sizes)), columns), np.cumsum([0, *sizes])
+        self.register_buffer("size", torch.tensor(np.asarray(self.sizes)[field]), persistent=False)
         self.register_buffer("first", torch.tensor(first[field]), persistent=False)
         self.register_buffer("member", torch.eye(len(sizes))[field], persistent=False)
         self.values, self.default = nn.Embedding(first[-1], dim), nn.Parameter(.1*torch.randn(len(sizes), dim))
@@ -37,7 +38,7 @@ class Tower(nn.Module):
 
     def embed(self, x, hide=None, drop:float=0.): # (n, columns) integers -> (n, fields, dim)
         "Mean of each field's values; the default where there is none, or where `hide` (fields,) says so."
-        there = (self.check(x) >= 0).float()
+        there = (self.check(x) >= 0).to(self.values.weight.dtype)
         if drop:
             there = there*(torch.rand_like(there) >= drop)
         V = self.values((x + self.first).clamp(min=0))*there[..., None]
@@ -59,10 +60,9 @@ def check(self:Tower, x):
     "`x`, if every value belongs to its field."
     if x.ndim != 2 or x.shape[1] != len(self.first):
         raise ValueError(f"fields of shape {tuple(x.shape)}: must be (n, {len(self.first)})")
-    size = self.member @ torch.tensor(self.sizes, dtype=torch.float32, device=x.device)
-    if (bad := (x < -1) | (x >= size)).any():
+    if (bad := (x < -1) | (x >= self.size)).any():
         row, col = bad.nonzero()[0].tolist()
-        raise ValueError(f"row {row}, column {col}: value {int(x[row, col])}. Fix: 0..{int(size[col])-1}, -1 for none")
+        raise ValueError(f"row {row}, column {col}: value {int(x[row, col])}. Fix: 0..{int(self.size[col])-1}, -1 for none")
     return x
 
 # %% ../nbs/foundations/08_towers.ipynb #f82a2494
@@ -95,6 +95,8 @@ def sampled_softmax(
     ) -> Tensor: # scalar
     "Softmax of each positive against sampled items; a sampled item equal to the positive is masked."
     q, pos = batch
+    if p is not None and not (p[pos] > 0).all():
+        raise ValueError(f"positive item {int(pos[p[pos] <= 0][0])} has sampling weight 0: its correction is infinite. Fix: a weight for every positive")
     neg = torch.randint(len(x), (n_neg,), device=pos.device) if p is None else torch.multinomial(p, n_neg, True)
     uniq, at = torch.cat([pos, neg]).unique(return_inverse=True)
     y = model(q, x[uniq])/temperature(tau)

@@ -16,10 +16,11 @@ from ..world import World, aspect
 
 # %% auto #0
 __all__ = ['REQUEST', 'ITEM', 'RULES', 'check_ranking', 'recalls', 'recall_at', 'AllToAll', 'SparCode', 'CodeIndex', 'ivf_search',
-           'passing', 'nearest_among', 'robust_prune', 'vamana', 'by_distance', 'walk', 'unseen', 'keep_nearest',
-           'FilterIndex', 'scan', 'PreFilter', 'PostFilter', 'entries', 'Acorn', 'first_distinct', 'FilteredVamana',
-           'order_of', 'Serf', 'RangeTree', 'padded', 'Ung', 'filtered_recall', 'effort_curve', 'price', 'DiagLinUCB',
-           'LinUCB', 'item_tower', 'sparse_context', 'check_simulation', 'policy_scores', 'simulate']
+           'equal', 'passing', 'nearest_among', 'robust_prune', 'vamana', 'by_distance', 'walk', 'unseen',
+           'keep_nearest', 'FilterIndex', 'scan', 'PreFilter', 'PostFilter', 'entries', 'Acorn', 'first_distinct',
+           'FilteredVamana', 'order_of', 'Serf', 'RangeTree', 'padded', 'Ung', 'filtered_recall', 'effort_curve',
+           'price', 'DiagLinUCB', 'LinUCB', 'item_tower', 'sparse_context', 'check_simulation', 'policy_scores',
+           'simulate']
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #2ac43375
 REQUEST = dict(taste=16, occasion=8, age=6, place=6) # fields of a request and how many values each has
@@ -216,6 +217,15 @@ def attributes(self:World, rng) -> pd.DataFrame:
     return pd.DataFrame(dict(genre=it["genre"].to_numpy(), brand=[f"brand-{b}" for b in brand], year=year, tags=tags))
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #e183a3d8
+def equal(v, want, col):
+    "Where the values `v` of a column are `want`, a single value of their kind."
+    if want is None or not np.isscalar(want):
+        raise ValueError(f"{col}={want!r} is no value. Fix: one value, a tuple (low, high), or a set of tags")
+    numbers = pd.api.types.is_numeric_dtype(v)
+    if len(v) and numbers == isinstance(want, str):
+        raise ValueError(f"{col}={want!r}: the column holds {'numbers' if numbers else 'no numbers'}. Fix: a value of its kind")
+    return v == want
+
 def passing(
     table:pd.DataFrame, # attributes, one row a vector
     where:dict, # column -> value, (low, high) or {tags}
@@ -226,7 +236,7 @@ def passing(
     mask = np.ones(len(table), bool)
     for col, want in where.items():
         v = table[col].to_numpy()
-        if isinstance(want, str) and len(v) and isinstance(v[0], (set, frozenset)):
+        if not isinstance(want, (set, frozenset)) and any(isinstance(s, (set, frozenset)) for s in v):
             raise ValueError(f"{col} holds sets: ask for {{{want!r}}}, not {want!r}")
         if isinstance(want, (set, frozenset)):
             mask &= np.array([want <= s for s in v])
@@ -236,9 +246,9 @@ def passing(
                 raise ValueError(f"{pd.isna(v).sum()} values of {col} are missing: a range is not defined for them")
             if lo is not None and hi is not None and not lo <= hi:
                 raise ValueError(f"{col} from {lo} to {hi}: the lower bound comes first")
-            mask &= (v >= (v.min() if lo is None else lo)) & (v <= (v.max() if hi is None else hi))
+            mask &= (True if lo is None else v >= lo) & (True if hi is None else v <= hi)
         else:
-            mask &= v == want
+            mask &= equal(v, want, col)
     return mask
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #30773bf1
@@ -365,7 +375,11 @@ class FilterIndex:
     def masks(self, where:Sequence[dict]) -> np.ndarray: # (q, n) bool
         "Which vectors pass each query's filter; equal filters are evaluated once."
         known = {}
-        return np.stack([known.setdefault(str(sorted(w.items(), key=str)), passing(self.table, w)) for w in where])
+        keys = [str(sorted(w.items(), key=str)) for w in where]
+        for k, w in zip(keys, where):
+            if k not in known:
+                known[k] = passing(self.table, w)
+        return np.stack([known[k] for k in keys])
     def search(self,
         Q:np.ndarray, # (q, d)
         where:Sequence[dict], # a filter for each query
@@ -374,6 +388,8 @@ class FilterIndex:
         "Nearest vectors that pass."
         if len(Q) != len(where):
             raise ValueError(f"{len(Q)} queries but {len(where)} filters: give one for each")
+        if not np.isfinite(Q).all():
+            raise ValueError("the queries contain NaN or infinity")
         ok = self.masks(where)
         ids, dist, evals = self.find(np.asarray(Q, np.float32), where, ok, max(ef, k))
         hit = (ids >= 0) & np.take_along_axis(np.c_[ok, np.zeros(len(Q), bool)], ids, 1)
