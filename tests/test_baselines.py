@@ -55,3 +55,9 @@ def test_training_beats_what_was_not_trained(split):
     history = train_bpr(m, split.train, split.valid, epochs=10, batch_size=128, lr=.02, l2=1e-3)
     after = evaluate(dot(*m()), split.valid, split.train).mean()["recall@20"]
     assert after > before + .05 and len(history)
+
+
+def test_the_baselines_are_still_found_in_the_chapter_they_come_from():
+    space = {}
+    exec("from recbook.collaborative.graph_cf import *", space)
+    assert {"MF", "bpr_loss", "clicked", "popularity", "train_bpr", "uniform_negatives"} <= set(space)

@@ -20,7 +20,11 @@ __all__ = ['UNKNOWN', 'adjacency', 'sym_norm', 'sparse_tensor', 'check_graph', '
            'visit_counts', 'top_neighbours', 'uniform_neighbours', 'equal_weights', 'Convolve', 'relu_linear',
            'PinSage', 'computation_graph', 'embed_all', 'max_margin', 'personalised_pagerank', 'hard_negatives',
            'curriculum', 'PinBatches', 'pin_loss', 'pair_ranks', 'scaled_mrr', 'power_law_graph', 'neighbour_batches',
-           'reverse_pagerank', 'pack', 'unpack', 'next_reuse', 'SharedCache', 'VictimBuffer', 'distinct_nodes', 'serve']
+           'reverse_pagerank', 'pack', 'unpack', 'next_reuse', 'SharedCache', 'VictimBuffer', 'distinct_nodes', 'serve',
+           'MF', 'bpr_loss', 'clicked', 'popularity', 'train_bpr', 'uniform_negatives']
+
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #22945d37
+_all_ = ["MF", "bpr_loss", "clicked", "popularity", "train_bpr", "uniform_negatives"] # also found here, where they were born
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #392f1168
 def adjacency(
