@@ -6,7 +6,10 @@ from typer.testing import CliRunner
 import book_check as check
 from recbook.claims import claim, papers
 from recbook.data import root
-from recbook.run import app, bibliography, chapters, complaints, execute, kernel_env, prepare, read_json
+from recbook.book import chapters, read_json
+from recbook.cli import app
+from recbook.publish import bibliography, complaints, prepare
+from recbook.run import execute, kernel_env
 
 YML = yaml.safe_load((root()/"_quarto.yml").read_text(encoding="utf-8"))
 KATEX = re.search(r"katex@([\d.]+)/", YML["format"]["html"]["html-math-method"]["url"])[1]
@@ -69,7 +72,7 @@ def test_quarto_yml_finds_its_files():
 def test_bibliography_is_the_catalogue():
     bib = root()/"nbs/references.bib"
     assert bib.read_text(encoding="utf-8") == bibliography(root()), (
-        "write recbook.run.bibliography() into nbs/references.bib"
+        "write recbook.publish.bibliography() into nbs/references.bib"
     )
     assert sorted(check.keys(bib)) == sorted(papers()) and len(papers()) >= 136
 
@@ -378,7 +381,7 @@ def test_book_fails_on_what_quarto_only_warns_about(checkout):
 
 
 def test_book_outside_a_checkout(tmp_path):
-    from recbook.run import UsageError
+    from recbook.book import UsageError
     with pytest.raises(UsageError, match="checkout"):
         prepare(tmp_path, tmp_path/"out")
 
@@ -432,7 +435,8 @@ def test_new_lists_its_chapter_in_the_book(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     r = CliRunner().invoke(app, ["new", "demo", "--part", "trust"])
     assert r.exit_code == 0, r.output
-    assert check.listed("_quarto.yml")[-1].endswith("_demo.ipynb") and sorted(
-        check.listed("_quarto.yml")[:-1]
-    ) == sorted(NBS)
+    now = check.listed("_quarto.yml")
+    new = [c for c in now if c.endswith("_demo.ipynb")]
+    assert now[now.index(new[0])+1] == "workshop/01_book.ipynb", "behind the last chapter of its part"
+    assert sorted(set(now) - set(new)) == sorted(NBS)
     assert CliRunner().invoke(app, ["new", "demo2", "--part", "trus"]).exit_code == 2

@@ -3,7 +3,9 @@ import re
 import nbformat, pytest
 from recbook.claims import papers
 from recbook.data import root
-from recbook.run import VERDICTS, chapters, run_chapters
+from recbook.book import chapters
+from recbook.records import VERDICTS
+from recbook.run import run_chapters
 
 ALL = chapters(root())
 

@@ -3,9 +3,10 @@ import importlib.util, json, os, re, shutil, subprocess, sys, types
 from pathlib import Path
 
 import nbformat, pytest, yaml
-from recbook import contribute as C
+from recbook import scaffold as C
 from recbook.data import root
-from recbook.run import UsageError, chapters, run_chapters, tomllib
+from recbook.book import UsageError, chapters, tomllib
+from recbook.run import run_chapters
 
 ROOT = Path(root())
 BADGED = [c for c in chapters(ROOT) if C.COLAB in [x.source for x in nbformat.read(c.path, 4).cells]]
@@ -19,12 +20,12 @@ def sh(*args, cwd, env=ENV):
 # --- the front page ---
 
 def test_readme_is_the_index_notebook():
-    assert (ROOT/"README.md").read_text(encoding="utf-8") == C.readme(ROOT), "run: python -m recbook.contribute"
+    assert (ROOT/"README.md").read_text(encoding="utf-8") == C.readme(ROOT), "run: python -m recbook.scaffold"
 
 def test_readme_has_the_published_scores_and_picture():
     text, nb = (ROOT/"README.md").read_text(encoding="utf-8"), nbformat.read(ROOT/"nbs/index.ipynb", 4)
     records = C.published(ROOT)
-    assert C.scores(records) in text, "run: python -m recbook.contribute"
+    assert C.scores(records) in text, "run: python -m recbook.scaffold"
     assert (
         ("nbs/front.png" in text)
         == (ROOT / "nbs/front.png").is_file()
@@ -57,7 +58,7 @@ def test_one_address_everywhere():
 # --- Colab ---
 
 def test_foundations_install_themselves_in_colab():
-    assert {"data", "world", "metrics", "training", "lm", "claims", "plots", "contribute"} <= {c.area for c in BADGED}
+    assert {"data", "world", "metrics", "training", "lm", "claims", "plots", "scaffold"} <= {c.area for c in BADGED}
 
 @pytest.mark.parametrize("chapter", BADGED, ids=lambda c: c.area)
 def test_first_code_cell_and_badge(chapter):
@@ -122,7 +123,7 @@ def test_ten_steps():
 # --- the package ---
 
 def test_import_is_light():
-    code = "import sys, recbook, recbook.run; bad = {'torch', 'transformers', 'pandas', 'trl'} & set(sys.modules); assert not bad, bad"
+    code = "import sys, recbook, recbook.cli; bad = {'torch', 'transformers', 'pandas', 'trl'} & set(sys.modules); assert not bad, bad"
     sh(sys.executable, "-c", code, cwd=ROOT, env=ENV | dict(PYTHONPATH=str(ROOT)))
 
 @pytest.fixture(scope="session")
@@ -181,11 +182,11 @@ def test_wheel_carries_the_book(wheel):
 
 def test_wheel_works_in_an_empty_folder(wheel, tmp_path):
     env = ENV | dict(PYTHONPATH=str(wheel), RECBOOK_CACHE=str(tmp_path/"cache"))
-    cli = lambda *a: sh(sys.executable, "-m", "recbook.run", *a, cwd=tmp_path, env=env)
+    cli = lambda *a: sh(sys.executable, "-m", "recbook.cli", *a, cwd=tmp_path, env=env)
     where = sh(
         sys.executable,
         "-c",
-        "import recbook, recbook.run; print(recbook.__file__, recbook.run.home())",
+        "import recbook, recbook.cli; print(recbook.__file__, recbook.cli.home())",
         cwd=tmp_path,
         env=env,
     )
@@ -212,7 +213,7 @@ def test_the_steps_have_their_commands():
     assert steps()[0] == "recbook new demo --part trust" and {
         "nbdev-export",
         "nbdev-clean",
-        "python -m recbook.contribute",
+        "python -m recbook.scaffold",
     } <= set(steps())
 
 @pytest.fixture(scope="session")
@@ -220,7 +221,7 @@ def grown(tmp_path_factory):
     "A copy of the checkout with the chapter `demo`, made by the commands of the ten steps."
     to, bin = copy(tmp_path_factory.mktemp("grown")/"book"), Path(sys.executable).parent
     how = dict(
-        recbook=[sys.executable, "-m", "recbook.run"], python=[sys.executable], pytest=[sys.executable, "-m", "pytest"]
+        recbook=[sys.executable, "-m", "recbook.cli"], python=[sys.executable], pytest=[sys.executable, "-m", "pytest"]
     )
     for line in steps():
         tool, *args = line.split()

@@ -5,19 +5,19 @@ from pathlib import Path
 import nbformat, pytest
 from tiny_book import BROKEN, DEMO, PLAIN, cli, no_nan, write_page
 
-from recbook import run as R
+from recbook import book as B, cli as L, records as K, run as R
 
 # --- names, profiles, parameters: nothing runs ---
 
 def test_chapters_in_reading_order(book):
     write_page(book, "02_late", PLAIN, "trust")
     write_page(book, "01_early", PLAIN, "foundations")
-    assert [c.area for c in R.chapters()] == ["early", "late", "demo"]
-    assert R.pick(["demo"])[0].title == "Demo: [a page]"
+    assert [c.area for c in B.chapters()] == ["early", "late", "demo"]
+    assert B.pick(["demo"])[0].title == "Demo: [a page]"
 
 def test_home_is_the_checkout_around_us(book, monkeypatch):
     monkeypatch.chdir(book/"nbs"/"basics")
-    assert R.home() == book.resolve()
+    assert B.home() == book.resolve()
 
 @pytest.mark.parametrize(
     "text,want",
@@ -34,21 +34,21 @@ def test_home_is_the_checkout_around_us(book, monkeypatch):
     ],
 )
 def test_value(text, want):
-    assert R.value(text) == want and type(R.value(text)) is type(want)
+    assert B.value(text) == want and type(B.value(text)) is type(want)
 
 def test_layers_of_parameters(book):
-    assert R.parameters("demo") == {}
-    assert R.parameters("demo", "cpu") == dict(n=8.0, flag=True) # n_seeds is not declared in this chapter
-    assert R.parameters("demo", "cpu", dict(flag=False)) == dict(n=8.0, flag=False)
+    assert B.parameters("demo") == {}
+    assert B.parameters("demo", "cpu") == dict(n=8.0, flag=True) # n_seeds is not declared in this chapter
+    assert B.parameters("demo", "cpu", dict(flag=False)) == dict(n=8.0, flag=False)
 
 def test_override_for_a_chapter_must_exist(book):
     (book/"settings.ini").write_text("[cpu]\n[cpu.demo]\nfleg = 1\n")
-    with pytest.raises(R.UsageError, match="Did you mean 'flag'"):
-        R.parameters("demo", "cpu")
+    with pytest.raises(B.UsageError, match="Did you mean 'flag'"):
+        B.parameters("demo", "cpu")
 
 def test_set_goes_where_it_is_declared(book):
     write_page(book, "02_plain", PLAIN)
-    assert [p for _,p in R.plan(["all"], sets=dict(n=1, seed=4))] == [dict(n=1, seed=4), dict(seed=4)]
+    assert [p for _,p in B.plan(["all"], sets=dict(n=1, seed=4))] == [dict(n=1, seed=4), dict(seed=4)]
 
 @pytest.mark.parametrize("args,says", [(["demmo"], "'demo'"), (["demo", "--profile", "cpuu"], "'cpu'"),
     (["demo", "--set", "flga=1"], "'flag'"),
@@ -60,12 +60,12 @@ def test_wrong_names_end_with_2_and_run_nothing(book, args, says):
 def test_save_needs_a_checkout(book):
     (book/"recbook"/"dummy.py").unlink()
     (book/"recbook").rmdir()
-    with pytest.raises(R.UsageError, match="checkout"):
+    with pytest.raises(B.UsageError, match="checkout"):
         R.run_chapters(["demo"], root=book, save=True)
 
 def test_bare_folder_says_what_to_do(tmp_path):
-    with pytest.raises(R.UsageError, match="checkout"):
-        R.pick(["all"], tmp_path)
+    with pytest.raises(B.UsageError, match="checkout"):
+        B.pick(["all"], tmp_path)
 
 # --- running ---
 
@@ -150,10 +150,10 @@ def test_lost_kernel_is_a_failure_with_its_cell(book):
     write_page(book, "02_gone", ["# Gone", "seed = 0", "import os\nos._exit(7)"])
     res, = R.run_chapters(["gone"])
     assert not res.ok and res.error["cell"] == 3 and "os._exit" in res.error["source"]
-    assert "gone, cell 3" in _text(R.failure_panel(res))
+    assert "gone, cell 3" in _text(L.failure_panel(res))
 
 def _text(x):
-    con = R.Console(width=120, record=True, file=open(os.devnull, "w"))
+    con = L.Console(width=120, record=True, file=open(os.devnull, "w"))
     con.print(x)
     return con.export_text()
 
@@ -202,9 +202,9 @@ def test_other_threads_are_another_run(book):
     assert [again(1), again(1), again(2)] == [False, True, False]
 
 def test_fingerprint_knows_what_matters(book):
-    ch, toml = R.chapters()[0], book/"data/papers/demo.toml"
-    seen = {R.fingerprint(ch, {})}
-    def new(): n = len(seen); seen.add(R.fingerprint(ch, {})); return len(seen) > n
+    ch, toml = B.chapters()[0], book/"data/papers/demo.toml"
+    seen = {K.fingerprint(ch, {})}
+    def new(): n = len(seen); seen.add(K.fingerprint(ch, {})); return len(seen) > n
     nb = nbformat.read(ch.path, 4)
     nb.cells[0].source += " Better prose."
     nb.cells[3].outputs = [nbformat.v4.new_output("stream", text="x")]
@@ -218,12 +218,12 @@ def test_fingerprint_knows_what_matters(book):
     toml.parent.mkdir(parents=True)
     toml.write_text("")
     assert new()
-    assert R.fingerprint(ch, dict(seed=1)) not in seen
+    assert K.fingerprint(ch, dict(seed=1)) not in seen
 
 def test_publish_refuses_outputs_of_other_code(book):
     res, = R.run_chapters(["demo"])
     write_page(book, "01_demo", DEMO)
-    with pytest.raises(R.UsageError, match="run the chapter again"):
+    with pytest.raises(B.UsageError, match="run the chapter again"):
         R.publish(res)
 
 def test_save_that_fails_is_reported_and_spares_others(book, monkeypatch):
@@ -239,7 +239,7 @@ def test_save_that_fails_is_reported_and_spares_others(book, monkeypatch):
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_ctrl_c_ends_at_once_and_leaves_no_half_notebook(book):
     write_page(book, "02_slow", ["# Slow", "seed = 0", "import time\nopen('started', 'w').close()\ntime.sleep(60)"])
-    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from recbook.run import app; app()"
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from recbook.cli import app; app()"
     p = subprocess.Popen(
         [sys.executable, "-c", code, "run", "slow"],
         stdout=subprocess.DEVNULL,
@@ -258,11 +258,11 @@ def test_ctrl_c_ends_at_once_and_leaves_no_half_notebook(book):
 # --- the smaller parts ---
 
 def test_harvest_keeps_the_last_of_an_id_and_data_set():
-    out = lambda i, v, d="w": dict(output_type="display_data", data={R.MIME: dict(id=i, dataset=d, v=v)}, metadata={})
+    out = lambda i, v, d="w": dict(output_type="display_data", data={B.MIME: dict(id=i, dataset=d, v=v)}, metadata={})
     cell = lambda *o: dict(cell_type="code", source="", outputs=list(o))
     md = dict(cell_type="markdown", source=["## A {#sec-a}\n", "text"])
     stream = dict(output_type="stream", text="")
-    got = R.harvest(
+    got = K.harvest(
         dict(cells=[cell(out("x", 0)), md, cell(out("y", 1), stream), cell(out("x", 2), out("x", 3, "real"))])
     )
     assert [(c["id"], c["dataset"], c["v"]) for c in got] == [("x", "w", 2), ("y", "w", 1), ("x", "real", 3)]
@@ -274,7 +274,7 @@ def test_scrub_only_whole_paths(monkeypatch):
     assert R.scrub("/srv/book/nbs /srv/bookshop /mnt/mirror/x", root) == "./nbs /srv/bookshop $RECBOOK_MIRROR/x"
     assert R.scrub(f"{sys.prefix}/lib", root) == "<python>/lib"
 
-def test_commit_without_git_is_the_version(tmp_path): assert R.commit(tmp_path) == (R._version("recbook") or "unknown")
+def test_commit_without_git_is_the_version(tmp_path): assert K.commit(tmp_path) == (K._version("recbook") or "unknown")
 
 def test_commit_in_git(tmp_path):
     git = lambda *a: subprocess.run(
@@ -284,9 +284,9 @@ def test_commit_in_git(tmp_path):
     (tmp_path/"a").write_text("1")
     git("add", "a")
     git("commit", "-m", "a")
-    clean = R.commit(tmp_path)
+    clean = K.commit(tmp_path)
     (tmp_path/"a").write_text("2")
-    assert len(clean) >= 7 and R.commit(tmp_path) == clean + "+dirty"
+    assert len(clean) >= 7 and K.commit(tmp_path) == clean + "+dirty"
 
 def test_list_shows_papers_claims_and_runs(book):
     p = book/"data/papers/demo.toml"
@@ -294,7 +294,7 @@ def test_list_shows_papers_claims_and_runs(book):
     p.write_text(
         '[[paper]]\nid = "demo"\nname = "DemoNet"\n[[paper.claim]]\nid = "demo.1"\n[[paper.claim]]\nid = "demo.2"\n'
     )
-    R.write_json(book/"data/results/cpu/demo.json", dict(started="2026-01-31T00:00:00+00:00"))
+    B.write_json(book/"data/results/cpu/demo.json", dict(started="2026-01-31T00:00:00+00:00"))
     out = cli("list")
     assert "Demo: [a page]" in out and "DemoNet" in out and " 2 " in out and "cpu 2026-01-31" in out
 
@@ -304,15 +304,15 @@ def test_scoreboard_of_published_records(book):
         direction="higher", seeds=[0, 1], ours=[.3, .4], theirs=[.1, .2], effect=.2, ci=[.1, .3],
         p=.01, verdict="supported", reported=dict(ours=.5, on="gowalla"))
     both = [claim, claim | dict(dataset="coat", verdict="refuted")]
-    R.write_json(book/"data/results/cpu/demo.json", dict(area="demo", profile="cpu", claims=both))
+    B.write_json(book/"data/results/cpu/demo.json", dict(area="demo", profile="cpu", claims=both))
     out = cli("claims", "--profile", "cpu")
     assert "1 supported, 1 refuted; 2 in all" in out and "0.5 on gowalla" in out and "coat" in out
     assert "No published claims" in cli("claims", "--profile", "smoke")
-    assert "0.5 on gowalla" in _text(R.claims_table([claim]))
+    assert "0.5 on gowalla" in _text(L.claims_table([claim]))
 
 def test_claims_table_takes_incomplete_records():
     t = _text(
-        R.claims_table(
+        L.claims_table(
             [
                 dict(id="a.1", verdict=None),
                 dict(
@@ -331,7 +331,7 @@ def test_claims_table_takes_incomplete_records():
 
 def test_help_and_list_stay_light(book):
     for args in (["--help"], ["list"]):
-        code = f"import sys; from recbook.run import app; app({args}, standalone_mode=False)\n" \
+        code = f"import sys; from recbook.cli import app; app({args}, standalone_mode=False)\n" \
             "print('HEAVY', [m for m in ('torch', 'transformers', 'pandas', 'papermill', 'numpy') if m in sys.modules])"
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=book)
         assert "HEAVY []" in out.stdout, out.stdout + out.stderr
@@ -358,3 +358,23 @@ def test_a_kernel_that_does_not_start_is_tried_once_more(tmp_path, monkeypatch):
     )
     with pytest.raises(RuntimeError):
         execute(page, tmp_path/"out.ipynb", {}, tmp_path)
+
+def test_code_is_read_from_many_threads():
+    "In Python 3.11, ast.parse loses count of its depth when a finalizer lets another thread parse in between."
+    code = """import ast, gc, sys, threading
+from recbook.book import syntax
+text, wrong = open(syntax.__code__.co_filename).read(), []
+class Cycle:
+    def __init__(self): self.me = self
+    def __del__(self): sum(range(200))
+def deep(n): return work() if n == 0 else deep(n-1)
+def work():
+    for _ in range(5):
+        [Cycle() for _ in range(50)]
+        try: syntax(text)
+        except SystemError as e: wrong.append(e)
+sys.setswitchinterval(1e-6); gc.set_threshold(100, 5, 5)
+ts = [threading.Thread(target=deep, args=(3*i,)) for i in range(6)]
+[t.start() for t in ts]; [t.join() for t in ts]
+assert not wrong, wrong"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 import nbformat, numpy as np, pytest
 from tiny_book import BROKEN, DEMO, PLAIN, cli, no_nan, write_page
 
-from recbook import run as R
+from recbook import book as B, cli as L, publish as P, records as K, run as R
 from recbook.data import root
 
 ROOT = Path(root())
@@ -13,7 +13,7 @@ ENV = os.environ | dict(PYTHONPATH=str(ROOT), NO_COLOR="1")
 
 def command(*args, cwd, env=(), **kw):
     return subprocess.run(
-        [sys.executable, "-m", "recbook.run", *map(str, args)],
+        [sys.executable, "-m", "recbook.cli", *map(str, args)],
         cwd=cwd,
         env=ENV | dict(env),
         capture_output=True,
@@ -48,7 +48,7 @@ def write(path, content):
     ],
 )
 def test_value_typed(text, want):
-    assert R.value(text) == want
+    assert B.value(text) == want
 
 @pytest.mark.parametrize(
     "text,want",
@@ -70,7 +70,7 @@ def test_value_typed(text, want):
 )
 def test_value_in_settings(tmp_path, text, want):
     (tmp_path/"settings.ini").write_text(f"[cpu]\nx = {text}\n")
-    assert R.profiles(tmp_path)["cpu"]["x"] == want
+    assert B.profiles(tmp_path)["cpu"]["x"] == want
 
 CELLS = {
     's = "a=b"': dict(s="a=b"),
@@ -91,7 +91,7 @@ CELLS = {
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_declared_reads_python(tmp_path, cell):
-    assert R.declared(write_page(tmp_path, "01_x", ["# X", cell])) == CELLS[cell]
+    assert B.declared(write_page(tmp_path, "01_x", ["# X", cell])) == CELLS[cell]
 
 @pytest.mark.parametrize(
     "v,want",
@@ -111,13 +111,13 @@ def test_declared_reads_python(tmp_path, cell):
     ],
 )
 def test_portable(v, want):
-    got = R.portable(v)
+    got = B.portable(v)
     assert got == want and type(got) is type(want) and json.dumps(got)
 
 @pytest.mark.parametrize("v", [object(), {1: 2}, [lambda: 0], b"x", 1j])
 def test_not_portable(v):
-    with pytest.raises(R.UsageError, match="can't be given to a notebook"):
-        R.portable(v)
+    with pytest.raises(B.UsageError, match="can't be given to a notebook"):
+        B.portable(v)
 
 # --- parameters against their defaults, before a kernel starts ---
 
@@ -216,7 +216,7 @@ def test_senseless_values_are_refused_before_the_start(pages, bad):
     ],
 )
 def test_sensible_values_pass(pages, good):
-    from recbook.run import pairs, plan
+    from recbook.book import pairs, plan
     (_, params), = plan(["page"], sets=pairs([good]))
     assert len(params) == 1
 
@@ -247,8 +247,8 @@ def test_values_of_settings_are_checked_too(pages, section, says):
     assert says in cli("run", "page", "--profile", "cpu", code=2)
 
 def test_every_value_of_the_book_passes():
-    for profile in (p for p in R.profiles(ROOT) if "." not in p):
-        assert R.plan(["all"], profile, root=ROOT)
+    for profile in (p for p in B.profiles(ROOT) if "." not in p):
+        assert B.plan(["all"], profile, root=ROOT)
 
 def test_a_registry_that_is_missing_is_named(pages):
     (pages/"data/datasets.toml").unlink()
@@ -262,7 +262,7 @@ def test_a_registry_that_is_missing_is_named(pages):
 def test_two_values_for_one_name(pages, args, says):
     assert says in cli("run", "page", *args, code=2)
 
-def test_the_same_value_twice_is_fine(pages): assert R.pairs(["seed=3", "seed=3"]) == dict(seed=3)
+def test_the_same_value_twice_is_fine(pages): assert B.pairs(["seed=3", "seed=3"]) == dict(seed=3)
 
 def test_device_that_is_not_there(pages, monkeypatch):
     import torch
@@ -271,12 +271,12 @@ def test_device_that_is_not_there(pages, monkeypatch):
         "this machine has" in cli("run", "page", "--set", "device=cuda", code=2)
         and not (pages / "runs/smoke/page.json").exists()
     )
-    assert R.true_device("cpu") == "cpu" and R.true_device("auto") in ("cpu", "mps")
+    assert K.true_device("cpu") == "cpu" and K.true_device("auto") in ("cpu", "mps")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert (R.true_device("cuda"), R.true_device("cuda:0")) == ("cuda", "cuda:0")
-    with pytest.raises(R.UsageError, match="cuda:1"):
-        R.true_device("cuda:1")
+    assert (K.true_device("cuda"), K.true_device("cuda:0")) == ("cuda", "cuda:0")
+    with pytest.raises(B.UsageError, match="cuda:1"):
+        K.true_device("cuda:1")
 
 # --- settings.ini ---
 
@@ -302,7 +302,7 @@ def test_broken_settings(book, text, says):
 
 def test_settings_with_a_mark_of_byte_order(book):
     write(book/"settings.ini", b"\xef\xbb\xbf[cpu]\nn = 3.0\n")
-    assert R.profiles(book)["cpu"] == dict(n=3.)
+    assert B.profiles(book)["cpu"] == dict(n=3.)
 
 def test_missing_settings(book):
     (book/"settings.ini").unlink()
@@ -354,8 +354,8 @@ def test_a_broken_catalogue_is_named_and_spares_other_areas(book, text):
     assert "demo.toml" in cli("list") and "plain" in cli("list")
     bad, good = R.run_chapters(["demo", "plain"])
     assert "demo.toml" in bad.error["evalue"] and good.ok
-    with pytest.raises(R.UsageError, match="demo.toml"):
-        R.bibliography(book)
+    with pytest.raises(B.UsageError, match="demo.toml"):
+        P.bibliography(book)
 
 SOUND = dict(
     id="demo.1",
@@ -481,7 +481,7 @@ def test_output_never_fails_for_its_encoding(book, name):
 @pytest.mark.skipif(os.name == "nt", reason="POSIX pipes")
 def test_a_reader_that_leaves_is_no_failure(book):
     p = subprocess.Popen(
-        [sys.executable, "-m", "recbook.run", "run", "demo"],
+        [sys.executable, "-m", "recbook.cli", "run", "demo"],
         cwd=book,
         env=ENV,
         stdout=subprocess.PIPE,
@@ -492,7 +492,7 @@ def test_a_reader_that_leaves_is_no_failure(book):
     err = p.stderr.read()
     assert p.wait(120) == 0 and json.loads((book/"runs/smoke/demo.json").read_text())["claims"] and b"Error" not in err
     shell = subprocess.run(
-        f"set -o pipefail; {sys.executable} -m recbook.run list | head -0",
+        f"set -o pipefail; {sys.executable} -m recbook.cli list | head -0",
         shell=True,
         executable="/bin/bash",
         cwd=book,
@@ -506,7 +506,7 @@ def test_a_reader_that_leaves_is_no_failure(book):
 def test_output_to_a_full_disk_is_no_failure(book):
     with open("/dev/full", "w") as full:
         code = subprocess.run(
-            [sys.executable, "-m", "recbook.run", "run", "demo"], cwd=book, env=ENV, stdout=full, stderr=subprocess.PIPE
+            [sys.executable, "-m", "recbook.cli", "run", "demo"], cwd=book, env=ENV, stdout=full, stderr=subprocess.PIPE
         ).returncode
     assert (
         (book / "runs/smoke/demo.json").is_file()
@@ -556,11 +556,11 @@ def test_folder_without_permission(book):
     assert "Can't write into" in cli("run", "demo", "--out", "shut", code=2)
 
 def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    R.write_json(tmp_path/"a.json", dict(x=1))
-    monkeypatch.setattr(R.os, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    B.write_json(tmp_path/"a.json", dict(x=1))
+    monkeypatch.setattr(B.os, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError):
-        R.write_json(tmp_path/"a.json", dict(x=2))
-    assert [f.name for f in tmp_path.iterdir()] == ["a.json"] and R.read_json(tmp_path/"a.json") == dict(x=1)
+        B.write_json(tmp_path/"a.json", dict(x=2))
+    assert [f.name for f in tmp_path.iterdir()] == ["a.json"] and B.read_json(tmp_path/"a.json") == dict(x=1)
 
 def test_folder_with_braces_blanks_and_letters(tmp_path, monkeypatch):
     odd = tmp_path/"my {bö} {0} dir"
@@ -584,7 +584,7 @@ def test_a_killed_run_leaves_nothing_for_long(book, tmp_path, sig):
         ["# Slow", "seed = 0\nwait = 60.0", "import time\nopen('started', 'w').close()\ntime.sleep(wait)"],
     )
     p = subprocess.Popen(
-        [sys.executable, "-m", "recbook.run", "run", "slow"],
+        [sys.executable, "-m", "recbook.cli", "run", "slow"],
         cwd=book,
         env=ENV | dict(TMPDIR=str(tmp)),
         stdout=subprocess.DEVNULL,
@@ -647,10 +647,10 @@ def test_notebook_without_ids_runs_saves_and_fails_with_its_cell(book):
         res, = R.run_chapters(["broken"], sets=sets)
         assert res.error["cell"] == 4 and res.error["source"] == BROKEN[3]
     path.write_text(path.read_text().replace("n-6.0", "n-5.0"))
-    done = R.Result(
-        R.pick(["demo"])[0], book / "runs/smoke/demo.ipynb", json.loads((book / "runs/smoke/demo.json").read_text())
+    done = K.Result(
+        B.pick(["demo"])[0], book / "runs/smoke/demo.ipynb", json.loads((book / "runs/smoke/demo.json").read_text())
     )
-    with pytest.raises(R.UsageError, match="run the chapter again"):
+    with pytest.raises(B.UsageError, match="run the chapter again"):
         R.publish(done)
 
 def test_the_same_id_twice(book):
@@ -717,7 +717,7 @@ def test_doctor_reads_the_kernel(tmp_path, monkeypatch, text, ok):
     write(tmp_path/"kernels/python3/kernel.json", text)
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
-    assert next(c for c in R.checkup() if c.name == "kernel python3").ok == ok
+    assert next(c for c in L.checkup() if c.name == "kernel python3").ok == ok
 
 def test_a_user_without_a_home(book, monkeypatch):
     monkeypatch.setattr(
@@ -729,7 +729,7 @@ def test_a_user_without_a_home(book, monkeypatch):
     assert R.run_chapters(["demo"], save=True)[0].ok
 
 def test_new_is_all_or_nothing(tmp_path, monkeypatch):
-    from recbook import contribute as C
+    from recbook import scaffold as C
     for f in ("nbs", "recbook", "data/papers"):
         shutil.copytree(ROOT/f, tmp_path/f)
     (tmp_path/"tests").mkdir()
@@ -744,12 +744,12 @@ def test_new_is_all_or_nothing(tmp_path, monkeypatch):
         )
     for at in range(5):
         monkeypatch.setattr(C, "write_text", failing(at))
-        with pytest.raises(R.UsageError, match="nothing was written"):
+        with pytest.raises(B.UsageError, match="nothing was written"):
             C.new("demo", "trust", tmp_path)
         assert files() == whole
     monkeypatch.setattr(C, "write_text", real)
     other = write(tmp_path/"data/papers/editing.toml", "[[paper]\n")
-    with pytest.raises(R.UsageError, match="editing.toml"):
+    with pytest.raises(B.UsageError, match="editing.toml"):
         C.new("demo", "trust", tmp_path)
     other.write_bytes(whole[Path("data/papers/editing.toml")])
     assert files() == whole
@@ -808,7 +808,7 @@ def test_folded_code_is_found(text, codes):
 @pytest.mark.parametrize("fence", ["~~~python\nx = 1\n~~~", "````python\nx = 1\n````", "  ```python\n  x = 1\n  ```", "```py\nx = 1\n```", "```python\nx = 1\n"])
 def test_folded_code_that_would_be_skipped_is_refused(fence):
     cell = dict(cell_type="markdown", id="a", metadata={}, source=f"<details>\n\n{fence}\n\n</details>")
-    with pytest.raises(R.UsageError, match="can't be read"):
+    with pytest.raises(B.UsageError, match="can't be read"):
         R.with_solutions(dict(cells=[cell]))
 
 
@@ -817,6 +817,6 @@ def test_a_tree_git_cannot_look_at_is_not_clean(book):
     git("init", "-q")
     git("add", "-A")
     git("-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "-qm", "x")
-    assert not R.commit(book).endswith("+dirty")
+    assert not K.commit(book).endswith("+dirty")
     (book/".git/index").write_bytes(b"junk")
-    assert R.commit(book).endswith("+dirty")
+    assert K.commit(book).endswith("+dirty")

@@ -87,7 +87,7 @@ def test_experiments_go_through_trials(rel):
 
 @pytest.mark.parametrize("rel", [c for c in ORDER if "/" in c], ids=area)
 def test_a_page_imports_what_stands_before_it(rel):
-    module = lambda c: f"recbook.{area(c)}" if c.startswith("foundations/") else f"recbook.{c.split('/')[0]}.{area(c)}"
+    module = lambda c: f"recbook.{area(c)}" if c.split("/")[0] in ("foundations", "workshop") else f"recbook.{c.split('/')[0]}.{area(c)}"
     place = {module(c): i for i, c in enumerate(ORDER) if "/" in c}
     here = ORDER.index(rel)
     later = set()

@@ -4,7 +4,7 @@ import json
 import nbformat, pytest
 from typer.testing import CliRunner
 
-from recbook import run as R
+from recbook import cli as L
 
 CLAIM = """from IPython.display import display
 display({"application/vnd.recbook.claim+json": {"id": "demo.1", "paper": "demo", "statement": "Seven is larger.", "metric": "size",
@@ -29,7 +29,7 @@ def write_page(root, name, cells, part="basics"):
     return path
 
 def cli(*args, code=0):
-    res = CliRunner().invoke(R.app, [str(a) for a in args])
+    res = CliRunner().invoke(L.app, [str(a) for a in args])
     assert res.exit_code == code, res.output + repr(res.exception)
     return res.output
 
