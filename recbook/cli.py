@@ -307,7 +307,7 @@ Names = Annotated[list[str] | None, typer.Argument(metavar="[NAME]...")]
 def registry() -> list[dict]: # what each data set is, how large, on what terms
     "The data sets of the book's registry; a broken one is named."
     with reading(home()/"data/datasets.toml"):
-        from recbook.data import datasets_list
+        from recbook.datasets import datasets_list
         return datasets_list().to_dict("records")
 
 def names_or_all(names):
@@ -331,7 +331,7 @@ def look(
     name:str # a data set
 ) -> tuple[dict, str]: # how many files are ok, wrong, missing; the wrong ones with the fix
     "Read the files of a data set again."
-    from recbook.data import _find, _spec, verify
+    from recbook.datasets import _find, _spec, verify
     states = verify(name).set_index("file")["status"].to_dict()
     wrong = [str(_find(name, f)) for f in _spec(name)["file"] if states[f["name"]] == "wrong"]
     count = {v: n for v in ("ok", "wrong", "missing") if (n := [*states.values()].count(v))}
@@ -343,7 +343,7 @@ def look(
 @data_app.command("get")
 def data_get(names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Data sets, or `all`.")]):
     "Take data sets from the mirror or download them, and check every file."
-    from recbook.data import fetch
+    from recbook.datasets import fetch
     failed = 0
     with usage():
         names = names_or_all(names)
@@ -492,7 +492,7 @@ def _folders():
     )
 
 def _datasets():
-    from recbook.data import _find, _registry
+    from recbook.datasets import _find, _registry
     have = [n for n,d in _registry().items() if all(_find(n, f) for f in d["file"])]
     detail = (
         f"{len(have)} of {len(_registry())} on disk: {', '.join(have)}"

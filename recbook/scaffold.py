@@ -257,7 +257,7 @@ test_eq(popularity(train)[0].sum(), len(train.df))
 @@ md
 ## Side by side {#sec-AREA-compare}
 
-A method is a function of a case, a seed and settings ([how to compare fairly](../foundations/11_trials.ipynb)). Give each as many settings, and a rival that is as simple as can be.
+A method is a function of a case, a seed and settings ([how to compare fairly](../foundations/16_trials.ipynb)). Give each as many settings, and a rival that is as simple as can be.
 @@
 def world_split(s):
     "Each seed is another world with its own split."

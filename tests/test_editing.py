@@ -3,7 +3,8 @@ import copy
 from itertools import islice
 import numpy as np, pandas as pd, pytest, torch
 from transformers import GPT2Config, GPT2LMHeadModel
-from recbook.lm import completion_ids, encode, load_lm, mark_ids, nano_tokenizer, prompt_ids
+from recbook.lm import load_lm, mark_ids, nano_tokenizer
+from recbook.answers import completion_ids, encode, prompt_ids
 from recbook.trust import editing as E
 
 torch.set_num_threads(1)

@@ -272,3 +272,11 @@ def test_default_model_knows_its_world():
     for a in ("mood", "genre", "setting"):
         assert L.knows(model, tok, w.items, a).mean() > .9 and L.knows(model, tok, new, a).mean() > .8
     assert L.knows(model, tok, w.items, "era").mean() > .35 and L.knows(model, tok, new, "era").mean() < .3
+
+
+def test_names_that_have_moved_are_found_where_they_were():
+    import recbook.data, recbook.datasets, recbook.decode, recbook.lm
+    assert recbook.lm.ItemTrie is recbook.decode.ItemTrie and recbook.data.load is recbook.datasets.load
+    for page in (recbook.lm, recbook.data):
+        with pytest.raises(AttributeError, match="nothing_like_it"):
+            page.nothing_like_it

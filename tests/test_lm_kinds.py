@@ -391,7 +391,7 @@ def plant(folder, tmp_path, what):
 def test_code_in_a_folder_never_runs_and_nobody_is_asked(folder, tmp_path, what, call):
     plant(folder, tmp_path, what)
     run = subprocess.run(
-        [sys.executable, "-c", f"from recbook.lm import *\n{call.format(str(folder))}"],
+        [sys.executable, "-c", f"from recbook.lm import *\nfrom recbook.text import *\n{call.format(str(folder))}"],
         input="y\nyes\n" * 20,
         text=True,
         capture_output=True,

@@ -3,7 +3,9 @@ import copy
 import numpy as np, pandas as pd, pytest, torch
 from datasets import Dataset
 from peft import LoraConfig
-from recbook.lm import ItemTrie, active_adapter, last_logits, lora, padded, prompt_ids, token_columns
+from recbook.answers import last_logits, padded, prompt_ids, token_columns
+from recbook.decode import ItemTrie
+from recbook.finetune import active_adapter, lora
 from recbook.llm import alignment as A
 from recbook.trust import editing as E, unlearning as U
 from tiny import FAMILIES, TEXTS, TITLES, WORDS, byte_tokenizer, tiny_model

@@ -10,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 from recbook.baselines import bpr_loss
 from recbook.collaborative.graph_cf import LightGCN, horner
 from recbook.gradients import dense, flatten, grad_of, hvp, params_of
-from recbook.lm import lora, mark_ids, nano_tokenizer
+from recbook.lm import mark_ids, nano_tokenizer
+from recbook.finetune import lora
 from recbook.trust import unlearning as U
 
 torch.set_num_threads(1)

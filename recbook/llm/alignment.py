@@ -33,27 +33,11 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
-from recbook.lm import (
-    ItemTrie,
-    answer_logits,
-    cached,
-    completion_ids,
-    context_limit,
-    end_mark,
-    generated,
-    load_lm,
-    mark_ids,
-    own_settings_aside,
-    padded,
-    prompt_ids,
-    rank_items,
-    read,
-    safely,
-    text_vectors,
-    token_columns,
-    tokens_only,
-    whole_model,
-)
+from ..lm import cached, load_lm, mark_ids, read, safely
+from ..answers import answer_logits, completion_ids, context_limit, end_mark, padded, prompt_ids, token_columns
+from ..answers import tokens_only, whole_model
+from ..decode import ItemTrie, generated, own_settings_aside, rank_items
+from ..text import text_vectors
 from ..metrics import exposures
 from ..training import eval_mode
 from ..world import CUES, World, aspect
