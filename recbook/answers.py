@@ -25,7 +25,8 @@ def marks_of(tok):
     return full[:n], full[n+len(bare):]
 
 def token_ids(tok, texts, end=False):
-    "Token ids of texts with the marks in front, and behind if `end`; marks that a text itself begins or ends with are not doubled."
+    """Token ids of texts with the marks in front, and behind if `end`; marks that a text itself begins or ends with are
+    not doubled."""
     (front, back), texts = marks_of(tok), list(texts)
     ids = tok(texts, add_special_tokens=False).input_ids if texts else []
     ids = [x if x[:len(front)] == front else front + x for x in ids]
@@ -59,7 +60,8 @@ def encode(
         if limit and len(x) > limit:
             if not truncate:
                 raise ValueError(
-                    f"prompt {k} ({texts[k][:60]!r}...) has {len(x)} tokens, the model reads {limit}: pass truncate='left'"
+                    f"prompt {k} ({texts[k][:60]!r}...) has {len(x)} tokens, the model reads {limit}: pass "
+                    f"truncate='left'"
                 )
             tail = back if end else []
             body, room = x[len(front):len(x)-len(tail)], limit - len(front) - len(tail)
@@ -71,7 +73,8 @@ def encode(
     return padded(tok, ids, side)
 
 def context_limit(model):
-    "Longest input in tokens; None where the model has no limit. Positions that start behind the padding's (RoBERTa) leave fewer than the table holds."
+    """Longest input in tokens; None where the model has no limit. Positions that start behind the padding's (RoBERTa)
+    leave fewer than the table holds."""
     config, names = model.config.get_text_config(), ("max_position_embeddings", "n_positions", "max_seq_len")
     limits = [n for n in (getattr(config, k, None) for k in names) if n][:1]
     return min(limits + [m.num_embeddings - m.padding_idx - 1 for m in late_positions(model)], default=None)
@@ -93,7 +96,8 @@ def label_ids(tok, prompts, labels):
             a, b = token_ids(tok, [p, p + l])
             if b[:-1] != a:
                 raise ValueError(
-                    f"label {l!r} is not a single token after {p[-30:]!r}: pick another (' '+label?), let no prompt end in a blank, or use sequence_logprob"
+                    f"label {l!r} is not a single token after {p[-30:]!r}: pick another (' '+label?), let no prompt "
+                    f"end in a blank, or use sequence_logprob"
                 )
             found.add(b[-1])
         if len(found) > 1:
@@ -126,7 +130,8 @@ def tokens_only(x):
     return {k: x[k] for k in ("input_ids", "attention_mask")}
 
 def logits_of(model, x, columns=None):
-    "The model's own logits for each token of the batch (n, length, vocab), or for some columns: soft caps and scales included, virtual tokens of an adapter left out."
+    """The model's own logits for each token of the batch (n, length, vocab), or for some columns: soft caps and scales
+    included, virtual tokens of an adapter left out."""
     if columns is not None and not virtual_tokens(model) and "logits_to_keep" in takes(model):
         return model(**tokens_only(x), logits_to_keep=columns.to(model.device)).logits
     z = model(**tokens_only(x)).logits[:, -x["input_ids"].shape[1]:]
@@ -185,7 +190,8 @@ def sequence_logprob(
 def shared_prefix(
     *rows:Sequence[int], # token ids
     ) -> int:
-    "How many first tokens the rows have in common: the prompt's border, if the rows are a prompt and the same text with an answer."
+    """How many first tokens the rows have in common: the prompt's border, if the rows are a prompt and the same text
+    with an answer."""
     return next((k for k, t in enumerate(zip(*rows)) if len(set(t)) > 1), min(map(len, rows)))
 
 def token_columns(
@@ -205,7 +211,8 @@ def end_mark(tok):
     "The id of the end mark; a tokenizer without one is refused."
     if tok.eos_token_id is None:
         raise ValueError(
-            "the tokenizer has no end mark (eos_token), so no answer can be closed: set tok.eos_token to one of its special tokens"
+            "the tokenizer has no end mark (eos_token), so no answer can be closed: set tok.eos_token to one of its "
+            "special tokens"
         )
     return tok.eos_token_id
 
@@ -214,12 +221,14 @@ def start_mark(tok):
     ids = [t for t in (tok.bos_token_id, tok.eos_token_id) if t is not None]
     if not ids:
         raise ValueError(
-            "an empty prompt, and a tokenizer with neither start nor end mark: write at least a character, or set tok.bos_token"
+            "an empty prompt, and a tokenizer with neither start nor end mark: write at least a character, or set "
+            "tok.bos_token"
         )
     return ids[:1]
 
 def completion_ids(tok, text, eos=False):
-    "Token ids of a completion as it stands behind a colon, with the end mark if asked for. Where the prompt is known, `token_columns` is exact."
+    """Token ids of a completion as it stands behind a colon, with the end mark if asked for. Where the prompt is known,
+    `token_columns` is exact."""
     a, b = tok([":", ":" + text], add_special_tokens=False).input_ids
     ids = b[len(a):] if a and b[:len(a)] == a else tok(text, add_special_tokens=False).input_ids
     if not ids and not eos:
@@ -227,7 +236,8 @@ def completion_ids(tok, text, eos=False):
     return ids + [end_mark(tok)] if eos else ids
 
 def prompt_ids(tok, prompts):
-    "Token ids of prompts that a completion will follow: whatever the tokenizer puts in front, no end mark of its own, at least one token."
+    """Token ids of prompts that a completion will follow: whatever the tokenizer puts in front, no end mark of its own,
+    at least one token."""
     return [x or start_mark(tok) for x in token_ids(tok, prompts)]
 
 # %% ../nbs/foundations/11_answers.ipynb #eed221bd

@@ -24,7 +24,8 @@ def popularity(
 
 # %% ../nbs/foundations/07_baselines.ipynb #36381c3e
 class MF(nn.Module):
-    "Matrix factorisation: one vector for each user and item (BPR-MF of Rendle et al. 2009 when trained with `bpr_loss`)."
+    """Matrix factorisation: one vector for each user and item (BPR-MF of Rendle et al. 2009 when trained with
+    `bpr_loss`)."""
     def __init__(self,
         n_users:int, n_items:int,
         dim:int=64): # embedding width d

@@ -227,7 +227,8 @@ def line(r):
     if r["verdict"] == "exact":
         return f"{MARKS['exact']} {r['id']} on {r['dataset']}: holds by construction"
     ci = "" if r["ci"][0] is None else f" [{r['ci'][0]:+.4f}, {r['ci'][1]:+.4f}]"
-    return f"{MARKS[r['verdict']]} {r['id']} on {r['dataset']}: {label(r)}, {r['metric']} effect {r['effect']:+.4f}{ci}, {len(r['seeds'])} seeds"
+    effect = f"{r['metric']} effect {r['effect']:+.4f}{ci}, {len(r['seeds'])} seeds"
+    return f"{MARKS[r['verdict']]} {r['id']} on {r['dataset']}: {label(r)}, {effect}"
 
 def said(r):
     "What the paper reports, as text."
@@ -265,8 +266,10 @@ def notes(r):
 def card(r):
     "The record `r` as an HTML card; its text keeps the page's colours, so that it can be read on light and dark."
     head = (
-        f'<div class="rb-card rb-{r["verdict"]}" id="claim-{r["id"]}" style="border-left:5px solid {COLORS[r["verdict"]]};padding:.3em .8em;margin:.4em 0">'
-        f'<b>{MARKS[r["verdict"]]} {label(r)}</b> <span style="font-family:monospace">{r["id"]}</span> on {r["dataset"]}: {r["statement"]}'
+        f'<div class="rb-card rb-{r["verdict"]}" id="claim-{r["id"]}" style="border-left:5px solid '
+        f'{COLORS[r["verdict"]]};padding:.3em .8em;margin:.4em 0">'
+        f'<b>{MARKS[r["verdict"]]} {label(r)}</b> <span style="font-family:monospace">{r["id"]}</span> on '
+        f'{r["dataset"]}: {r["statement"]}'
     )
     paper = f"<br><small>Paper: {said(r)}</small>" if said(r) else ""
     if r["verdict"] == "exact":
@@ -354,7 +357,9 @@ def opponent(df, c, col, dataset):
     from recbook.trials import best_rival
     role = {"best rival": "rival", "best placebo": "placebo"}.get(c["theirs"])
     if role and c.get("direction") == "equal":
-        raise ValueError(f"{c['id']}: {c['theirs']!r} needs a direction, and the claim says equal. Fix: name the system")
+        raise ValueError(
+            f"{c['id']}: {c['theirs']!r} needs a direction, and the claim says equal. Fix: name the system"
+        )
     return best_rival(df, col, dataset, role, c.get("direction") == "lower") if role else c["theirs"]
 
 def named(c, them): return f"{c['theirs']} ({them})" if them != c["theirs"] else them
@@ -369,9 +374,16 @@ def setting_of(part, method):
     return json.loads(rows.iloc[0]) if len(rows) and rows.iloc[0] else {}
 
 def rival_of(part, c, mine, them, col, dataset):
-    "How our system stands to the strongest simple rival of the table; nothing where there is none or the claim is about something else."
+    """How our system stands to the strongest simple rival of the table; nothing where there is none or the claim is
+    about something else."""
     from recbook.trials import best_rival, same_units, values
-    if c.get("rivals") is False or c.get("direction") == "equal" or "threshold" in c or not (part[part.role == "rival"][col].notna()).any():
+
+    if (
+        c.get("rivals") is False
+        or c.get("direction") == "equal"
+        or "threshold" in c
+        or not (part[part.role == "rival"][col].notna()).any()
+    ):
         return {}
     lower = c.get("direction") == "lower"
     name = best_rival(part, col, dataset, lower=lower)
@@ -471,7 +483,8 @@ def side(r, k):
 def results(
     profile:str|None=None, # all profiles if not given
     ) -> list[dict]:  # one published run record for each profile and area, with `stale`: has its code changed since?
-    "Published run records from `data/results/<profile>/<area>.json`; a file that is no record is named in a warning and left out."
+    """Published run records from `data/results/<profile>/<area>.json`; a file that is no record is named in a warning
+    and left out."""
     home, out = root(), []
     for f in sorted((home/"data"/"results").glob(f"{profile or '*'}/*.json")):
         r = read_record(f)
@@ -493,12 +506,14 @@ def read_record(f):
     ):
         return r
     warnings.warn(
-        f"{f} is no record of a run ({type(r).__name__}): left out. Fix: run the chapter again with --save, or delete the file",
+        f"{f} is no record of a run ({type(r).__name__}): left out. Fix: run the chapter again with --save, or delete "
+        f"the file",
         stacklevel=3,
     )
 
 def is_stale(r, home):
-    "Has the chapter's code, or what it reaches in the package, changed since the record was made? Records without a digest count as stale."
+    """Has the chapter's code, or what it reaches in the package, changed since the record was made? Records without a
+    digest count as stale."""
     path = next(iter((home/"nbs").glob(f"*/[0-9]*_{r['area']}.ipynb")), None)
     return path is None or r.get("code") != notebook_code(path)
 

@@ -274,7 +274,8 @@ def claims_(areas: Areas = None, profile: Annotated[str | None, typer.Option(hel
 def score_table(
     rows:Iterable[dict] # of `recbook.claims.scoreboard`
 ) -> Table:  # one row per claim, data set and profile
-    "The scoreboard; a star marks a verdict that does not survive Holm's correction, `stale` one whose code has changed since."
+    """The scoreboard; a star marks a verdict that does not survive Holm's correction, `stale` one whose code has
+    changed since."""
     def row(r):
         what = [escape(str(r[k])) for k in ("area", "profile", "claim", "metric", "dataset", "ours", "theirs")]
         ci = escape(f"[{number(r['low'])}, {number(r['high'])}]")
@@ -385,7 +386,8 @@ def book_(out: Annotated[Path | None, typer.Option(help="Where the site goes; de
         proj, out = prepare(root), Path(out or root/"_book").resolve()
         if not shutil.which("quarto"):
             raise UsageError(
-                f"{_short(proj)}/ is prepared, but Quarto is missing: install it from https://quarto.org/docs/get-started, then run recbook book again."
+                f"{_short(proj)}/ is prepared, but Quarto is missing: install it from "
+                f"https://quarto.org/docs/get-started, then run recbook book again."
             )
     code, log = render(proj)
     wrong = complaints(log)

@@ -37,7 +37,8 @@ def _check_ids(df, col, n):
     _refuse(df, df[col].isna(), f"missing {col}", "drop or fill these rows")
     if not pd.api.types.is_integer_dtype(df[col]):
         raise ValueError(
-            f"column {col!r} must hold integers, has {df[col].dtype}. Fix: Interactions.from_frame maps any ids to integers"
+            f"column {col!r} must hold integers, has {df[col].dtype}. Fix: Interactions.from_frame maps any ids to "
+            f"integers"
         )
     _refuse(
         df,
@@ -156,7 +157,8 @@ class Interactions:
     def __repr__(self):
         extra = [c for c in self.df if c not in ("user","item")]
         return (
-            f"Interactions({self.name + ': ' if self.name else ''}{len(self):,} of {self.n_users:,} users x {self.n_items:,} items, "
+            f"Interactions({self.name + ': ' if self.name else ''}{len(self):,} of {self.n_users:,} users x "
+            f"{self.n_items:,} items, "
             f"density {self.density:.3%}{', ' + ', '.join(extra) if extra else ''})"
         )
 
@@ -262,7 +264,8 @@ Interactions.from_frame = staticmethod(_from_frame)
 def _is_checkout(p): return (p/"settings.ini").is_file() and (p/"nbs").is_dir() and (p/"recbook").is_dir()
 
 def root() -> Path:  # holds nbs/, data/, settings.ini
-    "The book's home: the checkout around the working directory, else around the installed package, else the copy in the wheel."
+    """The book's home: the checkout around the working directory, else around the installed package, else the copy in
+    the wheel."""
     pkg = Path(find_spec("recbook").origin).resolve().parent
     here = Path.cwd().resolve()
     return next((p for p in (here, *here.parents, pkg.parent) if _is_checkout(p)), pkg/"_book")
@@ -320,7 +323,8 @@ def _replace(path, data):
 def _no_room(e):
     "What to do about an error of writing to the cache."
     return PermissionError(
-        f"cannot write to the cache folder {cache_dir()} ({e.strerror or e}). Fix: set RECBOOK_CACHE to a folder you may write to, with room"
+        f"cannot write to the cache folder {cache_dir()} ({e.strerror or e}). Fix: set RECBOOK_CACHE to a folder you "
+        f"may write to, with room"
     )
 
 def _remember(path):
@@ -515,7 +519,8 @@ def new_pairs(
     "The rows of `test` whose (user, item) pair does not occur in `seen`."
     if (test.n_users,test.n_items)!=(seen.n_users,seen.n_items):
         raise ValueError(
-            f"test has {test.n_users} x {test.n_items} ids, seen {seen.n_users} x {seen.n_items}. Fix: take both from one split"
+            f"test has {test.n_users} x {test.n_items} ids, seen {seen.n_users} x {seen.n_items}. Fix: take both from "
+            f"one split"
         )
     pair = lambda x: x.user*x.n_items + x.item
     return test.subset(~np.isin(pair(test), pair(seen)))

@@ -52,7 +52,8 @@ class ItemTrie:
         return [v for v in same.values() if len(v) > 1]
 
     def _grow(self, seqs):
-        "Fill `token, parent, level, first, count` (n_nodes,), `leaf` (n_items,) and `item` (n_nodes,), -1 where no item ends."
+        """Fill `token, parent, level, first, count` (n_nodes,), `leaf` (n_items,) and `item` (n_nodes,), -1 where no
+        item ends."""
         node, token, parent, level, first, count = {(): 0}, [-1], [-1], [0], [0], [0]
         for d in range(1, self.depth+1):
             for s in sorted({s[:d] for s in seqs if len(s) >= d}):
@@ -81,7 +82,8 @@ class ItemTrie:
 
     def prefix_fn(self,
         prompt_len:int):  # length of the padded prompts
-        "A `prefix_allowed_tokens_fn` for `generate` of transformers; after a complete title it allows only the end mark."
+        """A `prefix_allowed_tokens_fn` for `generate` of transformers; after a complete title it allows only the end
+        mark."""
         if self.eos is None:
             raise ValueError(
                 "the tokenizer has no end mark to write behind a title: set tok.eos_token and make the trie again"
@@ -101,7 +103,8 @@ def tree_mask(
 
 # %% ../nbs/foundations/12_decode.ipynb #6dbad651
 def subtrees(trie, most):
-    "Sorted sets of about `most` inner nodes (without the root), closed under parents; together they hold every inner node."
+    """Sorted sets of about `most` inner nodes (without the root), closed under parents; together they hold every inner
+    node."""
     parts, now = [], set()
     order = sorted(set(trie.leaf.tolist()), key=lambda n: path(trie, n))
     for leaf in order:
@@ -125,7 +128,8 @@ def prompts_for(model, tok, prompts, trie):
     for p, x in zip(prompts, ids):
         if limit and len(x) + trie.depth > limit:
             raise ValueError(
-                f"prompt {p[:60]!r}... has {len(x)} tokens and titles up to {trie.depth}, the model reads {limit}: shorten it"
+                f"prompt {p[:60]!r}... has {len(x)} tokens and titles up to {trie.depth}, the model reads {limit}: "
+                f"shorten it"
             )
     for p in {p[-1:]: p for p in prompts if p}.values():
         t = trie.prefix + trie.titles[0]
@@ -136,7 +140,8 @@ def prompts_for(model, tok, prompts, trie):
     return ids
 
 def read_prompts(model, tok, ids):
-    "Keys and values of left-padded prompts (None if the model keeps nothing of that kind), their mask (n, P), and log-probabilities of the next token (n, vocab)."
+    """Keys and values of left-padded prompts (None if the model keeps nothing of that kind), their mask (n, P), and
+    log-probabilities of the next token (n, vocab)."""
     x = padded(tok, ids, "left").to(model.device)
     mask = x["attention_mask"]
     out = model(**tokens_only(x), position_ids=(mask.cumsum(1)-1).clamp(min=0), use_cache=True)
@@ -156,7 +161,8 @@ def keeps_only(own, *kinds):
     return not own._is_stateful and all(type(l) in kinds for l in DynamicCache(config=text).layers)
 
 def reads_trees(model):
-    "May a whole trie be read at once behind a prompt, and taken back? Not behind windows, and not where attention knows no free mask."
+    """May a whole trie be read at once behind a prompt, and taken back? Not behind windows, and not where attention
+    knows no free mask."""
     own = whole_model(model)
     config = own.config.get_text_config(decoder=True)
     kinds = {
@@ -274,7 +280,8 @@ def beam_batch(model, tok, prompts, trie, k):
     return torch.where(score > -torch.inf, trie.item[node], -1), score
 
 def kept_prompts(model, tok, ids):
-    "Log-probabilities of the next token, and a function (rows, their next tokens) -> those of the one after; keys and values are kept."
+    """Log-probabilities of the next token, and a function (rows, their next tokens) -> those of the one after; keys and
+    values are kept."""
     cache, mask, lp = read_prompts(model, tok, ids)
     def step(rows, tokens):
         nonlocal mask
@@ -301,7 +308,8 @@ def plain_prompts(model, tok, ids):
     return read(), step
 
 def extend(trie, node, score, lp, k):
-    "Best k children of the beams `node, score` (B, b), given next-token log-probabilities (B, b, vocab); a finished beam is its own child."
+    """Best k children of the beams `node, score` (B, b), given next-token log-probabilities (B, b, vocab); a finished
+    beam is its own child."""
     done = trie.count[node] == 0
     child = trie.first[node][..., None] + torch.arange(
         max(1, int(trie.count[node].max()))
@@ -319,7 +327,8 @@ def valid_rate(
     answers:Sequence[Sequence[str]], # generated titles, one list a prompt
     titles:Sequence[str], # the catalogue
     ) -> dict[str, float]:
-    "Share of generated titles that exist (`valid`) and, of those, that repeat an earlier title of their list (`repeated`)."
+    """Share of generated titles that exist (`valid`) and, of those, that repeat an earlier title of their list
+    (`repeated`)."""
     real, n, valid, repeated = {t.strip() for t in titles}, 0, 0, 0
     for a in answers:
         ok = [t.strip() for t in a if t.strip() in real]
@@ -353,7 +362,8 @@ def generated(
 
 @contextmanager
 def own_settings_aside(model, plain=None):
-    "Inside the block the model generates by `plain` settings (transformers' defaults but for its end marks if None) instead of those it was shipped with."
+    """Inside the block the model generates by `plain` settings (transformers' defaults but for its end marks if None)
+    instead of those it was shipped with."""
     parts = [m for m in dict.fromkeys((model, whole_model(model))) if hasattr(m, "generation_config")]
     before = [m.generation_config for m in parts]
     old = before[-1] if before else None

@@ -25,14 +25,16 @@ def lora(
         raise ValueError(f"r={r}: the rank must be at least 1")
     if hasattr(model, "peft_config"):
         raise ValueError(
-            f"the model has adapters already ({sorted(model.peft_config)}): merge them (merge_and_unload) or use its add_adapter"
+            f"the model has adapters already ({sorted(model.peft_config)}): merge them (merge_and_unload) or use its "
+            f"add_adapter"
         )
     config = LoraConfig(r=r, lora_alpha=alpha, target_modules=target_modules, lora_dropout=dropout, task_type=task_type)
     return get_peft_model(model, config)
 
 # %% ../nbs/foundations/13_finetune.ipynb #1ef6db9e
 def active_adapter(model) -> dict[str, nn.Parameter]:  # in the order of named_parameters
-    "Parameters of the adapters in use (LoRA and other peft layers, modules_to_save, virtual tokens), whatever their names; empty for a plain model."
+    """Parameters of the adapters in use (LoRA and other peft layers, modules_to_save, virtual tokens), whatever their
+    names; empty for a plain model."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
     found = set()
@@ -54,7 +56,8 @@ def merge(model):
 
 # %% ../nbs/foundations/13_finetune.ipynb #aeac784c
 class CostMeter:
-    "Cost of a `with` block: `wall` and `cpu` seconds, forward `passes` and `tokens` (padding too), `trainable` and `total` parameters."
+    """Cost of a `with` block: `wall` and `cpu` seconds, forward `passes` and `tokens` (padding too), `trainable` and
+    `total` parameters."""
     def __init__(self, *models:nn.Module): self.models = models
     def __enter__(self):
         self.passes = self.tokens = 0

@@ -68,7 +68,8 @@ class OwnRows(TorchFunctionMode):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         if name.endswith("batch_norm") and (kwargs.get("training") or any(a is True for a in args[5:6])):
             raise ValueError(
-                "the model normalises by the statistics of the batch, so no row has a gradient of its own: track running statistics, or use LayerNorm"
+                "the model normalises by the statistics of the batch, so no row has a gradient of its own: track "
+                "running statistics, or use LayerNorm"
             )
         return func(*args, **kwargs)
 
@@ -76,7 +77,8 @@ class OwnRows(TorchFunctionMode):
 def as_function(
     model:nn.Module,
     ):
-    "Inside, `model` is a fixed function of each row: evaluation mode, nothing random, no batch statistics. Afterwards its modes are as before."
+    """Inside, `model` is a fixed function of each row: evaluation mode, nothing random, no batch statistics. Afterwards
+    its modes are as before."""
     cuda = [p.device for p in list(model.parameters())[:1] if p.is_cuda]
     states = lambda: [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in cuda)]
     before = states()
@@ -113,7 +115,8 @@ def grad_of(
 
 @contextmanager
 def differentiable(params:dict[str, nn.Parameter]):
-    "Inside, gradients are on for `params`, frozen ones too, and attention can be differentiated twice; afterwards all is as before."
+    """Inside, gradients are on for `params`, frozen ones too, and attention can be differentiated twice; afterwards all
+    is as before."""
     held = [p.requires_grad for p in params.values()]
     for p in params.values():
         p.requires_grad_(True)
@@ -228,7 +231,8 @@ def solve(
             )
         if (curve := x.ravel() @ Ax) < -1e-9*(np.linalg.norm(x)*np.linalg.norm(Ax)):
             raise ValueError(
-                f"negative curvature {curve:.3g}: the matrix plus damping={damping:g} is not positive definite; raise the damping or use the Gauss-Newton matrix"
+                f"negative curvature {curve:.3g}: the matrix plus damping={damping:g} is not positive definite; raise "
+                f"the damping or use the Gauss-Newton matrix"
             )
         return Ax
     rhs = b.detach().cpu().numpy().astype(float)/size # of size 1, so that no limit below is absolute
@@ -237,6 +241,7 @@ def solve(
         raise RuntimeError(f"no solution to tol={tol:g} within {info} iterations: raise maxiter, tol or the damping")
     if (left := np.linalg.norm(product(x) - rhs)/np.linalg.norm(rhs)) > max(1e-2, 100*tol):
         raise RuntimeError(
-            f"the solution is off by {left:.1e} of the right-hand side: the matrix is too ill-conditioned; raise the damping or compute in float64"
+            f"the solution is off by {left:.1e} of the right-hand side: the matrix is too ill-conditioned; raise the "
+            f"damping or compute in float64"
         )
     return as_tensor(x*size)

@@ -33,7 +33,8 @@ def nano_tokenizer(
     texts:Sequence[str], # what the model will read
     vocab_size:int=1024, # upper limit; a small corpus needs fewer tokens
     ) -> PreTrainedTokenizerFast:
-    "Byte-level BPE trained on `texts`: puts `<bos>` in front, pads left, reads any text; letters and digits are single tokens."
+    """Byte-level BPE trained on `texts`: puts `<bos>` in front, pads left, reads any text; letters and digits are
+    single tokens."""
     marks, byte = ["<pad>", "<bos>", "<eos>", "<unk>", "<mask>"], pre_tokenizers.ByteLevel
     if vocab_size < (least := len(marks) + 256 + 40):
         raise ValueError(f"vocab_size={vocab_size}: must be at least {least}, for bytes, letters and digits")
@@ -96,7 +97,8 @@ def facts_first(
     docs:Sequence[str], ids:list[list[int]], # texts and their token ids
     rows:int, pad:int, steps:int, # as in `doc_batches`; steps with facts only
     rng:np.random.Generator):
-    "Endless batches: for `steps` batches no exercises with letters or yes and no (if anything else is there), then everything."
+    """Endless batches: for `steps` batches no exercises with letters or yes and no (if anything else is there), then
+    everything."""
     facts = [x for d, x in zip(docs, ids) if " A) " not in d and not d.endswith((" yes", " no"))]
     return chain(islice(doc_batches(facts or ids, rows, pad, rng), steps), doc_batches(ids, rows, pad, rng))
 
@@ -146,7 +148,8 @@ def cached(
     except Exception as e:
         if cannot_write(e):
             raise OSError(
-                f"cannot write a model to {home} ({e}). Fix: set RECBOOK_CACHE to a folder with room that you may write to"
+                f"cannot write a model to {home} ({e}). Fix: set RECBOOK_CACHE to a folder with room that you may "
+                f"write to"
             ) from e
         raise
     return home/key
@@ -180,7 +183,8 @@ def rebuild(home, key, build):
         os.replace(new, home/key)
 
 def sweep(home, mine):
-    "Remove temporary folders of processes that died: nobody holds their lock any more. The caller holds that of `mine`."
+    """Remove temporary folders of processes that died: nobody holds their lock any more. The caller holds that of
+    `mine`."""
     for d in [d for d in home.iterdir() if "." in d.name and d.is_dir()]:
         key = d.name.split(".")[0]
         if key == mine:
@@ -262,7 +266,8 @@ def only_safetensors(name):
     )
     if pickled and not have:
         raise OSError(
-            f"cannot load {str(name)!r}: its weights are not safetensors but {pickled[0]}, and to unpickle a file is to run it. "
+            f"cannot load {str(name)!r}: its weights are not safetensors but {pickled[0]}, and to unpickle a file is "
+            f"to run it. "
             "Save them as safetensors where you trust them (model.save_pretrained) and load that folder"
         )
     base = read_json(home/"adapter_config.json").get("base_model_name_or_path")
@@ -273,9 +278,11 @@ def unreachable(name, why=None):
     "What to do when a model does not load."
     home = Path(name)
     if home.is_dir() and ((home/"config.json").is_file() or (home/"adapter_config.json").is_file()):
-        return f"cannot load {str(name)!r}: the folder is damaged, incomplete or of a kind that transformers does not know ({why}). Save or download it again"
+        wrong = f"the folder is damaged, incomplete or of a kind that transformers does not know ({why})"
+        return f"cannot load {str(name)!r}: {wrong}. Save or download it again"
     if home.is_dir():
-        return f"cannot load {str(name)!r}: the folder has no config.json, so it holds no model. Pass the folder that save_pretrained wrote"
+        wrong = "the folder has no config.json, so it holds no model"
+        return f"cannot load {str(name)!r}: {wrong}. Pass the folder that save_pretrained wrote"
     return (f"cannot load {str(name)!r}: it is no folder with a model, and the hub did not give it. "
             "Check the spelling and the network, or download it where there is one and pass the folder, or use 'nano'")
 
@@ -288,7 +295,8 @@ def nano_lm(
     steps:int=1600, seed:int=0, vocab_size:int=1024,
     max_length:int=1024, # context in tokens
     lr:float=0.001, batch_size:int=32) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    "A small Llama-style language model that has read the corpus, and its tokenizer, loaded from the cache; trained the first time."
+    """A small Llama-style language model that has read the corpus, and its tokenizer, loaded from the cache; trained
+    the first time."""
     docs = corpus_of(world, corpus)
     s = reading_plan(
         8 / 3,
@@ -352,7 +360,8 @@ def mark_ids(tok):
     return dict(pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id)
 
 def read(docs, to, build, facts, steps, seed, vocab_size, max_length, lr, batch_size):
-    "Tokenizer, model and loss from `build`, training (first `facts` steps on facts), saving; the caller's random state stays as it was."
+    """Tokenizer, model and loss from `build`, training (first `facts` steps on facts), saving; the caller's random
+    state stays as it was."""
     tok = nano_tokenizer(docs, vocab_size)
     tok.model_max_length = max_length
     ids = [x[:max_length] for x in tok([d + tok.eos_token for d in docs]).input_ids]

@@ -102,7 +102,8 @@ def scores_of(score, u, n_items=None):
     S = torch.as_tensor(score(torch.as_tensor(u)))
     if S.ndim != 2 or len(S) != len(u) or n_items not in (None, S.shape[1]):
         raise ValueError(
-            f"the scorer gives {tuple(S.shape)} for {len(u)} users and {n_items or 'all'} items: one row a user, one column an item"
+            f"the scorer gives {tuple(S.shape)} for {len(u)} users and {n_items or 'all'} items: one row a user, one "
+            f"column an item"
         )
     if S.dtype in (torch.float32, torch.float64):
         return S
@@ -126,7 +127,8 @@ def hide(S, seen, own):
     return S
 
 def seen_last(S, M, k):
-    "Best k columns of rows with less than k scores above minus infinity: then unseen ones in order of column, seen ones (M) never."
+    """Best k columns of rows with less than k scores above minus infinity: then unseen ones in order of column, seen
+    ones (M) never."""
     order = S.sort(dim=1, descending=True, stable=True).indices
     return order.gather(1, M.gather(1, order).sort(dim=1, stable=True).indices)[:, :k]
 
@@ -140,7 +142,8 @@ def recommend(
     chunk:int=128, # users scored at a time; memory is chunk x n_items floats
     n_items:int|None=None, # the width that scores must have; None: that of `seen`
     ) -> np.ndarray:  # (n, k) item numbers, best first
-    "Rank the whole catalogue for each user, seen items excluded; items scored minus infinity come last, in order of number."
+    """Rank the whole catalogue for each user, seen items excluded; items scored minus infinity come last, in order of
+    number."""
     whole_number("k", k)
     whole_number("chunk", chunk)
     users, out = user_numbers(users, None if seen is None else seen.shape[0]), []
@@ -218,7 +221,8 @@ def check_reachable(T, seen):
         raise ValueError(f"test {T.shape} and seen {seen.shape}: both must be (n_users, n_items)")
     if both := int((T.astype(bool).multiply(seen.astype(bool))).nnz):
         raise ValueError(
-            f"{both} of {T.nnz} held-out pairs are also in `seen`, which is never recommended: no model could hit them. "
+            f"{both} of {T.nnz} held-out pairs are also in `seen`, which is never recommended: no model could hit "
+            f"them. "
             "To count repeats rank without `seen`; to leave them out evaluate on data.new_pairs(test, seen)"
         )
 
@@ -317,7 +321,8 @@ def amounts(x):
     x = np.asarray(x, float)
     if x.ndim != 1 or not np.isfinite(x).all() or x.min(initial=0) < 0 or not x.sum() > 0:
         raise ValueError(
-            f"amounts {x.shape} from {x.min(initial=0):g} to {x.max(initial=0):g}: need finite, non-negative amounts that are not all zero"
+            f"amounts {x.shape} from {x.min(initial=0):g} to {x.max(initial=0):g}: need finite, non-negative amounts "
+            f"that are not all zero"
         )
     return x
 
@@ -374,7 +379,8 @@ def individual_unfairness(
     X, # (n, d) user features: who counts as alike
     neighbours:int=10,
     ) -> float:
-    "Mean |difference in utility| between a user and the most similar users (Dwork et al. 2012: similar people, similar treatment)."
+    """Mean |difference in utility| between a user and the most similar users (Dwork et al. 2012: similar people,
+    similar treatment)."""
     from sklearn.neighbors import NearestNeighbors
     u = np.asarray(utility, float)
     nn = NearestNeighbors(n_neighbors=neighbours).fit(X).kneighbors(return_distance=False) # oneself left out

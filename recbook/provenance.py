@@ -74,7 +74,8 @@ class Module:
 def named(node): return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
 
 def words(node):
-    "All names that `node` mentions, annotations in quotation marks included; imports inside functions as `module:name`."
+    """All names that `node` mentions, annotations in quotation marks included; imports inside functions as
+    `module:name`."""
     out = named(node)
     for n in ast.walk(node):
         if isinstance(n, ast.ImportFrom):
@@ -154,7 +155,8 @@ def reach(
     return found
 
 def imported(module, word):
-    "Where an import inside a function leads: `.metrics:evaluate` seen in `recbook.training` is `recbook.metrics`, `evaluate`."
+    """Where an import inside a function leads: `.metrics:evaluate` seen in `recbook.training` is `recbook.metrics`,
+    `evaluate`."""
     base, name = word.split(":")
     level = len(base) - len(base.lstrip("."))
     return ".".join([*module.split(".")[:-level], base.lstrip(".")]) if level else base, name
@@ -234,7 +236,8 @@ class Digest:
         return ["class", *map(self.of, c.__bases__), self.of(own), str(vars(c).get("__annotations__"))]
 
     def inside(self, x):
-        "The parts of a model that are not in its weights: classes of its modules, and plain attributes of our own classes."
+        """The parts of a model that are not in its weights: classes of its modules, and plain attributes of our own
+        classes."""
         for m in getattr(x, "modules", lambda: [x])():
             yield self.of(type(m))
             if type(m).__module__.split(".")[0] == PACKAGE or written_here(type(m)):
@@ -313,7 +316,12 @@ def bytecode(code, doc=None):
     plain = [c for c in kept if not isinstance(c, types.CodeType)]
     consts = [repr(sorted(c, key=repr) if isinstance(c, frozenset) else c) for c in plain]
     inner = [y for c in code.co_consts if isinstance(c, types.CodeType) for y in bytecode(c)]
-    shape = [code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags & 12] # 12: *args, **kwargs
+    shape = [
+        code.co_argcount,
+        code.co_posonlyargcount,
+        code.co_kwonlyargcount,
+        code.co_flags & 12,
+    ]  # 12: *args, **kwargs
     return [code.co_code.hex(), str(shape), *consts, *code.co_names, *code.co_varnames, *inner]
 
 # %% ../nbs/foundations/15_provenance.ipynb #dc2aeb13
@@ -333,7 +341,8 @@ def library(module): # module name -> [its name and version]; [] for the package
     return [] if top == PACKAGE else [module, distribution(top)]
 
 def module_code(name, thing):
-    "Digest parts of a module's definition `thing` (`*`: all): of the package, of a file that lies beside the notebook, or a library's version."
+    """Digest parts of a module's definition `thing` (`*`: all): of the package, of a file that lies beside the
+    notebook, or a library's version."""
     if name.split(".")[0] == PACKAGE:
         return package_code([(name, thing)])
     f = getattr(sys.modules.get(name), "__file__", None)
@@ -345,7 +354,11 @@ def written_here(x):
     if x.__module__ in ("__main__", "__mp_main__"):
         return True
     f = getattr(sys.modules.get(x.__module__), "__file__", None)
-    return bool(f) and x.__module__.split(".")[0] != PACKAGE and not any(map(Path(f).resolve().is_relative_to, library_folders()))
+    return (
+        bool(f)
+        and x.__module__.split(".")[0] != PACKAGE
+        and not any(map(Path(f).resolve().is_relative_to, library_folders()))
+    )
 
 @functools.cache
 def library_folders():

@@ -62,7 +62,9 @@ def check(self:Tower, x):
         raise ValueError(f"fields of shape {tuple(x.shape)}: must be (n, {len(self.first)})")
     if (bad := (x < -1) | (x >= self.size)).any():
         row, col = bad.nonzero()[0].tolist()
-        raise ValueError(f"row {row}, column {col}: value {int(x[row, col])}. Fix: 0..{int(self.size[col])-1}, -1 for none")
+        raise ValueError(
+            f"row {row}, column {col}: value {int(x[row, col])}. Fix: 0..{int(self.size[col]) - 1}, -1 for none"
+        )
     return x
 
 # %% ../nbs/foundations/09_towers.ipynb #f82a2494
@@ -96,7 +98,10 @@ def sampled_softmax(
     "Softmax of each positive against sampled items; a sampled item equal to the positive is masked."
     q, pos = batch
     if p is not None and not (p[pos] > 0).all():
-        raise ValueError(f"positive item {int(pos[p[pos] <= 0][0])} has sampling weight 0: its correction is infinite. Fix: a weight for every positive")
+        raise ValueError(
+            f"positive item {int(pos[p[pos] <= 0][0])} has sampling weight 0: its correction is infinite. Fix: a "
+            f"weight for every positive"
+        )
     neg = torch.randint(len(x), (n_neg,), device=pos.device) if p is None else torch.multinomial(p, n_neg, True)
     uniq, at = torch.cat([pos, neg]).unique(return_inverse=True)
     y = model(q, x[uniq])/temperature(tau)

@@ -38,7 +38,8 @@ def pick_device(
 
 # %% ../nbs/foundations/06_training.ipynb #cf1b46f6
 class Rows(Dataset):
-    "Rows of equally long arrays; a list of row numbers gives a whole batch of tensors at once, plus what `sample` adds to it."
+    """Rows of equally long arrays; a list of row numbers gives a whole batch of tensors at once, plus what `sample`
+    adds to it."""
     def __init__(self, arrays, sample:Callable|None=None):
         self.arrays = [a if isinstance(a, Tensor) else torch.tensor(np.asarray(a)) for a in arrays]
         if len(lens := {len(a) for a in self.arrays}) != 1:
@@ -89,8 +90,11 @@ def eval_mode(
 
 # %% ../nbs/foundations/06_training.ipynb #6d8a15f8
 class Objective(nn.Module):
-    "Model and loss as one module, so that a distributed wrapper sees a single `forward` whatever parts of the model the loss uses."
-    def __init__(self, model, loss): super().__init__(); self.model,self.loss = model,loss
+    """Model and loss as one module, so that a distributed wrapper sees a single `forward` whatever parts of the model
+    the loss uses."""
+    def __init__(self, model, loss):
+        super().__init__()
+        self.model,self.loss = model,loss
     def forward(self, batch): return self.loss(self.model, batch)
 
 # %% ../nbs/foundations/06_training.ipynb #c1d3d4f2
@@ -182,7 +186,8 @@ def keep_best(best, model, row, monitor):
     "The best weights so far, and how many evaluations ago they were seen."
     if monitor not in row:
         raise ValueError(
-            f"monitor={monitor!r} is not among the metrics {[k for k in row if k not in ('epoch', 'step', 'loss', 'seconds')]}"
+            f"monitor={monitor!r} is not among the metrics "
+            f"{[k for k in row if k not in ('epoch', 'step', 'loss', 'seconds')]}"
         )
     if not isinstance(value := row[monitor], Real):
         raise ValueError(f"{monitor} is {value!r}: a metric must be a number")

@@ -87,7 +87,8 @@ class Case:
 LIBRARIES = ("torch", "numpy", "scipy", "sklearn", "transformers", "peft", "trl", "lightgbm")
 
 def trial_key(method:Method, case:Case, seed:int, setting:dict) -> str:  # 64 hexadecimal digits
-    "The digest under which a trial is kept: code of method and case, data sets named there, setting, seed, library versions."
+    """The digest under which a trial is kept: code of method and case, data sets named there, setting, seed, library
+    versions."""
     sets = [n for n in _registry() if n in case.name or n in names_of(case.make)]
     data = [(n, f["sha256"]) for n in sets for f in _registry()[n]["file"]]
     return digest(
@@ -137,7 +138,8 @@ def run_all(
     store:Store|None=None, # where outcomes are kept; the book's cache by default
     desc:str="trials",
     ) -> list[Outcome]:  # in the order of `todo`
-    "Every trial, from the store where it is there; what is computed is kept at once, so that an interrupted run resumes."
+    """Every trial, from the store where it is there; what is computed is kept at once, so that an interrupted run
+    resumes."""
     store = store or Store()
     keys = [trial_key(*t) for t in todo]
     found = {k: unpack(d) for k in dict.fromkeys(keys) if (d := store.get(k)) is not None}
@@ -149,7 +151,8 @@ def run_all(
     return [found[k] for k in keys]
 
 def in_turn(todo, jobs):
-    "(key, outcome) of each trial as it is finished, on `jobs` processes; `joblib.parallel_config(backend='ray')` takes them to a cluster."
+    """(key, outcome) of each trial as it is finished, on `jobs` processes; `joblib.parallel_config(backend='ray')`
+    takes them to a cluster."""
     if jobs < 1:
         raise ValueError(f"jobs={jobs}: give the number of processes, 1 or more")
     if jobs == 1 or len(todo) < 2:
@@ -230,7 +233,9 @@ def check_names(methods, cases):
     known = {m.name for m in methods if not m.like}
     for m in methods:
         if m.like and m.like not in known:
-            raise ValueError(f"{m.name}: like={m.like!r} is none of {sorted(known)}, the methods with settings of their own")
+            raise ValueError(
+                f"{m.name}: like={m.like!r} is none of {sorted(known)}, the methods with settings of their own"
+            )
 
 def check_seeds(seeds):
     "Whole numbers, each once: a seed is one replication."
@@ -282,7 +287,8 @@ def edges(setting, grid, limits):
     return out
 
 def beyond(tried, side, limits=(-math.inf, math.inf)):
-    "The next value of an axis: the same ratio further (the same step where values are not all positive), inside the limits."
+    """The next value of an axis: the same ratio further (the same step where values are not all positive), inside the
+    limits."""
     v = sorted(tried)[::-side] # nearest the edge first
     new = v[0]*v[0]/v[1] if v[-1] > 0 and v[0] > 0 else v[0] + (v[0] - v[1])
     if all(isinstance(x, Integral) for x in tried):
@@ -291,8 +297,12 @@ def beyond(tried, side, limits=(-math.inf, math.inf)):
     inside = max(limits[0], sign) <= new <= limits[1] and (new > 0 or min(tried) <= 0)
     if inside:
         return new
-    end = limits[1] if side > 0 else limits[0] # up to the limit itself, where that is a value of the axis' kind
-    return v[0] if not math.isfinite(end) or all(isinstance(x, Integral) for x in tried) and end != int(end) else type(v[0])(end)
+    end = limits[1] if side > 0 else limits[0]  # up to the limit itself, where that is a value of the axis' kind
+    return (
+        v[0]
+        if not math.isfinite(end) or all(isinstance(x, Integral) for x in tried) and end != int(end)
+        else type(v[0])(end)
+    )
 
 def widened(scores, grid, limits):
     "New settings beyond the edges where the best one lies; the grid grows in place."
@@ -343,7 +353,8 @@ def over_seeds(
     tuned:Tuned|None=None, # settings; only methods with one setting can do without
     jobs:int=1, store:Store|None=None,
     ) -> pd.DataFrame:  # dataset, method, role, seed, unit, setting, caveats, shares, and a column a metric
-    "Every method on every case and seed with its chosen setting: a row for each unit, and one (unit -1) for what is measured once a run."
+    """Every method on every case and seed with its chosen setting: a row for each unit, and one (unit -1) for what is
+    measured once a run."""
     check_names(methods, cases)
     check_seeds(seeds)
     if not len(seeds):
@@ -428,7 +439,10 @@ def same_units(
     if {-1} in (mine, theirs) or mine == theirs:
         return df
     if len(common) < .5*max(len(mine), len(theirs)):
-        raise ValueError(f"{a!r} and {b!r} have {y} for {len(mine)} and {len(theirs)} units, {len(common)} in common. Fix: measure both on the same")
+        raise ValueError(
+            f"{a!r} and {b!r} have {y} for {len(mine)} and {len(theirs)} units, {len(common)} in common. Fix: measure "
+            f"both on the same"
+        )
     return df[~df.method.isin([a, b]) | df.unit.isin(common | {-1})]
 
 def per_seed(
@@ -491,7 +505,8 @@ def alive(
     ok = need <= v <= ceiling
     if strict and not ok:
         raise NotAlive(
-            f"{v:.4g} is not between {need:.4g} (chance {chance:.4g}, and {share:.0%} of the way up) and {ceiling:.4g}: mend the system before you measure it"
+            f"{v:.4g} is not between {need:.4g} (chance {chance:.4g}, and {share:.0%} of the way up) and "
+            f"{ceiling:.4g}: mend the system before you measure it"
         )
     return ok
 

@@ -63,7 +63,8 @@ def finite(name, value):
         raise ValueError(f"{name}={value!r}: must be a finite number")
 
 class World:
-    "A synthetic universe of users and items with known relevance, exposure and text; every aspect is lazy and fixed by the seed."
+    """A synthetic universe of users and items with known relevance, exposure and text; every aspect is lazy and fixed
+    by the seed."""
     def __init__(self,
         seed:int=0, # everything follows from it
         n_users:int=1000,
@@ -88,7 +89,8 @@ class World:
         limit = .8*like_rate*n_items
         if not 0 < clicks_per_user < limit:
             raise ValueError(
-                f"clicks_per_user={clicks_per_user}: must lie in 0..{limit:g} for {n_items} items liked at rate {like_rate}; use more items"
+                f"clicks_per_user={clicks_per_user}: must lie in 0..{limit:g} for {n_items} items liked at rate "
+                f"{like_rate}; use more items"
             )
         self.seed,self.n_users,self.n_items,self.rho,self.dim = seed,n_users,n_items,rho,dim
         self.clicks_per_user,self.like_rate,self.kappa,self.zipf = clicks_per_user,like_rate,kappa,zipf
@@ -110,7 +112,10 @@ ASPECTS = {} # name of an aspect -> the module that defines it
 def aspect(f):
     "Make the method `f(self, rng)` an aspect: built once per world from the random stream that bears its name."
     other = ASPECTS.setdefault(f.__name__, f.__module__)
-    if other != f.__module__ and "__main__" not in (other, f.__module__): # a chapter run as a notebook defines its own again
+    if other != f.__module__ and "__main__" not in (
+        other,
+        f.__module__,
+    ):  # a chapter run as a notebook defines its own again
         raise ValueError(f"World has an aspect {f.__name__!r} already, from {other}. Fix: another name")
     @wraps(f)
     def build(self):
@@ -132,7 +137,8 @@ def items(self:World, rng) -> pd.DataFrame:
         1,
         "description",
         [
-            f"{'An' if r.mood[0] in 'aeiou' else 'A'} {r.mood} {r.genre} story, set at the {r.setting} in {r.era} times."
+            f"{'An' if r.mood[0] in 'aeiou' else 'A'} {r.mood} {r.genre} story, set at the {r.setting} in {r.era} "
+            f"times."
             for r in df.itertuples()
         ],
     )
@@ -157,7 +163,8 @@ def unique_titles(df, rng):
 @patch(as_prop=True)
 @aspect
 def latents(self:World, rng) -> dict[str, np.ndarray]:
-    "`said_item, hidden_item` (n_items, dim) and `said_user, hidden_user` (n_users, dim), scaled so that each inner product has unit variance."
+    """`said_item, hidden_item` (n_items, dim) and `said_user, hidden_user` (n_users, dim), scaled so that each inner
+    product has unit variance."""
     d, n, m = self.dim, self.n_users, self.n_items
     said = sum(rng.normal(size=(len(vs), d))[pd.Categorical(self.items[a], list(vs)).codes] for a, vs in CUES.items())
     L = dict(
@@ -188,7 +195,8 @@ def quality(self:World, rng) -> np.ndarray:
 @patch(as_prop=True)
 @aspect
 def relevance(self:World, rng) -> np.ndarray:
-    "$\\gamma_{ui}$, the probability that user u likes item i once shown it, (n_users, n_items); its mean is `like_rate`."
+    """$\\gamma_{ui}$, the probability that user u likes item i once shown it, (n_users, n_items); its mean is
+    `like_rate`."""
     logit = 2*self.affinity + self.quality
     c = brentq(lambda c: expit(logit+c).mean() - self.like_rate, -30, 30)
     return expit(logit+c).astype(np.float32)
@@ -219,7 +227,8 @@ def click_probability(self:World) -> np.ndarray:
 @patch(as_prop=True)
 @aspect
 def impressions(self:World, rng) -> pd.DataFrame:
-    "Everything shown while logging, in user order: `user, item, click` (0/1) and the true `rating` 1-5 the user would give."
+    """Everything shown while logging, in user order: `user, item, click` (0/1) and the true `rating` 1-5 the user would
+    give."""
     shown = rng.random(self.exposure.shape, np.float32) < self.exposure
     u, i = shown.nonzero()
     stars = 3 + 1.2*self.affinity[u, i] + rng.normal(0, .4, len(u))
@@ -304,7 +313,8 @@ def reviews(self:World,
 def corpus(self:World,
     passes:int=4, # how many exercises of each kind an item gets
     ) -> list[str]:
-    "What there is to read in this world, shuffled: descriptions, questions and answers, letter and yes/no exercises, reviews."
+    """What there is to read in this world, shuffled: descriptions, questions and answers, letter and yes/no exercises,
+    reviews."""
     whole_number("passes", passes)
     rng, out = self.rng("corpus"), [f"{t}: {d}" for t, d in zip(self.items.title, self.items.description)]
     for r in self.items.itertuples():

@@ -333,7 +333,10 @@ def test_a_planted_equation_is_found(tmp_path, katex):
 
 def test_quarto_messages_are_read():
     assert complaints("[ 1/11] index.ipynb\nOutput created: _book/index.html\n") == []
-    log = "[WARNING] Citeproc: citation foo not found\n\x1b[33mWARN: Unable to resolve crossref @fig-x\x1b[39m\nWARN: Unable to resolve link target: gone.ipynb\nERROR: boom"
+    log = (
+        "[WARNING] Citeproc: citation foo not found\n\x1b[33mWARN: Unable to resolve crossref @fig-x\x1b[39m\n"
+        "WARN: Unable to resolve link target: gone.ipynb\nERROR: boom"
+    )
     assert len(complaints(log)) == 4
 
 

@@ -364,7 +364,8 @@ def test_systems_are_paired_by_user_not_by_position(monkeypatch):
     assert r["effect"] == 0 and r["units"] == 36
     ms = [Method("A", partial(run, skip=list(range(39)), shift=0.)), Method("B", partial(run, skip=[], shift=0.))]
     df = over_seeds(ms, [Case("set", float, same_units=True)], range(4), store=Store("/nonexistent/x"))
-    with pytest.raises(ValueError, match="1 in common"): measure(df, "x.1", "set")
+    with pytest.raises(ValueError, match="1 in common"):
+        measure(df, "x.1", "set")
 
 
 def test_a_caveat_counts_in_whatever_row_it_stands(monkeypatch):
@@ -376,4 +377,5 @@ def test_a_caveat_counts_in_whatever_row_it_stands(monkeypatch):
 
 def test_the_best_rival_needs_a_direction(monkeypatch):
     catalogue(monkeypatch, theirs="best rival", direction="equal", margin=.1)
-    with pytest.raises(ValueError, match="needs a direction"): measure(trial_frame(A=.3, r1=.2), "x.1", "set")
+    with pytest.raises(ValueError, match="needs a direction"):
+        measure(trial_frame(A=.3, r1=.2), "x.1", "set")

@@ -711,7 +711,10 @@ def test_data_archives_have_a_limit(tmp_path):
             m = tarfile.TarInfo(n)
             m.size = 6
             t.addfile(m, io.BytesIO(b"a\tb\tc\n"))
-    assert len(datasets._triples(lambda f: tmp_path/"x.tar.gz", "umls"))==3 and not (tmp_path.parent/"train.txt").exists()
+    assert (
+        len(datasets._triples(lambda f: tmp_path / "x.tar.gz", "umls")) == 3
+        and not (tmp_path.parent / "train.txt").exists()
+    )
 
 
 def test_bit_rot_with_the_old_time_is_noticed(home, tmp_path):
@@ -905,5 +908,6 @@ def test_all_files_of_the_mirror(mirror):
 def test_import_is_light():
     import subprocess, sys
 
-    code = "import sys, recbook.data; print([m for m in ('torch','transformers','datasets','matplotlib') if m in sys.modules])"
+    heavy = ('torch', 'transformers', 'datasets', 'matplotlib')
+    code = f"import sys, recbook.data; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()=="[]"

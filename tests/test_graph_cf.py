@@ -4,7 +4,19 @@ import networkx as nx
 import numpy as np, pandas as pd, pytest, scipy.sparse as sp, torch
 import torch.nn.functional as F
 from recbook.baselines import MF, bpr_loss, popularity, train_bpr, uniform_negatives
-from recbook.collaborative.graph_cf import NGCF, LightGCN, Smooth, SymMM, adjacency, closeness, drop_nodes, gte, path_weights, sparse_tensor, sym_norm
+from recbook.collaborative.graph_cf import (
+    NGCF,
+    LightGCN,
+    Smooth,
+    SymMM,
+    adjacency,
+    closeness,
+    drop_nodes,
+    gte,
+    path_weights,
+    sparse_tensor,
+    sym_norm,
+)
 from recbook.data import Interactions, ratio_split
 from recbook.metrics import dot, evaluate, recommend
 from recbook.training import set_seed

@@ -287,7 +287,8 @@ def kron(model, task, loss, train, query, tmp, mask=None, **kw):
 
 @pytest.mark.parametrize("which", ["rows", "sequences"])
 def test_equal_to_kronfluence(which, net, data, tmp_path):
-    "The library does not divide by the number of rows and cannot sum over all labels; with the data's labels all else is the same."
+    """The library does not divide by the number of rows and cannot sum over all labels; with the data's labels all else
+    is the same."""
     model, task, batch, mask = (
         (net, I.Task(), data, None) if which == "rows" else (tagger(), TAGS, sequences(pad=2), TAGS.mask)
     )
@@ -505,7 +506,9 @@ def test_completions_only():
 
 class Shaky(nn.Module):
     "Dropout that no mode switches off, or normalisation by the batch."
-    def __init__(self, net, how="dropout"): super().__init__(); self.net,self.how = net,how
+    def __init__(self, net, how="dropout"):
+        super().__init__()
+        self.net,self.how = net,how
     def forward(self, x):
         y = self.net(x)
         return (

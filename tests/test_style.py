@@ -1,4 +1,5 @@
-"The house style that can be counted: sizes of chapters, cells and functions; experiments that go through `trials`; imports in reading order."
+"""The house style that can be counted: sizes of chapters, cells and functions; experiments that go through `trials`;
+imports in reading order."""
 import ast, io, json, re, tokenize
 from pathlib import Path
 import numpy as np, pytest, yaml
@@ -87,7 +88,11 @@ def test_experiments_go_through_trials(rel):
 
 @pytest.mark.parametrize("rel", [c for c in ORDER if "/" in c], ids=area)
 def test_a_page_imports_what_stands_before_it(rel):
-    module = lambda c: f"recbook.{area(c)}" if c.split("/")[0] in ("foundations", "workshop") else f"recbook.{c.split('/')[0]}.{area(c)}"
+    module = lambda c: (
+        f"recbook.{area(c)}"
+        if c.split("/")[0] in ("foundations", "workshop")
+        else f"recbook.{c.split('/')[0]}.{area(c)}"
+    )
     place = {module(c): i for i, c in enumerate(ORDER) if "/" in c}
     here = ORDER.index(rel)
     later = set()

@@ -199,7 +199,9 @@ def ivf_search(
     index.nprobe = n_probe
     lists = coarse.search(q, n_probe)[1]
     sizes = np.array([index.invlists.list_size(c) for c in range(n_lists)])
-    return index.search(q, k)[1], np.where(lists >= 0, sizes[lists], 0).sum(1) # -1: there are fewer lists than asked for
+    return index.search(q, k)[1], np.where(lists >= 0, sizes[lists], 0).sum(
+        1
+    )  # -1: there are fewer lists than asked for
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #b6d6d124
 @patch(as_prop=True)
@@ -223,7 +225,9 @@ def equal(v, want, col):
         raise ValueError(f"{col}={want!r} is no value. Fix: one value, a tuple (low, high), or a set of tags")
     numbers = pd.api.types.is_numeric_dtype(v)
     if len(v) and numbers == isinstance(want, str):
-        raise ValueError(f"{col}={want!r}: the column holds {'numbers' if numbers else 'no numbers'}. Fix: a value of its kind")
+        raise ValueError(
+            f"{col}={want!r}: the column holds {'numbers' if numbers else 'no numbers'}. Fix: a value of its kind"
+        )
     return v == want
 
 def passing(
@@ -494,7 +498,8 @@ def order_of(column):
     return np.argsort(column.to_numpy(), kind="stable")
 
 class Serf(FilterIndex):
-    "One graph for all ranges `(None, high)`: links with the interval of their life (half-bounded SeRF, Zuo et al. 2024)."
+    """One graph for all ranges `(None, high)`: links with the interval of their life (half-bounded SeRF, Zuo et al.
+    2024)."""
     def build(self, column, R=16, L=48):
         self.column, self.order, n = column, order_of(self.table[column]), len(self.X)
         self.Y, self.sorted = self.X[self.order], self.table[column].to_numpy()[self.order] # by rank
