@@ -109,3 +109,8 @@ def test_a_page_imports_what_stands_before_it(rel):
     assert not later - {"recbook.trials"} if rel.endswith("claims.ipynb") else not later, (
         f"{rel} imports later pages: {sorted(later)}"
     )
+
+
+def test_no_module_of_the_house_is_too_large():
+    big = {f.name: f.stat().st_size for f in (root()/"recbook").glob("*.py") if f.name != "_modidx.py"}
+    assert max(big.values()) <= 25 * 1024, {n: s for n, s in big.items() if s > 25 * 1024}
