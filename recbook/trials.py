@@ -193,7 +193,7 @@ def tune(
     seeds:Sequence[int], # tuning seeds, at least two; never reported
     widen:int=2, # how often an axis may grow at an edge
     jobs:int=1, store:Store|None=None) -> Tuned:
-    "The best setting of every method on every case, by the validation value averaged over the tuning seeds."
+    "Every method's best setting on every case, by its mean validation value."
     check_names(methods, cases)
     own = [m for m in methods if not m.like]
     check_alike(own, seeds)
@@ -485,7 +485,7 @@ def alive(
     value, # what a system reached: a number, or one a seed
     chance:float, # what guessing reaches
     ceiling:float=math.inf, # what nobody can beat
-    share:float=.1, # of the way from chance to ceiling that must be covered
+    share:float=.1, # of the way up that must be covered
     strict:bool=True) -> bool: # False: say so instead of raising
     "Is the mean of `value` well above chance and below the ceiling?"
     v = float(np.mean(value))
@@ -505,9 +505,9 @@ def ranked(
     score, # scorer: user numbers (b,) -> scores (b, n_items)
     split, # train, valid, test
     k:int=20,
-    curve:Sequence[float]=(), # validation values during training; their best is what tuning sees
+    curve:Sequence[float]=(), # validation values; tuning sees their best
     ) -> Outcome: # values recall@k, ndcg@k (n_users,), nan for users without a test item
-    "The outcome of a ranking run; known items, those of train and valid, are not recommended."
+    "The outcome of a ranking run; items of train and valid are not recommended."
     train, valid, test = split
     known = (train.csr() + valid.csr()).astype(bool).astype(np.float32) if len(valid) else train.csr()
     df = evaluate(score, test, known, k=k).reindex(range(train.n_users))
