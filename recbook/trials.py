@@ -507,7 +507,7 @@ def ranked(
     k:int=20,
     curve:Sequence[float]=(), # validation values; tuning sees their best
     ) -> Outcome: # values recall@k, ndcg@k (n_users,), nan for users without a test item
-    "The outcome of a ranking run; items of train and valid are not recommended."
+    "The outcome of a ranking run; none of train or valid is recommended."
     train, valid, test = split
     known = (train.csr() + valid.csr()).astype(bool).astype(np.float32) if len(valid) else train.csr()
     df = evaluate(score, test, known, k=k).reindex(range(train.n_users))

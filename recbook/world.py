@@ -14,7 +14,7 @@ from scipy.special import expit, log_softmax
 from .data import Interactions, whole_number
 
 # %% auto #0
-__all__ = ['CUES', 'ASPECTS', 'finite', 'World', 'aspect', 'unique_titles', 'exercises']
+__all__ = ['CUES', 'ASPECTS', 'REQUEST', 'ITEM', 'finite', 'World', 'aspect', 'unique_titles', 'exercises', 'noisy_copy']
 
 # %% ../nbs/foundations/04_world.ipynb #17910f6e
 CUES = dict(  # attribute -> value -> cue words used in titles and reviews
@@ -334,3 +334,49 @@ def exercises(r, rng):
     return [f"Question: what is the {a} of {r.title}? Answer: {getattr(r, a)}",
             f"Question: what is the {b} of {r.title}? {listed} Answer: {'ABCD'[k]}",
             f"Question: is the {c} of {r.title} {asked}? Answer: {'yes' if asked == getattr(r, c) else 'no'}"]
+
+# %% ../nbs/foundations/04_world.ipynb #2ac43375
+REQUEST = dict(taste=16, occasion=8, age=6, place=6) # fields of a request and how many values each has
+ITEM = ("genre", "mood", "era", "setting") # the item attribute each of them acts on
+
+@patch(as_prop=True)
+@aspect
+def requests(self:World, rng) -> dict[str, np.ndarray]:
+    "One request a user: `fields` (n_users, 4) and the true `logit` (n_users, n_items): a product plus weak sums."
+    fields = np.stack([rng.integers(n, size=self.n_users) for n in REQUEST.values()], 1)
+    codes = [pd.factorize(self.items[a], sort=True)[0] for a in ITEM]
+    T = [rng.normal(size=(n, c.max()+1))[f][:, c] for n, f, c in zip(REQUEST.values(), fields.T, codes)]
+    return dict(fields=fields, logit=(1.5*T[0]*T[1] + .5*T[2] + .5*T[3] + self.quality).astype(np.float32))
+
+# %% ../nbs/foundations/04_world.ipynb #b6d6d124
+@patch(as_prop=True)
+@aspect
+def attributes(self:World, rng) -> pd.DataFrame:
+    "What a shop filters by: `genre`, `brand` (Zipf), `year`, `tags` (mood, setting and random shelves)."
+    n, it = self.n_items, self.items
+    brand = rng.choice(40, n, p=(z := 1/np.arange(1, 41)**1.1)/z.sum())
+    year = (1900 + 20*pd.factorize(it.era, sort=True)[0] + rng.normal(0, 25, n)).round().astype(int)
+    shelves = rng.random((n, 12)) < np.geomspace(.3, .01, 12)
+    tags = [
+        frozenset({m, s} | {f"shelf-{k}" for k in np.flatnonzero(r)})
+        for m, s, r in zip(it["mood"], it["setting"], shelves)
+    ]
+    return pd.DataFrame(dict(genre=it["genre"].to_numpy(), brand=[f"brand-{b}" for b in brand], year=year, tags=tags))
+
+# %% ../nbs/foundations/04_world.ipynb #b5900ea2
+@patch(as_prop=True)
+@aspect
+def item_fields(self:World, rng) -> pd.DataFrame:
+    "Ten categorical fields (int codes): three noisy recodings of each of mood, genre and setting, and the item's id."
+    out = {}
+    for a in ("mood", "genre", "setting"):
+        truth = pd.factorize(self.items[a], sort=True)[0]
+        for k, (n_values, noise) in enumerate(((6, .05), (12, .15), (24, .25))):
+            out[f"{a}{k+1}"] = noisy_copy(truth, n_values, noise, rng)
+    return pd.DataFrame(out | dict(id=np.arange(self.n_items)))
+
+def noisy_copy(truth, n_values, noise, rng):
+    "Codes renamed, each to one of two names, and a share `noise` of them drawn at random."
+    names = rng.integers(n_values, size=(truth.max()+1, 2))
+    code = names[truth, rng.integers(2, size=len(truth))]
+    return np.where(rng.random(len(truth)) < noise, rng.integers(n_values, size=len(truth)), code)
