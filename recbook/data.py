@@ -186,77 +186,11 @@ def _order(x, seed=None):
         key = np.arange(len(x)) if seed is None else np.random.default_rng(seed).random(len(x))
     return np.lexsort((key, x.user))
 
-# %% ../nbs/foundations/01_data.ipynb #ecab9acc
-def _table(ids, tab, key, what):
-    "The rows of `tab` for `ids`, in that order, with the original id first."
-    if tab is None:
-        return pd.DataFrame(dict(id=ids))
-    if not isinstance(tab, pd.DataFrame):
-        raise ValueError(f"the {what} table is a {type(tab).__name__}. Fix: pd.DataFrame(...)")
-    tab = tab.set_index(key) if key in tab else tab
-    if tab.index.has_duplicates:
-        raise ValueError(
-        f"the {what} table repeats {tab.index[tab.index.duplicated()][0]!r}. Fix: one row per id")
-    if len(gone := pd.Index(ids).difference(tab.index)):
-        raise ValueError(f"{len(gone)} id(s) have no row in the {what} table, first: {list(gone[:3])}. "
-                         "Fix: add them or drop their interactions")
-    tab = tab.loc[ids].reset_index(drop=True).drop(columns="id", errors="ignore")
-    tab.insert(0, "id", ids)
-    return tab
-
-def _number_ids(ids):
-    "Numbers in sorted order, and the distinct ids."
-    try:
-        return pd.factorize(ids, sort=True)
-    except TypeError as e:
-        raise ValueError(f"{ids.name} ids cannot be compared ({e}). Fix: use strings or numbers as ids") from e
-
-def _merge(df, duplicates):
-    "`df` with one row per (user, item) pair, by the rule `duplicates`."
-    rules = ["raise","first","last","sum"]
-    if duplicates not in rules:
-        raise ValueError(f"duplicates={duplicates!r}. Fix: one of {rules}")
-    if duplicates=="raise" or not df.duplicated(["user","item"]).any() and duplicates!="sum":
-        return df
-    if "split" in df and duplicates=="sum":
-        _refuse(df, df.groupby(["user","item"])["split"].transform("nunique")>1,
-        "the same pair in different parts of the split", "sum within a part first, or choose 'first' or 'last'")
-    if "time" in df:
-        df = df.sort_values("time", kind="stable")
-    if duplicates!="sum":
-        return df.drop_duplicates(["user","item"], keep=duplicates).sort_index()
-    if "rating" not in df:
-        df = df.assign(rating=1.)
-    how = {c: "sum" if c=="rating" else "last" for c in df if c not in ("user","item")}
-    return df.groupby(["user","item"], as_index=False, sort=False).agg(how)
-
-def _from_frame(
-    df:pd.DataFrame, # one row per event, any column names, any ids
-    user:str="user", # column of user ids
-    item:str="item", # column of item ids
-    rating:str|None=None, # column of ratings
-    time:str|None=None, # column of times: numbers or datetimes (become seconds)
-    items:pd.DataFrame|None=None, # describes items; keyed by its column `item`, else by its index
-    users:pd.DataFrame|None=None, # describes users; keyed by its column `user`, else by its index
-    split:str|None=None, # column with train, valid, test
-    duplicates:str="raise", # repeated (user, item) pairs: raise, first, last, sum (ratings, or counts)
-    name:str="",
-) -> Interactions: # ids numbered in sorted order, originals in column `id` of users and items
-    "Interactions from a table with arbitrary ids."
-    _check_frame(df)
-    cols = dict(user=user, item=item, rating=rating, time=time, split=split)
-    cols = {k:c for k,c in cols.items() if c is not None}
-    if missing := [c for c in cols.values() if c not in df]:
-        raise ValueError(f"no column(s) {missing}, have {list(df)}. Fix: name yours")
-    new = pd.DataFrame({k: df[c].to_numpy() for k,c in cols.items()})
-    for k in ("user","item"):
-        _refuse(new, new[k].isna(), f"missing {k}", "drop or fill these rows")
-    for k in {"rating","time"} & set(new):
-        new[k] = _numbers(new, k)
-    _check_values(new)
-    (new["user"],uid),(new["item"],iid) = (_number_ids(new[k]) for k in ("user","item"))
-    tables = _table(iid, items, item, "items"), _table(uid, users, user, "users")
-    return Interactions(_merge(new, duplicates), len(uid), len(iid), *tables, name)
+# %% ../nbs/foundations/01_data.ipynb #472c44b7
+def _from_frame(*args, **columns) -> Interactions:
+    "Interactions from a table with arbitrary ids: `recbook.frames.from_frame`."
+    from recbook.frames import from_frame
+    return from_frame(*args, **columns)
 
 Interactions.from_frame = staticmethod(_from_frame)
 

@@ -259,7 +259,7 @@ test_eq(popularity(train)[0].sum(), len(train.df))
 @@ md
 ## Side by side {#sec-AREA-compare}
 
-A method is a function of a case, a seed and settings ([how to compare fairly](../foundations/16_trials.ipynb)).
+A method is a function of a case, a seed and settings ([how to compare fairly](../foundations/17_trials.ipynb)).
 Give each as many settings, and a rival that is as simple as can be.
 @@
 def world_split(s):

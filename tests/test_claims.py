@@ -310,7 +310,7 @@ def test_a_record_is_stale_when_its_code_has_changed(monkeypatch, tmp_path):
     home = tmp_path/"book"
     (home/"nbs/foundations").mkdir(parents=True)
     (home/"data/results/cpu").mkdir(parents=True)
-    nb = home/"nbs/foundations/05_metrics.ipynb"
+    nb = home/"nbs/foundations/06_metrics.ipynb"
     shutil.copy(next((claims.root()/"nbs/foundations").glob("*_metrics.ipynb")), nb)
     monkeypatch.setattr(claims, "root", lambda: home)
     put = lambda **r: (home/"data/results/cpu/metrics.json").write_text(json.dumps(dict(area="metrics", claims=[]) | r))
