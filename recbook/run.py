@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FOLDED', 'FENCED', 'OPENED', 'with_solutions', 'extra', 'execute', 'alive', 'sweep', 'label', 'Quiet', 'counts',
            'summary', 'mute', 'say', 'Lines', 'Bars', 'failure', 'header', 'claims_of', 'unchanged', 'run_one', 'Place',
-           'threads_of', 'user_home', 'kernel_env', 'runs_dir', 'check_place', 'ready', 'run_chapters', 'scrub',
-           'outputs_into', 'say_profile', 'publish']
+           'slowest', 'threads_of', 'user_home', 'kernel_env', 'runs_dir', 'check_place', 'ready', 'run_chapters',
+           'scrub', 'outputs_into', 'say_profile', 'publish']
 
 # %% ../nbs/workshop/03_run.ipynb #45fe51a9
 import contextlib, json, os, re, shutil, sys, tempfile, time
@@ -327,6 +327,15 @@ class Place:
         if extra(cell):
             self.added.add(index)
         self.cell, self.number = cell, index + 1 - len([i for i in self.added if i <= index])
+
+# %% ../nbs/workshop/03_run.ipynb #e5cf05ed
+def slowest(
+    nb, # an executed notebook
+    n:int=5 # how many cells
+) -> list[tuple[float, str]]: # seconds and name, the slowest first
+    "The cells that took longest."
+    took = [(c["metadata"].get("papermill", {}).get("duration") or 0., label(c)) for c in nb["cells"]]
+    return sorted(took, key=lambda t: -t[0])[:n]
 
 # %% ../nbs/workshop/03_run.ipynb #169a3e85
 def threads_of(

@@ -383,3 +383,9 @@ ts = [threading.Thread(target=deep, args=(3*i,)) for i in range(6)]
 [t.start() for t in ts]; [t.join() for t in ts]
 assert not wrong, wrong"""
     subprocess.run([sys.executable, "-c", code], check=True)
+
+def test_the_slowest_cells_are_named(book):
+    write_page(book, "03_slow", ["# Slow\n\n> It sleeps.", "seed = 0", "import time\ntime.sleep(.5)", "x = 1"])
+    res = R.run_chapters(["slow"], root=book)[0]
+    (took, name), *rest = R.slowest(B.read_notebook(res.notebook), 3)
+    assert .5 < took < 5 and name == "import time" and all(s < .5 for s, _ in rest)

@@ -114,3 +114,9 @@ def test_a_page_imports_what_stands_before_it(rel):
 def test_no_module_of_the_house_is_too_large():
     big = {f.name: f.stat().st_size for f in (root()/"recbook").glob("*.py") if f.name != "_modidx.py"}
     assert max(big.values()) <= 25 * 1024, {n: s for n, s in big.items() if s > 25 * 1024}
+
+
+@pytest.mark.parametrize("rel", [c for c in ORDER if "/" in c and area(c) not in PENDING], ids=area)
+def test_no_book_only_syntax_shows_in_a_notebook(rel):
+    bad = [s for c in cells(rel) if c["cell_type"] == "markdown" for s in [("".join(c["source"]))] if ":::" in s]
+    assert not bad, "Quarto's blocks show as text in Jupyter, GitHub and Colab: fold with <details>"
