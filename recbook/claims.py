@@ -5,7 +5,7 @@
 # %% ../nbs/foundations/18_claims.ipynb #8aaaea25
 from __future__ import annotations
 import json, re, sys, warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 import numpy as np, pandas as pd
 from .data import root
@@ -19,8 +19,8 @@ else:
 __all__ = ['MIME', 'MARKS', 'COLORS', 'COLUMNS', 'paired_error', 'paired_interval', 'two_way_error', 'detectable', 'verdict',
            'papers', 'find_claim', 'nearest', 'claim', 'declared', 'paired', 'finite', 'is_provisional', 'Claim',
            'label', 'line', 'said', 'wanted', 'notes', 'card', 'exact', 'measure', 'opponent', 'named', 'caveats_of',
-           'setting_of', 'rival_of', 'holm', 'ledger', 'side', 'results', 'read_record', 'is_stale', 'scoreboard',
-           'level', 'reached', 'levels']
+           'setting_of', 'rival_of', 'holm', 'ledger', 'side', 'results', 'is_stale', 'scoreboard', 'level', 'reached',
+           'levels']
 
 # %% ../nbs/foundations/18_claims.ipynb #ee4c9c91
 def paired_error(
@@ -482,34 +482,13 @@ def side(r, k):
 # %% ../nbs/foundations/18_claims.ipynb #74c1ec11
 def results(
     profile:str|None=None, # all profiles if not given
+    home:Path|None=None, # the book's folder
+    tell:Callable=warnings.warn, # what a file is told to that is no record
     ) -> list[dict]:  # one published run record for each profile and area, with `stale`: has its code changed since?
-    """Published run records from `data/results/<profile>/<area>.json`; a file that is no record is named in a warning
-    and left out."""
-    home, out = root(), []
-    for f in sorted((home/"data"/"results").glob(f"{profile or '*'}/*.json")):
-        r = read_record(f)
-        if r is not None:
-            out.append(r | dict(stale=is_stale(r, home)))
-    return out
-
-def read_record(f):
-    "The record in file `f`, or None with a warning."
-    try:
-        r = json.loads(f.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        r = e
-    if (
-        isinstance(r, dict)
-        and isinstance(r.get("area"), str)
-        and isinstance(r.get("claims"), list)
-        and all(isinstance(c, dict) and "verdict" in c for c in r["claims"])
-    ):
-        return r
-    warnings.warn(
-        f"{f} is no record of a run ({type(r).__name__}): left out. Fix: run the chapter again with --save, or delete "
-        f"the file",
-        stacklevel=3,
-    )
+    "Published run records from `data/results/<profile>/<area>.json`; a file that is no record is named and left out."
+    from recbook.records import records # the runner's page on records, which wants nothing from here
+    home = Path(home or root())
+    return [r | dict(stale=is_stale(r, home)) for r in records(home, profile, tell)]
 
 def is_stale(r, home):
     """Has the chapter's code, or what it reaches in the package, changed since the record was made? Records without a

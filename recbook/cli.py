@@ -25,7 +25,7 @@ from rich.table import Table
 from .book import OPENING, UsageError, chapters, home, is_checkout, pairs, pick, profiles, read_json, read_papers
 from .book import reading, unknown
 from .publish import complaints, prepare, render
-from .records import PACKAGES, Result, machine, records, versions
+from .records import PACKAGES, Result, machine, versions
 from .run import Bars, Lines, counts, mute, run_chapters, runs_dir, scrub
 
 # %% ../nbs/workshop/06_cli.ipynb #7334f0e6
@@ -246,19 +246,19 @@ def list_():
 @app.command("claims")
 def claims_(areas: Areas = None, profile: Annotated[str | None, typer.Option(help="Only this profile.")] = None):
     "Show the scoreboard: every published claim and its verdict."
-    from recbook.claims import is_stale, ledger
+    from recbook.claims import ledger, results
     with usage():
         root = home()
         chosen = {c.area for c in pick(areas or ["all"], root)}
         known = {s for s in profiles(root) if "." not in s} | {f.name for f in (root/"data/results").glob("*/")}
         if profile not in (None, *known):
             raise unknown("profile", profile, sorted(known))
-        found = [r for r in records(root, profile, warn) if r["area"] in chosen and r["claims"]]
+        found = [r for r in results(profile, root, warn) if r["area"] in chosen and r["claims"]]
     rows = [
         x
         for r in found
         for x in ledger(r["claims"])
-        .assign(area=r["area"], profile=r["profile"], stale=is_stale(r, root))
+        .assign(area=r["area"], profile=r["profile"], stale=r["stale"])
         .to_dict("records")
     ]
     if not rows:

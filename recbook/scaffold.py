@@ -8,10 +8,9 @@ import base64, keyword, re, sys
 from collections import Counter
 from pathlib import Path
 import nbformat
-from .claims import COLORS, is_stale
+from .claims import COLORS, results
 from .book import PARTS, UsageError, chapters, home, is_checkout, read_json, read_papers, unknown, write_text
 from .publish import bibliography
-from .records import records
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -41,8 +40,7 @@ def published(
     root:Path|None=None # the book's folder
 ) -> list[dict]: # run records that measured claims, profiles and areas in alphabetical order
     "What `data/results` holds, without the foundations."
-    home_ = Path(root or home())
-    return [r | dict(stale=is_stale(r, home_)) for r in records(root) if r["claims"]]
+    return [r for r in results(home=Path(root or home())) if r["claims"]]
 
 COUNTED = ("supported", "refuted", "negligible", "inconclusive")
 
