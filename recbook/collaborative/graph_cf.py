@@ -5,28 +5,26 @@
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #afd8334f
 from __future__ import annotations
 import warnings
-import numpy as np, pandas as pd, scipy.sparse as sp, torch
+from functools import partial
+import numpy as np, scipy.sparse as sp, torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..baselines import MF, bpr_loss, clicked, popularity, train_bpr, uniform_negatives
 from ..data import Interactions, canonical, whole_number
-from ..metrics import Scorer, dot, evaluate, recommend
-from ..training import batches, eval_mode, fit, set_seed
-from ..world import World
+from ..training import eval_mode
+_all_ = ["MF", "bpr_loss", "clicked", "popularity", "train_bpr", "uniform_negatives"] # also found here
 
 # %% auto #0
-__all__ = ['UNKNOWN', 'adjacency', 'sym_norm', 'sparse_tensor', 'check_graph', 'SymMM', 'NGCF', 'drop_nodes', 'Smooth', 'horner',
-           'LightGCN', 'path_weights', 'gte', 'two_steps', 'closeness', 'successive_pairs', 'random_neighbour',
-           'visit_counts', 'top_neighbours', 'uniform_neighbours', 'equal_weights', 'Convolve', 'relu_linear',
-           'PinSage', 'computation_graph', 'embed_all', 'max_margin', 'personalised_pagerank', 'hard_negatives',
-           'curriculum', 'PinBatches', 'pin_loss', 'pair_ranks', 'scaled_mrr', 'power_law_graph', 'neighbour_batches',
-           'reverse_pagerank', 'pack', 'unpack', 'next_reuse', 'SharedCache', 'VictimBuffer', 'distinct_nodes', 'serve',
-           'MF', 'bpr_loss', 'clicked', 'popularity', 'train_bpr', 'uniform_negatives']
+__all__ = ['UNKNOWN', 'adjacency', 'sym_norm', 'sparse_tensor', 'SymMM', 'check_graph', 'check_share', 'asymmetry', 'Layer',
+           'NGCF', 'drop_nodes', 'Smooth', 'horner', 'LightGCN', 'path_weights', 'gte', 'closeness', 'successive_pairs',
+           'random_neighbour', 'row_average', 'visit_counts', 'top_neighbours', 'Convolve', 'relu_linear', 'PinSage',
+           'computation_graph', 'embed_all', 'max_margin', 'personalised_pagerank', 'walked', 'hard_negatives',
+           'curriculum', 'Negatives', 'PinBatches', 'pin_loss', 'ranks_in', 'pair_ranks', 'scaled_mrr',
+           'power_law_graph', 'neighbour_batches', 'reverse_pagerank', 'pack', 'unpack', 'next_reuse', 'Lines',
+           'SharedCache', 'worth_evicting', 'turns', 'VictimBuffer', 'serve', 'distinct_nodes', 'origin', 'MF',
+           'bpr_loss', 'clicked', 'popularity', 'train_bpr', 'uniform_negatives']
 
-# %% ../../nbs/collaborative/01_graph_cf.ipynb #22945d37
-_all_ = ["MF", "bpr_loss", "clicked", "popularity", "train_bpr", "uniform_negatives"] # also found here, where they were born
-
-# %% ../../nbs/collaborative/01_graph_cf.ipynb #392f1168
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #fa7fee48
 def adjacency(
     train:Interactions, # training interactions only: test edges in the graph would be a leak
     ) -> sp.csr_matrix: # (N, N), N = n_users + n_items, entries 1
@@ -40,11 +38,10 @@ def sym_norm(
     ) -> sp.csr_matrix: # (N, N)
     "$D^{-\\text{left}}AD^{-\\text{right}}$; nodes without edges get zero rows."
     A = canonical(A)
-    d = np.asarray(A.sum(1), float).ravel()
     if A.shape[0] != A.shape[1] or (A.data < 0).any():
-        raise ValueError(
-            f"an adjacency of {A.shape} from {A.data.min(initial=0):g}: must be square, without negative weights"
-        )
+        raise ValueError(f"an adjacency of {A.shape}, least entry {A.data.min(initial=0):g}. "
+            "Fix: square, without negative weights")
+    d = np.asarray(A.sum(1), float).ravel()
     power = lambda p: sp.diags_array(np.where(d > 0, np.where(d > 0, d, 1)**-p, 0).astype(np.float32))
     return (power(left) @ A @ power(right)).tocsr()
 
@@ -55,96 +52,100 @@ def sparse_tensor(
     ) -> Tensor: # sparse CSR, float32
     "A scipy matrix as a torch CSR tensor."
     A = canonical(A)
+    whole = lambda x: torch.from_numpy(x.astype(np.int64))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(beta state|invariant checks).*")
-        return torch.sparse_csr_tensor(
-            torch.from_numpy(A.indptr.astype(np.int64)),
-            torch.from_numpy(A.indices.astype(np.int64)),
-            torch.from_numpy(A.data.astype(np.float32)),
-            A.shape,
-            device=device,
-        )
-
-def check_graph(A, n_users, K, **shares):
-    "`A`, refused unless it is square and symmetric: the layers below use that on the way back."
-    whole_number("K", K, 0)
-    for name, p in shares.items():
-        if not 0 <= p < 1:
-            raise ValueError(f"{name}={p}: the share to drop must lie in 0..1, below 1")
-    if A.ndim != 2 or A.shape[0] != A.shape[1] or not 0 < n_users <= len(A):
-        raise ValueError(f"A of {tuple(A.shape)} for {n_users} users: must be (N, N) with N = n_users + n_items")
-    S = A.cpu().to_sparse_csr()
-    M = sp.csr_matrix((S.values().numpy(), S.col_indices().numpy(), S.crow_indices().numpy()), S.shape)
-    off = np.abs((M - M.T).data).max(initial=0)
-    if not off <= 1e-5*np.abs(M.data).max(initial=0):
-        raise ValueError(
-            f"A differs from its transpose by {off:.2g}, gradients would be wrong: use sym_norm(adjacency(train))"
-        )
-    return A
+        entries = torch.from_numpy(A.data.astype(np.float32))
+        return torch.sparse_csr_tensor(whole(A.indptr), whole(A.indices), entries, A.shape, device=device)
 
 class SymMM(torch.autograd.Function):
     "A @ X for a symmetric sparse A: the gradient is A @ G."
     @staticmethod
-    def forward(ctx, A, X): ctx.A = A; return A @ X
+    def forward(ctx, A, X):
+        ctx.A = A
+        return A @ X
     @staticmethod
     def backward(ctx, G): return None, ctx.A @ G
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #c13e2867
+def check_graph(A, n_users, K, **shares):
+    "`A`, refused unless it is square and symmetric: the layers below use that on the way back."
+    whole_number("K", K, 0)
+    for name, p in shares.items():
+        check_share(name, p)
+    if A.ndim != 2 or A.shape[0] != A.shape[1] or not 0 < n_users <= len(A):
+        raise ValueError(f"A of {tuple(A.shape)} for {n_users} users: must be (N, N) with N = n_users + n_items")
+    if not (off := asymmetry(A)) < 1e-5:
+        raise ValueError(f"A differs from its transpose by {off:.2g}. Fix: sym_norm(adjacency(train))")
+    return A
+
+def check_share(name, p):
+    if not 0 <= p < 1:
+        raise ValueError(f"{name}={p}: the share to drop must lie in 0..1, below 1")
+
+def asymmetry(A):
+    "How far $x^\\top Ay$ is from $y^\\top Ax$ for random x and y, relative to the length of $Ay$."
+    A = A.detach().cpu().double()
+    x, y = torch.randn(2, len(A), generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    there = A @ y
+    return ((x @ there - y @ (A @ x)).abs()/there.norm().clamp(min=1e-30)).item()
+
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #dcbf1829
+class Layer(nn.Module):
+    "One round of NGCF's messages (eq. 7); without `transform` W1 and W2 are the identity."
+    def __init__(self, dim, transform=True, nonlinear=True, affinity=True, dropout=.1):
+        super().__init__()
+        self.nonlinear, self.affinity, self.drop = nonlinear, affinity, nn.Dropout(dropout)
+        self.W1, self.W2 = (nn.Linear(dim, dim) if transform else nn.Identity() for _ in range(2))
+        for W in (self.W1, self.W2)*transform:
+            nn.init.xavier_uniform_(W.weight)
+            nn.init.zeros_(W.bias)
+
+    def forward(self, E, AE): # embeddings (N, d), and what the neighbours send (N, d)
+        out = self.W1(AE + E) + (self.W2(AE*E) if self.affinity else 0)
+        return self.drop(F.leaky_relu(out, .2) if self.nonlinear else out)
+
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #0295c203
 class NGCF(nn.Module):
-    "Neural graph collaborative filtering (Wang et al. 2019, eqs. 3-11); `transform`, `nonlinear` off give LightGCN's ablations NGCF-f, -n, -fn."
+    "Neural graph collaborative filtering (Wang et al. 2019, eqs. 3-11)."
     def __init__(self,
         A:Tensor, # sparse CSR (N, N), symmetrically normalised
         n_users:int,
         dim:int=64, # embedding width d
         K:int=3, # layers
-        transform:bool=True, # W1, W2; off: the identity
-        nonlinear:bool=True, # LeakyReLU
-        affinity:bool=True, # the element-wise term; off: a plain GCN
-        message_dropout:float=.1, node_dropout:float=0.): # shares dropped
+        node_dropout:float=0., # share of nodes that send nothing in a training step
+        message_dropout:float=.1, # share of a layer's output
+        **parts): # transform, nonlinear, affinity: False takes a part away
         super().__init__()
-        self.n_users,self.K,self.nonlinear,self.affinity,self.node_dropout = n_users,K,nonlinear,affinity,node_dropout
-        self.register_buffer(
-            "A",
-            check_graph(A, n_users, K, node_dropout=node_dropout, message_dropout=message_dropout),
-            persistent=False,
-        )
+        check_graph(A, n_users, K, node_dropout=node_dropout, message_dropout=message_dropout)
+        self.n_users, self.node_dropout = n_users, node_dropout
+        self.register_buffer("A", A, persistent=False)
         self.E0 = nn.Parameter(nn.init.xavier_uniform_(torch.empty(A.shape[0], dim)))
-        W = lambda: nn.ModuleList(nn.Linear(dim, dim) if transform else nn.Identity() for _ in range(K))
-        self.W1,self.W2,self.drop = W(),W(),nn.Dropout(message_dropout)
-        for l in (*self.W1, *self.W2):
-            if transform:
-                nn.init.xavier_uniform_(l.weight)
-                nn.init.zeros_(l.bias)
-
-    def layer(self, A, E, W1, W2):
-        "One round of messages (eq. 7)."
-        AE = SymMM.apply(A, E) if A is self.A else A @ E # without some of its nodes a graph is not symmetric
-        out = W1(AE + E)
-        if self.affinity:
-            out = out + W2(AE*E)
-        return self.drop(F.leaky_relu(out, .2) if self.nonlinear else out)
+        self.layers = nn.ModuleList(Layer(dim, dropout=message_dropout, **parts) for _ in range(K))
 
     def forward(self) -> tuple[Tensor, Tensor]: # (n_users, (K+1) d), (n_items, (K+1) d)
-        A = drop_nodes(self.A, self.node_dropout) if self.training and self.node_dropout else self.A
+        thin = self.training and self.node_dropout # without some of its nodes a graph is not symmetric
+        send = partial(torch.mm, drop_nodes(self.A, self.node_dropout)) if thin else partial(SymMM.apply, self.A)
         E, out = self.E0, [self.E0]
-        for W1, W2 in zip(self.W1, self.W2):
-            E = self.layer(A, E, W1, W2)
+        for layer in self.layers:
+            E = layer(E, send(E))
             out.append(F.normalize(E, dim=1))
         return torch.cat(out, 1).split([self.n_users, len(E)-self.n_users])
 
-# %% ../../nbs/collaborative/01_graph_cf.ipynb #dcc5e014
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #befe4409
 def drop_nodes(A, p):
-    "Silence each node with probability p: its outgoing messages, a column, go; the others are rescaled by 1/(1-p), so the mean stays (Wang et al. 2019, section 2.4.2)."
-    if not 0 <= p < 1:
-        raise ValueError(f"p={p}: must lie in 0..1, below 1")
-    keep = (torch.rand(A.shape[0], device=A.device) >= p).float()
-    return torch.sparse_csr_tensor(A.crow_indices(), A.col_indices(), A.values()*keep[A.col_indices()]/(1-p), A.shape)
+    "Silence the messages of each node with probability p, a column; the others grow by 1/(1-p), so the mean stays."
+    check_share("p", p)
+    keep = F.dropout(torch.ones(len(A), device=A.device), p)
+    return torch.sparse_csr_tensor(A.crow_indices(), A.col_indices(), A.values()*keep[A.col_indices()], A.shape)
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #6656f2c9
 class Smooth(torch.autograd.Function):
-    "The mean of the layers 0..K, $\\frac1{K+1}\\sum_k\\tilde A^kE$, by Horner's rule; its gradient is the same smoothing (LightGCN, eqs. 3, 4 and 8)."
+    "The mean of the layers 0..K by Horner's rule; its gradient is the same smoothing (LightGCN, eqs. 3, 4 and 8)."
     @staticmethod
-    def forward(ctx, A, E, K): ctx.A,ctx.K = A,K; return horner(A, E, K)
+    def forward(ctx, A, E, K):
+        ctx.A, ctx.K = A, K
+        return horner(A, E, K)
     @staticmethod
     def backward(ctx, G): return None, horner(ctx.A, G.contiguous(), ctx.K), None
 
@@ -164,172 +165,131 @@ class LightGCN(nn.Module):
         n_users:int,
         dim:int=64, # embedding width d
         K:int=3, # propagation layers
-        single:bool=False): # use the last layer only (the paper's ablation "LightGCN-single")
+        single=False): # use the last layer only (the paper's ablation "LightGCN-single")
         super().__init__()
-        self.n_users,self.K,self.single = n_users,K,single
+        self.n_users, self.K, self.single = n_users, K, single
         self.register_buffer("A", check_graph(A, n_users, K), persistent=False)
         self.E0 = nn.Parameter(torch.randn(A.shape[0], dim)*.1)
 
+    def last(self):
+        "The last layer alone."
+        E = self.E0
+        for _ in range(self.K):
+            E = SymMM.apply(self.A, E)
+        return E
+
     def forward(self) -> tuple[Tensor, Tensor]: # (n_users, d), (n_items, d)
-        A, E = self.A, self.E0
-        if not self.single:
-            E = Smooth.apply(A, E, self.K)
-        else:
-            for _ in range(self.K):
-                E = SymMM.apply(A, E)
+        E = self.last() if self.single else Smooth.apply(self.A, self.E0, self.K)
         return E.split([self.n_users, len(E)-self.n_users])
 
-# %% ../../nbs/collaborative/01_graph_cf.ipynb #a6fde3b0
-def path_weights(
-    k:int, # rounds of message passing
-    ) -> np.ndarray:  # (j,) int: c_j counts how a path of length 2j+1 enters the score
-    "Coefficients of $H_U^{(k)}=\\sum_jc_jR(R^\\top R)^j$, from running GTE's recursion on polynomials (Cai et al. 2023)."
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #1290f238
+def path_weights(k): # rounds of message passing -> (j,) int: how a path of length 2j+1 counts
+    "Coefficients of $H_U^{(k)}=\\sum_jc_jR(R^\\top R)^j$: GTE's recursion, run on polynomials (Cai et al. 2023)."
     whole_number("k", k)
     user, item = np.zeros(k+1, int), np.eye(1, k+1, dtype=int)[0]
     for _ in range(k):
         user, item = user + item, item + np.roll(user, 1)
     return np.trim_zeros(user, "b")
 
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #0d2e4392
 def gte(
-    train:Interactions,
-    k:int=3, # rounds
-    ) -> Scorer:
+    train, # Interactions
+    k=3): # rounds -> a scorer: user numbers (b,) -> float64 (b, n_items)
     "Graph Topology Encoder: scores that count paths, no parameters, no training (Cai et al. 2023)."
-    R, c = train.csr(), path_weights(k)
-    Rt = sparse_tensor(R.T.tocsr())
+    R, c = train.csr().astype(float), path_weights(k)
     def score(u):
         X = R[u.numpy()]
-        S = float(c[0])*X.toarray()
-        for w in c[1:]:
-            X = two_steps(X, R, Rt)
-            S += float(w)*(X.toarray() if sp.issparse(X) else X)
-        return torch.from_numpy(S)
+        S = c[-1]*X
+        for w in c[-2::-1]:
+            S = S @ R.T @ R + w*X
+        return torch.from_numpy(S.toarray())
     return score
-
-# %% ../../nbs/collaborative/01_graph_cf.ipynb #6d6e3dcc
-def two_steps(X, R, Rt):
-    "$XR^\\top R$: from items to their users to the items of those; the second product turns dense as soon as many users are reached."
-    Y = X @ R.T
-    if sp.issparse(Y):
-        if Y.nnz < .02*Y.shape[0]*Y.shape[1]:
-            return Y @ R
-        Y = Y.toarray()
-    return (Rt @ torch.from_numpy(Y).T).T.numpy()
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #9001de19
 def closeness(
-    score:Scorer,
+    score, # user numbers (b,) -> scores (b, n_items)
     train:Interactions,
     users=None, # which users; all if not given
-    hops:int=3, # odd: path length up to which items count as candidates
-    ) -> float: # -1..1
-    "Mean Kendall tau between scores and path counts over each user's unseen items within `hops`."
+    hops=3): # odd: path length up to which items count as candidates
+    "Mean Kendall tau, -1..1, between scores and path counts over each user's unseen items within `hops`."
     from scipy.stats import kendalltau
     if hops < 3 or hops % 2 == 0:
         raise ValueError(f"hops={hops}: unseen items lie at odd distances from 3 on")
-    R = train.csr().astype(np.float64)
-    users = np.arange(train.n_users) if users is None else np.asarray(users)
-    P = R[users]
-    seen = P.toarray() > 0
+    R, users = train.csr().astype(float), np.arange(train.n_users) if users is None else np.asarray(users)
+    seen = paths = R[users]
     for _ in range(hops//2):
-        P = P @ R.T @ R
-    P, S = P.toarray(), score(torch.as_tensor(users)).detach().cpu().numpy()
-    taus = [kendalltau(s[c], p[c]).statistic for s, p, c in zip(S, P, (P > 0) & ~seen) if c.sum() > 1]
+        paths = paths @ R.T @ R
+    near, paths = (paths - seen*paths.max()).toarray() > 0, paths.toarray()
+    scores = score(torch.as_tensor(users)).detach().cpu().numpy()
+    taus = [kendalltau(s[c], p[c]).statistic for s, p, c in zip(scores, paths, near) if c.sum() > 1]
     if not np.isfinite(taus).any():
         raise ValueError(f"none of {len(users)} users has candidates that both rankings order: give more users or hops")
     return float(np.nanmean(taus))
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #9ebc7af2
-def successive_pairs(
-    events:pd.DataFrame, # user, item, session; in order of user and time
-    ) -> tuple[np.ndarray, np.ndarray]: # queries, (p,), and the items that follow them, (p,)
-    "Pairs (q, i) of different items clicked one after the other in the same session."
+def successive_pairs(events): # frame of user, item, session, in order of user and time
+    "Queries q, (p,), and the different items i, (p,), clicked next in the same session."
     e = events[["user", "session", "item"]].to_numpy()
     a, b = e[:-1], e[1:]
     keep = (a[:, :2] == b[:, :2]).all(1) & (a[:, 2] != b[:, 2])
     return a[keep, 2], b[keep, 2]
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #fed60071
-def random_neighbour(
-    G:sp.csr_matrix, # (n, m) adjacency
-    nodes:np.ndarray, # (b,) rows; each must have an edge
-    rng:np.random.Generator,
-    ) -> np.ndarray: # (b,) columns
-    "One uniform neighbour of each node; an entry that is stored twice is drawn twice as often."
-    if not (np.diff(G.indptr)[nodes] > 0).all():
-        raise ValueError(f"node {nodes[np.diff(G.indptr)[nodes] == 0][0]} has no neighbour: leave it out")
-    return G.indices[G.indptr[nodes] + (rng.random(len(nodes))*np.diff(G.indptr)[nodes]).astype(np.int64)]
+def random_neighbour(G, nodes, rng):
+    "One uniform neighbour, (b,), of each of the `nodes`, rows of the adjacency G, (n, m)."
+    degree = np.diff(G.indptr)[nodes]
+    if not (degree > 0).all():
+        raise ValueError(f"node {nodes[degree == 0][0]} has no neighbour: leave it out")
+    return G.indices[G.indptr[nodes] + (rng.random(len(nodes))*degree).astype(np.int64)]
 
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #8dc4d18b
+def row_average(G):
+    "Rows of a sparse matrix divided by their sums: one hop of a walker; empty rows stay empty."
+    return sp.diags_array(1/np.maximum(np.asarray(G.sum(1), float).ravel(), 1e-30)) @ canonical(G)
+
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #0334ba65
 def visit_counts(
     graph:sp.csr_matrix, # (n_items, n_users), entries 1
-    n_walks:int=50, # walks from each item
-    length:int=3, # hops item -> user -> item in a walk
-    restart:float=.3, # probability of returning to the start before a hop
-    seed:int=0,
-    ) -> sp.csr_matrix: # (n_items, n_items), zero diagonal
+    n_walks=50, length=3, # walks from each item; hops item -> user -> item in a walk
+    restart=.3, # probability of returning to the start before a hop
+    seed=0) -> sp.csr_matrix: # (n_items, n_items), zero diagonal
     "How often walks from an item (row) visit other items (columns); items without clicks have empty rows."
     graph = canonical(graph)
     rng, back, n = np.random.default_rng(seed), graph.T.tocsr(), graph.shape[0]
-    start = np.repeat(np.diff(graph.indptr).nonzero()[0], n_walks)
-    at, seen = start, []
+    at = start = np.repeat(np.diff(graph.indptr).nonzero()[0], n_walks)
+    visits = sp.csr_matrix((n, n))
     for _ in range(length):
         at = np.where(rng.random(len(at)) < restart, start, at)
         at = random_neighbour(back, random_neighbour(graph, at, rng), rng)
-        seen.append(at)
-    to, start = np.concatenate(seen), np.tile(start, length)
-    other = to != start
-    C = sp.csr_matrix((np.ones(other.sum()), (start[other], to[other])), (n, n))
-    C.sum_duplicates()
-    return C
+        away = at != start
+        visits += sp.csr_matrix((np.ones(away.sum()), (start[away], at[away])), (n, n))
+    return visits
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #53f86e41
 def top_neighbours(
-    visits:sp.csr_matrix, # (n, n) scores of neighbours, e.g. `visit_counts`
+    visits, # (n, n) sparse scores of neighbours, e.g. `visit_counts`
     T:int=10, # neighbours to keep
-    ) -> tuple[np.ndarray, np.ndarray]:  # N (n, T) item numbers; alpha (n, T), rows sum to 1
-    "The T top-scored neighbours and their L1-normalised scores; short rows repeat the first at weight 0, empty rows name the node."
+    ):  # N (n, T) item numbers; alpha (n, T), rows sum to 1
+    "The T best neighbours and their shares; short rows are filled up with the node itself at weight 0."
     whole_number("T", T)
     C, n = canonical(visits).tocoo(), visits.shape[0]
     order = np.lexsort((C.col, -C.data, C.row))
-    row, col, score = C.row[order], C.col[order], C.data[order]
+    row = C.row[order]
     rank = np.arange(len(row)) - np.searchsorted(row, row)
     keep = rank < T
     N, alpha = np.tile(np.arange(n)[:, None], T), np.zeros((n, T), np.float32)
-    N[row[rank == 0]] = col[rank == 0, None]
-    N[row[keep], rank[keep]], alpha[row[keep], rank[keep]] = col[keep], score[keep]
+    at = row[keep], rank[keep]
+    N[at], alpha[at] = C.col[order][keep], C.data[order][keep]
     alpha[alpha.sum(1) == 0, 0] = 1
     return N, alpha/alpha.sum(1, keepdims=True)
 
-# %% ../../nbs/collaborative/01_graph_cf.ipynb #9dae603c
-def uniform_neighbours(
-    graph:sp.csr_matrix, # (n_items, n_users)
-    T:int=10,
-    seed:int=0,
-    ) -> tuple[np.ndarray, np.ndarray]: # as `top_neighbours`, all weights of a row equal
-    "T random items that share a user with each item: the ablation of importance neighbourhoods."
-    graph = canonical(graph)
-    C = (graph @ graph.T).tolil()
-    C.setdiag(0)
-    C = C.tocsr()
-    C.eliminate_zeros()
-    C.data = np.random.default_rng(seed).random(len(C.data)) + 1e-9
-    N, alpha = top_neighbours(C, T)
-    return N, equal_weights(alpha)
-
-def equal_weights(
-    alpha:np.ndarray, # (n, T)
-    ) -> np.ndarray: # (n, T), rows sum to 1
-    "The same weight for every neighbour: mean pooling."
-    return ((alpha > 0)/(alpha > 0).sum(1, keepdims=True)).astype(np.float32)
-
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #617a6f50
 class Convolve(nn.Module):
-    "One PinSage convolution (Ying et al. 2018, algorithm 1); `pool` is 'sum' with given weights or 'max'."
-    def __init__(self,
-        d_in:int, d_hidden:int, d_out:int, # widths of h_v, of Q h_v and of the result
-        pool:str="sum"):
+    "One PinSage convolution (Ying et al. 2018, algorithm 1)."
+    def __init__(self, d_in:int, d_hidden:int, d_out:int): # widths of h_v, of Q h_v and of the result
         super().__init__()
-        self.Q,self.W,self.pool = relu_linear(d_in, d_hidden),relu_linear(d_in+d_hidden, d_out),pool
+        self.Q, self.W = relu_linear(d_in, d_hidden), relu_linear(d_in+d_hidden, d_out)
+
     def forward(self,
         h:Tensor, # (n, d_in) vectors of all nodes that are needed
         own:Tensor, # (b,) rows of h: the nodes to convolve
@@ -337,15 +297,9 @@ class Convolve(nn.Module):
         alpha:Tensor, # (b, T) importances; T = 0 gives no neighbourhood at all
         ) -> Tensor: # (b, d_out), unit rows
         M = F.relu(self.Q(h))
-        if not nb.shape[1]:
-            n = M.new_zeros(len(own), M.shape[1])
-        elif self.pool == "max":
-            n = M[nb].amax(1)
-        else:
-            n = F.embedding_bag(nb, M, per_sample_weights=alpha, mode="sum")
+        n = F.embedding_bag(nb, M, per_sample_weights=alpha, mode="sum") if nb.shape[1] else M[own]*0
         return F.normalize(F.relu(self.W(torch.cat([h[own], n], 1))), dim=1)
 
-# %% ../../nbs/collaborative/01_graph_cf.ipynb #8708131d
 def relu_linear(d_in, d_out, bias=True):
     "A linear layer with He initialisation and zero biases: PyTorch's default biases would drown unit vectors."
     l = nn.Linear(d_in, d_out, bias)
@@ -361,11 +315,11 @@ class PinSage(nn.Module):
         d_in:int, # features
         d_hidden:int=64,
         d_out:int=32, # width of z
-        K:int=2, # convolutions
-        pool:str="sum"):
+        K:int=2): # convolutions
         super().__init__()
-        self.convs = nn.ModuleList(Convolve(d_in if k == 0 else d_hidden, d_hidden, d_hidden, pool) for k in range(K))
-        self.G1,self.G2 = relu_linear(d_hidden, d_hidden),relu_linear(d_hidden, d_out, bias=False)
+        widths = [d_in] + [d_hidden]*K
+        self.convs = nn.ModuleList(Convolve(d, d_hidden, d_hidden) for d in widths[:-1])
+        self.G1, self.G2 = relu_linear(widths[-1], d_hidden), relu_linear(d_hidden, d_out, bias=False)
     def head(self, h): return self.G2(F.relu(self.G1(h)))
     def forward(self,
         x:Tensor, # (n, d_in) features of the nodes K hops around
@@ -385,10 +339,8 @@ def computation_graph(
     blocks = []
     for _ in range(K):
         need, pos = np.unique(np.concatenate([nodes, N[nodes].ravel()]), return_inverse=True)
-        blocks.insert(
-            0,
-            tuple(map(torch.from_numpy, (pos[: len(nodes)], pos[len(nodes) :].reshape(len(nodes), -1), alpha[nodes]))),
-        )
+        own, nb = pos[:len(nodes)], pos[len(nodes):].reshape(len(nodes), -1)
+        blocks.insert(0, tuple(map(torch.from_numpy, (own, nb, alpha[nodes]))))
         nodes = need
     return nodes, blocks
 
@@ -419,41 +371,35 @@ def max_margin(
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #9538821f
 def personalised_pagerank(
-    graph:sp.csr_matrix, # (n_items, n_users), entries 1
-    queries:np.ndarray, # (b,) items
-    restart:float=.3, # r
-    iters:int=25, # error below (1-r)^iters
-    ) -> np.ndarray: # (b, n_items), rows sum to 1
+    graph, queries, # (n_items, n_users), entries 1; (b,) items
+    restart=.3, iters=25, # r; the error is below (1-r)^iters
+    ): # (b, n_items), rows sum to 1
     "Personalised PageRank of items by power iteration over item-user hops; an item without clicks keeps its walker."
-    graph = canonical(graph)
-    rows = lambda G: sp.diags_array(1/np.maximum(np.asarray(G.sum(1), np.float32).ravel(), 1)) @ G
-    A, B = (rows(G).T.tocsr() for G in (graph, graph.T.tocsr()))
-    lonely = (np.diff(graph.indptr) == 0)[:, None]
-    E = np.zeros((graph.shape[0], len(queries)), np.float32)
-    E[queries, np.arange(len(queries))] = 1
-    p = E
-    for _ in range(iters):
-        p = restart*E + (1-restart)*(B @ (A @ p) + lonely*p)
-    return p.T
+    out, back = row_average(graph), row_average(graph.T)
+    lonely = graph.getnnz(1) == 0
+    start = np.eye(graph.shape[0])[queries]
+    return walked(start, lambda p: p @ out @ back + p*lonely, restart, iters)
 
+def walked(start, hop, restart, iters):
+    "Where walkers are in the long run, by power iteration."
+    p = start
+    for _ in range(iters):
+        p = restart*start + (1-restart)*hop(p)
+    return p
+
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #9e73f91d
 def hard_negatives(
     graph:sp.csr_matrix, # (n_items, n_users)
     lo:float=.05, hi:float=.15, # band of ranks, as shares of the catalogue
-    restart:float=.3,
-    chunk:int=512,
     ) -> np.ndarray: # (n_items, m) in order of rank
     "For each query the items whose personalised PageRank lies in the band (the query itself is rank 0)."
     n = graph.shape[0]
     a, b = int(lo*n), max(int(hi*n), int(lo*n)+1)
     if not 0 <= lo < hi <= 1 or a == 0:
         raise ValueError(f"band {lo}..{hi} of {n} items: must lie in 0..1 and leave out the query itself")
-    out = []
-    for k in range(0, n, chunk):
-        q = np.arange(k, min(k+chunk, n))
-        p = personalised_pagerank(graph, q, restart)
-        p[np.arange(len(q)), q] = 2
-        out.append(np.argsort(-p, axis=1, kind="stable")[:, a:b])
-    return np.concatenate(out)
+    p = personalised_pagerank(graph, np.arange(n))
+    np.fill_diagonal(p, 2)
+    return np.argsort(-p, axis=1, kind="stable")[:, a:b]
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #74213e52
 def curriculum(
@@ -462,48 +408,56 @@ def curriculum(
     "Hard negatives for each query in this epoch: n-1 in epoch n (Ying et al. 2018)."
     return epoch - 1
 
+class Negatives:
+    "Negatives of a batch of queries: uniform ones that all share, then each query's own hard ones."
+    def __init__(self,
+        known, # (q, i), arrays (p,): the training pairs, never used as negatives
+        n_items:int,
+        hard:np.ndarray|None=None, # (n_items, m) candidates for hard negatives of each query
+        schedule=curriculum, # epoch -> number of hard negatives
+        epoch_steps:int=100, # batches in an epoch of the schedule
+        n_uniform:int=128, # shared ones
+        seed:int=0):
+        self.n_items, self.hard, self.schedule = n_items, hard, schedule
+        self.epoch_steps, self.n_uniform, self.step = epoch_steps, n_uniform, 0
+        own = np.arange(n_items)*(n_items+1)
+        self.known = torch.from_numpy(np.unique(np.concatenate([known[0]*n_items + known[1], own])))
+        self.rng = np.random.default_rng(seed)
+
+    def __call__(self, q:np.ndarray): # (b,) queries
+        "Item numbers (b, m), and which of them are allowed, bool (b, m)."
+        h = 0 if self.hard is None else min(self.schedule(1 + self.step//self.epoch_steps), self.hard.shape[1])
+        self.step += 1
+        out = np.tile(self.rng.integers(self.n_items, size=self.n_uniform), (len(q), 1))
+        if h:
+            out = np.hstack([out, self.hard[q[:, None], self.rng.integers(self.hard.shape[1], size=(len(q), h))]])
+        return out, ~clicked(self.known, torch.from_numpy(q[:, None]*self.n_items + out))
+
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #344c5284
 class PinBatches:
-    "A `sample` function for `batches`: draws negatives for the pairs (q, i) and produces the computation graph with its features."
+    "A `sample` function for `batches`: adds negatives to the pairs (q, i), and produces the graph with its features."
     def __init__(self,
         X:np.ndarray, N:np.ndarray, alpha:np.ndarray, # (n, d_in) features, (n, T) neighbourhoods
-        q:np.ndarray, i:np.ndarray, # (p,) all training pairs: never used as negatives
-        hard:np.ndarray|None=None, # (n, m) candidates for hard negatives of each query
-        schedule=curriculum, # epoch -> number of hard negatives
-        epoch_steps:int=100, # steps in an epoch of the schedule
-        n_uniform:int=128, # uniform negatives shared by the batch
-        K:int=2, # convolutions of the model
-        seed:int=0):
-        self.X,self.N,self.alpha,self.K,self.n_uniform = X,N,alpha,K,n_uniform
-        self.hard,self.schedule,self.epoch_steps = hard,schedule,epoch_steps
-        self.known = torch.from_numpy(np.unique(np.concatenate([q*len(X) + i, np.arange(len(X))*(len(X)+1)])))
-        self.rng,self.step = np.random.default_rng(seed),0
-
-    def negatives(self, q):
-        "Negatives of each query, (b, m): the shared uniform ones, then its hard ones."
-        h = 0 if self.hard is None else min(self.schedule(1 + self.step//self.epoch_steps), self.hard.shape[1])
-        shared = np.broadcast_to(self.rng.integers(len(self.X), size=self.n_uniform), (len(q), self.n_uniform))
-        if not h:
-            return shared
-        return np.hstack([shared, self.hard[q[:, None], self.rng.integers(self.hard.shape[1], size=(len(q), h))]])
+        negatives:Negatives,
+        K:int=2): # convolutions of the model
+        self.X, self.N, self.alpha, self.negatives, self.K = X, N, alpha, negatives, K
 
     def __call__(self, q:Tensor, i:Tensor):  # (b,) and (b,)
-        "Features of the needed nodes, blocks, rows of q, i, shared and hard negatives in the batch, and the allowed mask."
-        neg = self.negatives(q.numpy())
-        m, b = self.n_uniform, len(q)
-        self.step += 1
+        "Features of the needed nodes, blocks, rows of q, i, shared and hard negatives, and the allowed mask."
+        neg, allowed = self.negatives(q.numpy())
+        m, b = self.negatives.n_uniform, len(q)
         nodes, at = np.unique(np.concatenate([q, i, neg[0, :m], neg[:, m:].ravel()]), return_inverse=True)
         need, blocks = computation_graph(nodes, self.N, self.alpha, self.K)
         rows = torch.from_numpy(at).split([b, b, m, len(at)-2*b-m])
-        allowed = ~clicked(self.known, q[:, None]*len(self.X) + torch.from_numpy(neg.copy()))
         return torch.from_numpy(self.X[need]), blocks, rows, allowed
 
-# %% ../../nbs/collaborative/01_graph_cf.ipynb #344c5284
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #c0baea00
 def pin_loss(
     model:PinSage,
     batch, # from `PinBatches`
     margin:float=.1,
     ) -> Tensor: # scalar
-    "Max-margin loss of a produced batch: shared uniform negatives and each query's own hard ones."
+    "Max-margin loss of a produced batch."
     x, blocks, (q, i, n, h), allowed = batch
     z = model(x, blocks)
     zq, zh = z[q], z[h].view(len(q), -1, z.shape[1])
@@ -511,29 +465,25 @@ def pin_loss(
     return max_margin((zq*z[i]).sum(1), neg, allowed, margin)
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #cad84a98
-def pair_ranks(
-    Z:Tensor, # (n, d) embeddings
+def ranks_in(
+    S:Tensor, # (p, n) scores of all items for each query
     q:np.ndarray, i:np.ndarray, # (p,) queries and targets
-    chunk:int=1024,
     ) -> np.ndarray: # (p,) ranks from 1
     "Rank of each target among all items but the query; ties go to the smaller item number."
-    out = []
-    for a in range(0, len(q), chunk):
-        u, v = torch.as_tensor(q[a:a+chunk]), torch.as_tensor(i[a:a+chunk])
-        S = Z[u] @ Z.T
-        S.scatter_(1, u[:, None], -torch.inf)
-        t = S.gather(1, v[:, None])
-        out.append(1 + ((S > t) | ((S == t) & (torch.arange(len(Z)) < v[:, None]))).sum(1))
-    return torch.cat(out).numpy()
+    u, v = (torch.as_tensor(x)[:, None] for x in (q, i))
+    S = S.scatter(1, u, -torch.inf)
+    t = S.gather(1, v)
+    return (1 + ((S > t) | ((S == t) & (torch.arange(S.shape[1]) < v))).sum(1)).numpy()
 
-def scaled_mrr(
-    ranks:np.ndarray, # (p,)
-    scale:int=10, # ranks in a block share a value
-    ) -> float:
+def pair_ranks(Z, q, i):
+    "`ranks_in` the inner products of embeddings Z, (n, d)."
+    return ranks_in(Z[q] @ Z.T, q, i)
+
+def scaled_mrr(ranks, scale=10):
     "Mean of 1/ceil(rank/scale) (Ying et al. 2018, section 4.2)."
     return float((1/np.ceil(ranks/scale)).mean())
 
-# %% ../../nbs/collaborative/01_graph_cf.ipynb #cd2b0fd1
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #3dbf7a74
 def power_law_graph(
     n:int=20_000, # nodes
     degree:int=15, # neighbours of each node
@@ -546,41 +496,33 @@ def power_law_graph(
     hubs = rng.permutation(n)[rng.choice(n, n*degree, p=p/p.sum())]
     return sp.csr_matrix((np.ones(n*degree, np.float32), hubs, np.arange(0, n*degree+1, degree)), (n, n))
 
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #37b346b3
 def neighbour_batches(
     G:sp.csr_matrix, # (n, n) each node with at least one neighbour
     n_batches:int,
-    n_seeds:int=64, # seed nodes of a batch, without repetition until all had their turn
+    n_seeds:int=64, # seed nodes of a batch
     fanouts=(10, 5), # neighbours drawn for each node, hop by hop
     seed:int=0,
-    ) -> list[np.ndarray]: # distinct nodes of each batch, in the order of sampling
+    ) -> list[np.ndarray]: # distinct nodes of each batch
     "The requests of K-hop neighbour sampling, batch by batch (Hamilton et al. 2017)."
-    rng, n, out = np.random.default_rng(seed), G.shape[0], []
-    if n_seeds > n:
-        raise ValueError(f"n_seeds={n_seeds}: the graph has only {n} nodes")
-    epochs = -(-n_batches//(n//n_seeds))
-    order = np.concatenate([rng.permutation(n)[:n//n_seeds*n_seeds] for _ in range(epochs)]).reshape(-1, n_seeds)
-    for hop in order[:n_batches]:
-        seen = [hop]
+    if n_seeds > G.shape[0]:
+        raise ValueError(f"n_seeds={n_seeds}: the graph has only {G.shape[0]} nodes")
+    rng, out = np.random.default_rng(seed), []
+    for _ in range(n_batches):
+        seen = [rng.choice(G.shape[0], n_seeds, replace=False)]
         for f in fanouts:
-            seen.append(hop := random_neighbour(G, np.repeat(hop, f), rng))
-        nodes, first = np.unique(np.concatenate(seen), return_index=True)
-        out.append(nodes[first.argsort()])
+            seen.append(random_neighbour(G, np.repeat(seen[-1], f), rng))
+        out.append(np.unique(np.concatenate(seen)))
     return out
 
-# %% ../../nbs/collaborative/01_graph_cf.ipynb #f0bfe577
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #05233012
 def reverse_pagerank(
-    G:sp.csr_matrix, # (n, n); rows point to the nodes they aggregate
-    damping:float=.85,
-    iters:int=30,
-    ) -> np.ndarray: # (n,), sums to 1
+    G, # (n, n) sparse; rows point to the nodes they aggregate
+    damping=.85, iters=30): # -> (n,), sums to 1
     "Long-run share of visits of a walker who follows aggregation edges and restarts anywhere: static hotness."
-    G = canonical(G)
-    n, d = G.shape[0], np.asarray(G.sum(1)).ravel()
-    back = (sp.diags_array(1/np.maximum(d, 1)) @ G).T.tocsr()
-    x = np.full(n, 1/n)
-    for _ in range(iters):
-        x = damping*(back @ x + x[d == 0].sum()/n) + (1-damping)/n
-    return x
+    hop, n = row_average(G), G.shape[0]
+    ends = np.diff(hop.indptr) == 0
+    return walked(np.full(n, 1/n), lambda x: hop.T @ x + x[ends].sum()/n, 1-damping, iters)
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #08f77210
 UNKNOWN = 0xFFFF # next reuse outside the window
@@ -595,155 +537,148 @@ def unpack(p):
 
 def next_reuse(
     window, # the next batches, nearest first; no other batch is looked at
-    n:int, # nodes
-    t:int=0, # time of the current batch: batch t+tau runs on GPU (t+tau) mod gpus
-    gpus:int=1,
-    ) -> np.ndarray: # (n,) packed
-    "For each node its first use in the window, packed (LSM-GNN's reuse update)."
+    n, # nodes
+    t=0, gpus=1): # time of the current batch; batch t+tau runs on GPU (t+tau) mod gpus
+    "For each node its first use in the window, packed, (n,) (LSM-GNN's reuse update)."
     out = np.full(n, pack(UNKNOWN, 0, 0))
-    for tau in range(len(window), 0, -1):
-        out[window[tau-1]] = pack(tau, (t+tau) % gpus, np.arange(len(window[tau-1])))
+    for tau, batch in reversed(list(enumerate(window, 1))):
+        out[batch] = pack(tau, (t+tau) % gpus, np.arange(len(batch)))
     return out
 
-# %% ../../nbs/collaborative/01_graph_cf.ipynb #0c8b4409
-class SharedCache:
-    "A set-associative cache over the memory of all GPUs; rows are inserted after serving and evicted by `policy` (Park et al. 2024)."
-    policies = ("random", "lru", "static", "look-ahead", "hybrid")
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #8c23e4b4
+class Lines:
+    "The memory of all GPUs, in sets of a few lines; where each node may lie, and what lies there (Park et al. 2024)."
     def __init__(self,
         n:int, # nodes
         lines:int, # rows it can hold, all GPUs together
+        gpus=2, ways=16): # ways: lines in a set
+        if lines % (gpus*ways):
+            raise ValueError(f"lines={lines}: must be a multiple of gpus*ways = {gpus*ways}")
+        self.n, self.gpus, self.ways, v = n, gpus, ways, np.arange(n)
+        sets = lines//(gpus*ways)
+        self.set_of = v % gpus*sets + v//gpus % sets
+        self.tags = np.full((gpus*sets, ways), -1) # node in each line
+        self.slot = np.full(n, -1) # flat line of each resident node
+
+    def replace(self, v, way):
+        "Put nodes of different sets, (m,), into these ways; returns who was evicted."
+        sets = self.set_of[v]
+        old = self.tags[sets, way]
+        self.slot[old[old >= 0]] = -1
+        self.tags[sets, way], self.slot[v] = v, sets*self.ways + way
+        return old[old >= 0]
+
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #0c8b4409
+class SharedCache(Lines):
+    "A set-associative cache over the memory of all GPUs; rows are inserted after serving and evicted by `policy`."
+    policies = ("random", "lru", "static", "look-ahead", "hybrid")
+    def __init__(self,
+        n:int, lines:int, # nodes; rows it can hold
         policy:str="hybrid",
         hotness:np.ndarray|None=None, # (n,) static hotness, for 'static' and 'hybrid'
-        gpus:int=2, ways:int=16, # ways: lines in a set
-        dim:int=0, # width of the feature rows it stores
+        gpus:int=2, ways:int=16, # as for `Lines`
         seed:int=0):
         if policy not in self.policies:
             raise ValueError(f"policy={policy!r}: must be one of {self.policies}")
         if hotness is None and policy in ("static", "hybrid"):
             raise ValueError(f"policy={policy!r} needs hotness: reverse_pagerank(G)")
-        if lines % (gpus*ways):
-            raise ValueError(f"lines={lines}: must be a multiple of gpus*ways = {gpus*ways}")
-        self.n,self.policy,self.gpus,self.ways,self.rng = n,policy,gpus,ways,np.random.default_rng(seed)
-        sets = lines//(gpus*ways)
-        v = np.arange(n)
-        self.set_of = v % gpus*sets + v//gpus % sets
-        self.tags = np.full((gpus*sets, ways), -1) # node in each line
-        self.slot = np.full(n, -1) # flat line of each resident node
-        self.used,self.hand = np.zeros(n, np.int64),np.zeros(gpus*sets, np.int64)
-        self.rows = np.zeros((lines, dim), np.float32)
+        super().__init__(n, lines, gpus, ways)
+        self.policy, self.rng = policy, np.random.default_rng(seed)
+        self.used, self.hand = np.zeros(n, np.int64), np.zeros(len(self.tags), np.int64)
         if hotness is not None:
-            self.cold = np.empty(n, np.int64)
-            self.cold[np.argsort(-hotness, kind="stable")] = v # 0: the hottest
+            self.cold = np.argsort(np.argsort(-hotness, kind="stable")) # 0: the hottest
         if policy == "static":
             top = np.argsort(self.cold)[:lines]
-            self.tags.flat[:len(top)] = top
             self.slot[top] = np.arange(len(top))
 
-    def worth_evicting(self, sets, reuse):
-        "A number for each line of these sets; the largest goes. Empty lines first."
-        T = self.tags[sets]
-        if self.policy == "random":
-            key = self.rng.integers(1 << 30, size=T.shape)
-        elif self.policy == "lru":
-            key = -self.used[T]
-        elif self.policy == "hybrid":
-            key = (reuse[T] >> 40)*self.n + self.cold[T]
-        else:
-            key = (reuse[T] >> 40)*self.ways - (np.arange(self.ways) - self.hand[sets, None]) % self.ways
-        return np.where(T < 0, np.iinfo(np.int64).max, key)
+    def insert(self, new, reuse):
+        "Put the nodes `new` in, one in every set at a time; returns the evicted nodes."
+        if self.policy == "static" or not len(new):
+            return np.empty(0, np.int64)
+        turn, gone = turns(self.set_of[new]), []
+        for k in range(turn.max()+1):
+            v = new[turn == k]
+            sets = self.set_of[v]
+            way = worth_evicting(self, sets, reuse).argmax(1)
+            self.hand[sets] = (way + 1) % self.ways
+            gone.append(self.replace(v, way))
+        return np.concatenate(gone)
 
-    def insert(self, new, reuse, rows=None):
-        "Put the nodes `new` in, in order; returns the evicted nodes and their rows."
-        if self.policy == "static":
-            return np.empty(0, np.int64), self.rows[:0]
-        s = self.set_of[new]
-        order = s.argsort(kind="stable")
-        s = s[order]
-        turn = np.arange(len(s)) - np.searchsorted(s, s) # how many newcomers are ahead of it in its set
-        gone, gone_rows = [], []
-        for k in range(turn.max(initial=-1)+1):
-            pick = order[turn == k]
-            v, sets = new[pick], self.set_of[new[pick]]
-            way = self.worth_evicting(sets, reuse).argmax(1)
-            old, line = self.tags[sets, way], sets*self.ways + way
-            full = old >= 0
-            self.slot[old[full]] = -1
-            gone.append(old[full])
-            gone_rows.append(self.rows[line[full]])
-            self.tags[sets, way], self.slot[v], self.hand[sets] = v, line, (way + 1) % self.ways
-            if rows is not None:
-                self.rows[line] = rows[pick]
-        return (np.concatenate(gone), np.concatenate(gone_rows)) if gone else (np.empty(0, np.int64), self.rows[:0])
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #47eae691
+def worth_evicting(cache, sets, reuse):
+    "A number for each line of these sets; the largest goes. Empty lines first."
+    T, ways = cache.tags[sets], np.arange(cache.ways)
+    if cache.policy == "random":
+        key = cache.rng.integers(1 << 30, size=T.shape)
+    elif cache.policy == "lru":
+        key = -cache.used[T]
+    elif cache.policy == "hybrid":
+        key = (reuse[T] >> 40)*cache.n + cache.cold[T]
+    else:
+        key = (reuse[T] >> 40)*cache.ways - (ways - cache.hand[sets, None]) % cache.ways
+    return np.where(T < 0, np.iinfo(np.int64).max, key)
+
+def turns(sets):
+    "How many earlier newcomers go to the same set."
+    order, out = sets.argsort(kind="stable"), np.empty(len(sets), int)
+    out[order] = np.arange(len(sets)) - np.searchsorted(sets[order], sets[order])
+    return out
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #b662ed75
 class VictimBuffer:
     "A ring of pinned buffers, one for each of the next batches, indexed by time of next use (Park et al. 2024)."
     def __init__(self,
-        window:int, # W: number of buffers
-        depth:int, # rows in a buffer
-        ):
-        self.depth,self.head,self.ring = depth,0,[[] for _ in range(window)]
-    def put(self, nodes, rows, packed):
-        "Park evicted nodes (m,) with rows (m, d) and packed next reuse; unknown reuse and overflow are dropped."
-        tau, _, pos = unpack(packed)
+        window, depth): # W: number of buffers; rows in a buffer
+        self.depth, self.head, self.ring = depth, 0, [[] for _ in range(window)]
+    def put(self, nodes, packed):
+        "Park evicted nodes (m,) with their packed next reuse; unknown reuse and overflow are dropped."
+        tau, _, position = unpack(packed)
         for t in np.unique(tau[tau <= len(self.ring)]):
-            k, buf = (tau == t).nonzero()[0], self.ring[(self.head + t) % len(self.ring)]
-            k = k[:self.depth - sum(len(b[0]) for b in buf)]
-            buf.append((nodes[k], pos[k], rows[k]))
+            buffer = self.ring[(self.head + t) % len(self.ring)]
+            due = tau == t
+            buffer += list(zip(nodes[due], position[due]))[:self.depth - len(buffer)]
     def take(self):
-        "Advance to the next batch and empty its buffer: nodes, positions in the batch, rows."
+        "Advance to the next batch and empty its buffer: (m, 2) nodes and their positions in the batch."
         self.head = (self.head + 1) % len(self.ring)
         got, self.ring[self.head] = self.ring[self.head], []
-        return [np.concatenate(x) for x in zip(*got)] if got else None
+        return np.array(got, int).reshape(-1, 2)
 
-# %% ../../nbs/collaborative/01_graph_cf.ipynb #123e6ac8
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #bb564d32
+def serve(
+    trace, # list of arrays of distinct nodes
+    cache:SharedCache,
+    window=8, pvp=0, # W: batches known in advance; rows of pinned memory for victims, all buffers together
+    ):  # yields counts for each batch: requested, local, peer, pvp, reads
+    "Serve batches through cache and victim buffer; a row counts once a batch."
+    whole_number("window", window, 0)
+    if pvp and not 0 < window <= pvp:
+        raise ValueError(f"pvp={pvp} rows for a window of {window}: at least one row a batch, or 0 for no victim buffer")
+    ring = VictimBuffer(window, pvp//window) if pvp else None
+    for t, nodes in enumerate(trace):
+        nodes, ahead = distinct_nodes(nodes, cache.n), trace[t+1:t+1+window]
+        came = origin(nodes, cache, ring, t % cache.gpus)
+        yield dict(requested=len(nodes)) | {k: int(c.sum()) for k, c in came.items()}
+        cache.used[nodes] = t
+        reuse = next_reuse(ahead, cache.n, t, cache.gpus)
+        gone = cache.insert(nodes[came["pvp"] | came["reads"]], reuse)
+        if ring:
+            ring.put(gone, reuse[gone])
+
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #105ec11d
 def distinct_nodes(nodes, n):
     "`nodes` as an array; one outside 0..n-1 or there twice is refused."
     nodes = np.asarray(nodes)
-    if nodes.size and (
-        nodes.dtype.kind not in "iu" or nodes.min() < 0 or nodes.max() >= n or len(np.unique(nodes)) < len(nodes)
-    ):
+    whole = nodes.dtype.kind in "iu"
+    if nodes.size and not (whole and nodes.min() >= 0 and nodes.max() < n and len(np.unique(nodes)) == len(nodes)):
         raise ValueError(f"batch {nodes[:5]}...: must hold distinct node numbers in 0..{n-1}")
     return nodes
 
-def serve(
-    trace, # iterable of arrays of distinct nodes, pulled from as the window moves
-    cache:SharedCache,
-    window:int=8, # W: batches known in advance
-    pvp:int=0, # rows of pinned memory for victims, all buffers together
-    features:np.ndarray|None=None, # (n, d) the storage
-    ):  # yields (batch, features of its rows (b, d), counts)
-    "Serve sampled batches through cache and victim buffer; counts: requested, local, peer, pvp, reads. A row counts once a batch."
-    from collections import deque
-    whole_number("window", window, 0)
-    if pvp and not 0 < window <= pvp:
-        raise ValueError(
-            f"pvp={pvp} rows for a window of {window} batches: at least one row for each, or 0 for no victim buffer"
-        )
-    it, ahead, t = iter(trace), deque(), -1
-    X = np.zeros((cache.n, cache.rows.shape[1]), np.float32) if features is None else features
-    ring = VictimBuffer(window, pvp//window) if pvp and window else None
-    if cache.policy == "static":
-        cache.rows = X[np.maximum(cache.tags.ravel(), 0)]
-    for _ in range(window+1):
-        ahead.extend([b for b in [next(it, None)] if b is not None])
-    while ahead:
-        nodes = distinct_nodes(ahead.popleft(), cache.n)
-        t += 1
-        x, slot, back = np.empty((len(nodes), X.shape[1]), np.float32), cache.slot[nodes], np.zeros(len(nodes), bool)
-        hit = slot >= 0
-        x[hit] = cache.rows[slot[hit]]
-        if ring and (got := ring.take()):
-            back[got[1]] = True
-            x[got[1]] = got[2]
-        read = ~hit & ~back
-        x[read] = X[nodes[read]]
-        own = nodes % cache.gpus == t % cache.gpus
-        counts = dict(local=hit & own, peer=hit & ~own, pvp=back, reads=read)
-        yield nodes, x, dict(requested=len(nodes)) | {k: int(c.sum()) for k, c in counts.items()}
-        cache.used[nodes] = t
-        reuse = next_reuse(ahead, cache.n, t, cache.gpus)
-        gone, rows = cache.insert(nodes[~hit], reuse, x[~hit])
-        if ring and len(gone):
-            ring.put(gone, rows, reuse[gone])
-        ahead.extend([b for b in [next(it, None)] if b is not None])
+def origin(nodes, cache, ring, gpu):
+    "Where the rows of a batch come from: four bool masks, (b,)."
+    hit, back, own = cache.slot[nodes] >= 0, np.zeros(len(nodes), bool), nodes % cache.gpus == gpu
+    if ring:
+        victims, position = ring.take().T
+        if not np.array_equal(nodes[position], victims):
+            raise RuntimeError("a victim came back to the place of another node")
+        back[position] = True
+    return dict(local=hit & own, peer=hit & ~own, pvp=back, reads=~hit & ~back)
