@@ -5,7 +5,6 @@
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #afd8334f
 from __future__ import annotations
 import warnings
-from functools import partial
 import numpy as np, scipy.sparse as sp, torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,31 +25,25 @@ __all__ = ['UNKNOWN', 'adjacency', 'sym_norm', 'sparse_tensor', 'SymMM', 'check_
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #fa7fee48
 def adjacency(
-    train:Interactions, # training interactions only: test edges in the graph would be a leak
-    ) -> sp.csr_matrix: # (N, N), N = n_users + n_items, entries 1
+    train:Interactions): # training clicks only, test edges would be a leak -> (N, N), N = n_users + n_items, entries 1
     "The bipartite adjacency, users first."
     R = train.csr()
     return sp.block_array([[None, R], [R.T, None]], format="csr", dtype=np.float32)
 
 def sym_norm(
-    A:sp.csr_matrix, # (N, N)
-    left:float=.5, right:float=.5, # exponents: 1/2, 1/2 is symmetric; 1, 0 averages over neighbours
-    ) -> sp.csr_matrix: # (N, N)
+    A, # (N, N) sparse
+    left=.5, right=.5): # exponents: 1/2, 1/2 is symmetric; 1, 0 averages over neighbours
     "$D^{-\\text{left}}AD^{-\\text{right}}$; nodes without edges get zero rows."
     A = canonical(A)
     if A.shape[0] != A.shape[1] or (A.data < 0).any():
-        raise ValueError(f"an adjacency of {A.shape}, least entry {A.data.min(initial=0):g}. "
-            "Fix: square, without negative weights")
+        raise ValueError(f"an adjacency of {A.shape} from {A.data.min(initial=0):g}. Fix: square, no negative weights")
     d = np.asarray(A.sum(1), float).ravel()
     power = lambda p: sp.diags_array(np.where(d > 0, np.where(d > 0, d, 1)**-p, 0).astype(np.float32))
     return (power(left) @ A @ power(right)).tocsr()
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #75da0400
-def sparse_tensor(
-    A:sp.csr_matrix,
-    device:str|torch.device="cpu",
-    ) -> Tensor: # sparse CSR, float32
-    "A scipy matrix as a torch CSR tensor."
+def sparse_tensor(A, device="cpu"):
+    "A scipy matrix as a torch CSR tensor, float32."
     A = canonical(A)
     whole = lambda x: torch.from_numpy(x.astype(np.int64))
     with warnings.catch_warnings():
@@ -111,10 +104,8 @@ class NGCF(nn.Module):
     def __init__(self,
         A:Tensor, # sparse CSR (N, N), symmetrically normalised
         n_users:int,
-        dim:int=64, # embedding width d
-        K:int=3, # layers
-        node_dropout:float=0., # share of nodes that send nothing in a training step
-        message_dropout:float=.1, # share of a layer's output
+        dim:int=64, K:int=3, # embedding width d; layers
+        node_dropout=0., message_dropout=.1, # shares dropped: of nodes that send messages, of a layer's output
         **parts): # transform, nonlinear, affinity: False takes a part away
         super().__init__()
         check_graph(A, n_users, K, node_dropout=node_dropout, message_dropout=message_dropout)
@@ -125,10 +116,10 @@ class NGCF(nn.Module):
 
     def forward(self) -> tuple[Tensor, Tensor]: # (n_users, (K+1) d), (n_items, (K+1) d)
         thin = self.training and self.node_dropout # without some of its nodes a graph is not symmetric
-        send = partial(torch.mm, drop_nodes(self.A, self.node_dropout)) if thin else partial(SymMM.apply, self.A)
+        A = drop_nodes(self.A, self.node_dropout) if thin else self.A
         E, out = self.E0, [self.E0]
         for layer in self.layers:
-            E = layer(E, send(E))
+            E = layer(E, A @ E if thin else SymMM.apply(A, E))
             out.append(F.normalize(E, dim=1))
         return torch.cat(out, 1).split([self.n_users, len(E)-self.n_users])
 
@@ -163,8 +154,7 @@ class LightGCN(nn.Module):
     def __init__(self,
         A:Tensor, # sparse CSR (N, N), symmetrically normalised, N = n_users + n_items
         n_users:int,
-        dim:int=64, # embedding width d
-        K:int=3, # propagation layers
+        dim:int=64, K=3, # embedding width d; propagation layers
         single=False): # use the last layer only (the paper's ablation "LightGCN-single")
         super().__init__()
         self.n_users, self.K, self.single = n_users, K, single
@@ -178,7 +168,7 @@ class LightGCN(nn.Module):
             E = SymMM.apply(self.A, E)
         return E
 
-    def forward(self) -> tuple[Tensor, Tensor]: # (n_users, d), (n_items, d)
+    def forward(self): # (n_users, d), (n_items, d)
         E = self.last() if self.single else Smooth.apply(self.A, self.E0, self.K)
         return E.split([self.n_users, len(E)-self.n_users])
 
@@ -207,8 +197,7 @@ def gte(
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #9001de19
 def closeness(
-    score, # user numbers (b,) -> scores (b, n_items)
-    train:Interactions,
+    score, train, # user numbers (b,) -> scores (b, n_items); Interactions
     users=None, # which users; all if not given
     hops=3): # odd: path length up to which items count as candidates
     "Mean Kendall tau, -1..1, between scores and path counts over each user's unseen items within `hops`."
@@ -229,10 +218,9 @@ def closeness(
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #9ebc7af2
 def successive_pairs(events): # frame of user, item, session, in order of user and time
     "Queries q, (p,), and the different items i, (p,), clicked next in the same session."
-    e = events[["user", "session", "item"]].to_numpy()
-    a, b = e[:-1], e[1:]
-    keep = (a[:, :2] == b[:, :2]).all(1) & (a[:, 2] != b[:, 2])
-    return a[keep, 2], b[keep, 2]
+    after = events.groupby(["user", "session"]).item.shift(-1)
+    keep = after.notna() & (after != events.item)
+    return events.item[keep].to_numpy(), after[keep].to_numpy(int)
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #fed60071
 def random_neighbour(G, nodes, rng):
@@ -268,8 +256,7 @@ def visit_counts(
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #53f86e41
 def top_neighbours(
     visits, # (n, n) sparse scores of neighbours, e.g. `visit_counts`
-    T:int=10, # neighbours to keep
-    ):  # N (n, T) item numbers; alpha (n, T), rows sum to 1
+    T=10): # neighbours to keep -> N (n, T) item numbers; alpha (n, T), rows sum to 1
     "The T best neighbours and their shares; short rows are filled up with the node itself at weight 0."
     whole_number("T", T)
     C, n = canonical(visits).tocoo(), visits.shape[0]
@@ -285,17 +272,14 @@ def top_neighbours(
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #617a6f50
 class Convolve(nn.Module):
-    "One PinSage convolution (Ying et al. 2018, algorithm 1)."
+    "One PinSage convolution to unit rows, (b, d_out) (Ying et al. 2018, algorithm 1)."
     def __init__(self, d_in:int, d_hidden:int, d_out:int): # widths of h_v, of Q h_v and of the result
         super().__init__()
         self.Q, self.W = relu_linear(d_in, d_hidden), relu_linear(d_in+d_hidden, d_out)
 
     def forward(self,
-        h:Tensor, # (n, d_in) vectors of all nodes that are needed
-        own:Tensor, # (b,) rows of h: the nodes to convolve
-        nb:Tensor, # (b, T) rows of h: their neighbours
-        alpha:Tensor, # (b, T) importances; T = 0 gives no neighbourhood at all
-        ) -> Tensor: # (b, d_out), unit rows
+        h, own, # (n, d_in) vectors of all nodes that are needed; (b,) rows of h: the nodes to convolve
+        nb, alpha): # (b, T) rows of h: their neighbours, and importances; T = 0: no neighbourhood at all
         M = F.relu(self.Q(h))
         n = F.embedding_bag(nb, M, per_sample_weights=alpha, mode="sum") if nb.shape[1] else M[own]*0
         return F.normalize(F.relu(self.W(torch.cat([h[own], n], 1))), dim=1)
@@ -312,30 +296,24 @@ def relu_linear(d_in, d_out, bias=True):
 class PinSage(nn.Module):
     "K stacked convolutions and a head, from features to embeddings (Ying et al. 2018, algorithm 2)."
     def __init__(self,
-        d_in:int, # features
-        d_hidden:int=64,
-        d_out:int=32, # width of z
+        d_in:int, d_hidden:int=64, d_out:int=32, # features, width of the layers and of z
         K:int=2): # convolutions
         super().__init__()
         widths = [d_in] + [d_hidden]*K
         self.convs = nn.ModuleList(Convolve(d, d_hidden, d_hidden) for d in widths[:-1])
         self.G1, self.G2 = relu_linear(widths[-1], d_hidden), relu_linear(d_hidden, d_out, bias=False)
     def head(self, h): return self.G2(F.relu(self.G1(h)))
-    def forward(self,
-        x:Tensor, # (n, d_in) features of the nodes K hops around
-        blocks, # K triples (own, nb, alpha), see `computation_graph`
-        ) -> Tensor: # (b, d_out)
+    def forward(self, x, blocks): # (n, d_in) features of the nodes K hops around; of `computation_graph`
         for conv, block in zip(self.convs, blocks):
             x = conv(x, *block)
         return self.head(x)
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #b4f8a2b4
 def computation_graph(
-    nodes:np.ndarray, # (b,) distinct nodes to embed
-    N:np.ndarray, alpha:np.ndarray, # (n, T) neighbourhoods
-    K:int=2, # convolutions
-    ) -> tuple[np.ndarray, list]: # input nodes; K triples (own (b_k,), nb (b_k, T), alpha (b_k, T)), first layer first
-    "The sampled K-hop computation graph of a batch, row numbers local to each layer."
+    nodes, # (b,) distinct nodes to embed
+    N, alpha, # (n, T) neighbourhoods
+    K=2): # convolutions
+    "Input nodes, and for each layer, first layer first, a triple of local rows: own (b,), nb (b, T), and alpha (b, T)."
     blocks = []
     for _ in range(K):
         need, pos = np.unique(np.concatenate([nodes, N[nodes].ravel()]), return_inverse=True)
@@ -348,10 +326,8 @@ def computation_graph(
 @torch.no_grad()
 def embed_all(
     model:PinSage,
-    X:np.ndarray, # (n, d_in)
-    N:np.ndarray, alpha:np.ndarray, # (n, T)
-    ) -> Tensor: # (n, d_out)
-    "Embeddings of all items by layerwise inference: every node is convolved once per layer."
+    X, N, alpha): # (n, d_in) features, (n, T) neighbourhoods
+    "Embeddings of all items, (n, d_out), by layerwise inference: every node is convolved once per layer."
     dev = next(model.parameters()).device
     h, every, nb, a = (torch.as_tensor(t).to(dev) for t in (X, np.arange(len(X)), N, alpha))
     with eval_mode(model):
@@ -361,11 +337,9 @@ def embed_all(
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #aa0731f3
 def max_margin(
-    pos:Tensor, # (b,) scores of the positives
-    neg:Tensor, # (b, m) scores of the negatives
-    allowed:Tensor, # (b, m) bool: False where the "negative" is a known positive
-    margin:float=.1, # Delta
-    ) -> Tensor: # scalar
+    pos, neg, # (b,) scores of the positives, (b, m) of the negatives
+    allowed, # (b, m) bool: False where the "negative" is a known positive
+    margin=.1): # Delta
     "Hinge of negatives against their positive, averaged over the allowed pairs (Ying et al. 2018, eq. 1)."
     return (F.relu(neg - pos[:, None] + margin)*allowed).sum()/allowed.sum().clamp(min=1)
 
@@ -389,10 +363,9 @@ def walked(start, hop, restart, iters):
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #9e73f91d
 def hard_negatives(
-    graph:sp.csr_matrix, # (n_items, n_users)
-    lo:float=.05, hi:float=.15, # band of ranks, as shares of the catalogue
-    ) -> np.ndarray: # (n_items, m) in order of rank
-    "For each query the items whose personalised PageRank lies in the band (the query itself is rank 0)."
+    graph, # (n_items, n_users)
+    lo=.05, hi=.15): # band of ranks, as shares of the catalogue
+    "For each query the items, (m,), whose personalised PageRank lies in the band (the query itself is rank 0)."
     n = graph.shape[0]
     a, b = int(lo*n), max(int(hi*n), int(lo*n)+1)
     if not 0 <= lo < hi <= 1 or a == 0:
@@ -402,22 +375,17 @@ def hard_negatives(
     return np.argsort(-p, axis=1, kind="stable")[:, a:b]
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #74213e52
-def curriculum(
-    epoch:int, # counted from 1
-    ) -> int:
+def curriculum(epoch): # counted from 1
     "Hard negatives for each query in this epoch: n-1 in epoch n (Ying et al. 2018)."
     return epoch - 1
 
 class Negatives:
     "Negatives of a batch of queries: uniform ones that all share, then each query's own hard ones."
     def __init__(self,
-        known, # (q, i), arrays (p,): the training pairs, never used as negatives
-        n_items:int,
-        hard:np.ndarray|None=None, # (n_items, m) candidates for hard negatives of each query
-        schedule=curriculum, # epoch -> number of hard negatives
-        epoch_steps:int=100, # batches in an epoch of the schedule
-        n_uniform:int=128, # shared ones
-        seed:int=0):
+        known, n_items, # (q, i), arrays (p,): the training pairs, never used as negatives
+        hard=None, # (n_items, m) candidates for hard negatives of each query
+        schedule=curriculum, epoch_steps=100, # epoch -> number of hard negatives; batches in such an epoch
+        n_uniform=128, seed=0): # shared ones
         self.n_items, self.hard, self.schedule = n_items, hard, schedule
         self.epoch_steps, self.n_uniform, self.step = epoch_steps, n_uniform, 0
         own = np.arange(n_items)*(n_items+1)
@@ -437,9 +405,8 @@ class Negatives:
 class PinBatches:
     "A `sample` function for `batches`: adds negatives to the pairs (q, i), and produces the graph with its features."
     def __init__(self,
-        X:np.ndarray, N:np.ndarray, alpha:np.ndarray, # (n, d_in) features, (n, T) neighbourhoods
-        negatives:Negatives,
-        K:int=2): # convolutions of the model
+        X, N, alpha, # (n, d_in) features, (n, T) neighbourhoods
+        negatives:Negatives, K=2): # K: convolutions of the model
         self.X, self.N, self.alpha, self.negatives, self.K = X, N, alpha, negatives, K
 
     def __call__(self, q:Tensor, i:Tensor):  # (b,) and (b,)
@@ -452,12 +419,8 @@ class PinBatches:
         return torch.from_numpy(self.X[need]), blocks, rows, allowed
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #c0baea00
-def pin_loss(
-    model:PinSage,
-    batch, # from `PinBatches`
-    margin:float=.1,
-    ) -> Tensor: # scalar
-    "Max-margin loss of a produced batch."
+def pin_loss(model, batch, margin=.1):
+    "Max-margin loss of a batch from `PinBatches`."
     x, blocks, (q, i, n, h), allowed = batch
     z = model(x, blocks)
     zq, zh = z[q], z[h].view(len(q), -1, z.shape[1])
@@ -466,10 +429,8 @@ def pin_loss(
 
 # %% ../../nbs/collaborative/01_graph_cf.ipynb #cad84a98
 def ranks_in(
-    S:Tensor, # (p, n) scores of all items for each query
-    q:np.ndarray, i:np.ndarray, # (p,) queries and targets
-    ) -> np.ndarray: # (p,) ranks from 1
-    "Rank of each target among all items but the query; ties go to the smaller item number."
+    S, q, i): # (p, n) scores of all items for each query; (p,) queries and targets
+    "Rank, from 1, of each target among all items but the query; ties go to the smaller item number."
     u, v = (torch.as_tensor(x)[:, None] for x in (q, i))
     S = S.scatter(1, u, -torch.inf)
     t = S.gather(1, v)
@@ -483,28 +444,22 @@ def scaled_mrr(ranks, scale=10):
     "Mean of 1/ceil(rank/scale) (Ying et al. 2018, section 4.2)."
     return float((1/np.ceil(ranks/scale)).mean())
 
-# %% ../../nbs/collaborative/01_graph_cf.ipynb #3dbf7a74
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #5835f2af
 def power_law_graph(
-    n:int=20_000, # nodes
-    degree:int=15, # neighbours of each node
-    exponent:float=.8, # the k-th most popular node is a neighbour with weight 1/k^exponent
-    seed:int=0,
-    ) -> sp.csr_matrix: # (n, n); row v holds the nodes whose features v aggregates
-    "A random graph in which a few nodes are everybody's neighbours."
+    n=20_000, degree=15, # nodes; neighbours of each
+    exponent=.8, seed=0): # the k-th most popular node is a neighbour with weight 1/k^exponent
+    "A random graph with hubs, (n, n); row v holds the nodes whose features v aggregates."
     rng = np.random.default_rng(seed)
     p = 1/np.arange(1, n+1)**exponent
     hubs = rng.permutation(n)[rng.choice(n, n*degree, p=p/p.sum())]
     return sp.csr_matrix((np.ones(n*degree, np.float32), hubs, np.arange(0, n*degree+1, degree)), (n, n))
 
-# %% ../../nbs/collaborative/01_graph_cf.ipynb #37b346b3
+# %% ../../nbs/collaborative/01_graph_cf.ipynb #f1caaf6e
 def neighbour_batches(
-    G:sp.csr_matrix, # (n, n) each node with at least one neighbour
-    n_batches:int,
-    n_seeds:int=64, # seed nodes of a batch
-    fanouts=(10, 5), # neighbours drawn for each node, hop by hop
-    seed:int=0,
-    ) -> list[np.ndarray]: # distinct nodes of each batch
-    "The requests of K-hop neighbour sampling, batch by batch (Hamilton et al. 2017)."
+    G, n_batches, # (n, n) each node with at least one neighbour
+    n_seeds=64, # seed nodes of a batch
+    fanouts=(10, 5), seed=0): # neighbours drawn for each node, hop by hop
+    "The distinct nodes that K-hop neighbour sampling requests, batch by batch (Hamilton et al. 2017)."
     if n_seeds > G.shape[0]:
         raise ValueError(f"n_seeds={n_seeds}: the graph has only {G.shape[0]} nodes")
     rng, out = np.random.default_rng(seed), []
@@ -549,8 +504,7 @@ def next_reuse(
 class Lines:
     "The memory of all GPUs, in sets of a few lines; where each node may lie, and what lies there (Park et al. 2024)."
     def __init__(self,
-        n:int, # nodes
-        lines:int, # rows it can hold, all GPUs together
+        n, lines, # nodes; rows it can hold, all GPUs together
         gpus=2, ways=16): # ways: lines in a set
         if lines % (gpus*ways):
             raise ValueError(f"lines={lines}: must be a multiple of gpus*ways = {gpus*ways}")
@@ -573,11 +527,9 @@ class SharedCache(Lines):
     "A set-associative cache over the memory of all GPUs; rows are inserted after serving and evicted by `policy`."
     policies = ("random", "lru", "static", "look-ahead", "hybrid")
     def __init__(self,
-        n:int, lines:int, # nodes; rows it can hold
-        policy:str="hybrid",
-        hotness:np.ndarray|None=None, # (n,) static hotness, for 'static' and 'hybrid'
-        gpus:int=2, ways:int=16, # as for `Lines`
-        seed:int=0):
+        n, lines, policy="hybrid", # nodes; rows it can hold
+        hotness=None, # (n,) static hotness, for 'static' and 'hybrid'
+        gpus=2, ways=16, seed=0): # as for `Lines`
         if policy not in self.policies:
             raise ValueError(f"policy={policy!r}: must be one of {self.policies}")
         if hotness is None and policy in ("static", "hybrid"):
