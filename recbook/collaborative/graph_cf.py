@@ -207,7 +207,7 @@ def closeness(
     seen = paths = R[users]
     for _ in range(hops//2):
         paths = paths @ R.T @ R
-    near, paths = (paths - seen*paths.max()).toarray() > 0, paths.toarray()
+    near, paths = (paths.astype(bool) > seen.astype(bool)).toarray(), paths.toarray()
     scores = score(torch.as_tensor(users)).detach().cpu().numpy()
     taus = [kendalltau(s[c], p[c]).statistic for s, p, c in zip(scores, paths, near) if c.sum() > 1]
     if not np.isfinite(taus).any():
@@ -349,7 +349,7 @@ def personalised_pagerank(
     ): # (b, n_items), rows sum to 1
     "Personalised PageRank of items by power iteration over item-user hops; an item without clicks keeps its walker."
     out, back = row_average(graph), row_average(graph.T)
-    lonely = graph.getnnz(1) == 0
+    lonely = np.diff(out.indptr) == 0
     start = np.eye(graph.shape[0])[queries]
     return walked(start, lambda p: p @ out @ back + p*lonely, restart, iters)
 
