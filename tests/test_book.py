@@ -160,7 +160,7 @@ def test_outputs_are_for_readers(book, page):
 
 
 # chapters that print in a figure's cell and are still to be run again
-TALKING = {"collaborative/01_graph_cf.ipynb", "llm/01_alignment.ipynb", "trust/01_influence.ipynb"}
+TALKING = {"llm/01_alignment.ipynb", "trust/01_influence.ipynb"}
 
 @pytest.mark.parametrize("page", NBS)
 def test_figure_cells_print_nothing(page):

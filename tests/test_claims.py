@@ -124,7 +124,7 @@ def test_users_and_thresholds():
     rng = np.random.default_rng(4)
     r = claim("lightgcn.1", rng.normal(1, .1, (4, 100)), rng.normal(0, .1, (4, 100)))
     assert len(r["ours"]) == 4 and r["verdict"] == "supported"
-    assert claim("gte.3", [.01, .011, .012], 1/20)["verdict"] == "supported"
+    assert claim("lsm-gnn.1", [.01, .011, .012], 1/20)["verdict"] == "supported"
 
 
 def test_a_star_marks_verdicts_that_do_not_survive_holm():

@@ -9,7 +9,6 @@ BOOK = yaml.safe_load((root()/"_quarto.yml").read_text(encoding="utf-8"))["book"
 ORDER = [c for part in BOOK for c in (part["chapters"] if isinstance(part, dict) else [part])]
 CHAPTERS = [c for c in ORDER if c.split("/")[0] not in ("foundations", "workshop") and "/" in c]
 PENDING = {
-    "graph_cf",
     "implicit",
     "retrieval",
     "alignment",
