@@ -218,7 +218,7 @@ class Digest:
 
     def function(self, f):
         cells = [c.cell_contents for c in f.__closure__ or ()]
-        used = sorted(names_in(f.__code__) | set(re.findall(r"\w+", str(f.__annotations__))))
+        used = sorted(names_in(f.__code__) | set(re.findall(r"\w+", str([*f.__annotations__.values()]))))
         values = [(n, self.of(f.__globals__[n])) for n in used if n in f.__globals__]
         return [
             "function",
