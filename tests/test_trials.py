@@ -462,9 +462,10 @@ def test_numpy_numbers_have_edges_and_positive_axes_stay_positive(store):
 def test_a_gap_in_the_curve_hides_nothing(): assert climbing([0, 1, 2, np.nan, 4, 5, 6, 7, 8, 9])
 
 
-def test_a_parameter_is_no_global():
-    code = "def run(case:Kind, seed): return case\n"
-    one, two, three = ({"Kind": int, "case": 1}, {"Kind": int, "case": 2}, {"Kind": str, "case": 1})
-    for space in (one, two, three):
-        exec(code, space)
-    assert digest(one["run"]) == digest(two["run"]) != digest(three["run"])
+def test_a_parameter_is_no_global(monkeypatch):
+    def f(gain:"Kind"): return gain # noqa: F821
+    before = digest(f)
+    monkeypatch.setitem(globals(), "gain", 2.)
+    assert digest(f) == before
+    monkeypatch.setitem(globals(), "Kind", int)
+    assert digest(f) != before
