@@ -8,7 +8,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from functools import partial
 from numbers import Real
 from typing import NamedTuple
 import numpy as np, pandas as pd, torch
@@ -22,10 +21,10 @@ from .training import eval_mode
 
 # %% auto #0
 __all__ = ['params_of', 'flatten', 'unflatten', 'add_', 'OwnRows', 'as_function', 'chosen', 'grad_of', 'differentiable',
-           'per_sample_grads', 'Bound', 'hvp', 'dense', 'ggn_vp', 'solve', 'Task', 'row_losses', 'ggn_rows',
-           'ggn_matrix', 'ggn_products', 'check_damping', 'tenth_of_mean', 'blocks', 'solved', 'solve_curvature',
-           'linear_layers', 'is_linear', 'pseudo_losses', 'watched', 'layer_grads', 'weight_grads', 'leave_one_out',
-           'removal_curve', 'agreement']
+           'per_sample_grads', 'Bound', 'hvp', 'dense', 'ggn_vp', 'solve', 'Task', 'row_losses', 'ggn_products',
+           'ggn_matrix', 'check_damping', 'tenth_of_mean', 'blocks', 'solved', 'solve_curvature', 'linear_layers',
+           'is_linear', 'pseudo_losses', 'watched', 'layer_grads', 'weight_grads', 'leave_one_out', 'removal_curve',
+           'agreement']
 
 # %% ../nbs/foundations/07_gradients.ipynb #787b3faf
 def params_of(
@@ -262,27 +261,6 @@ def row_losses(
     return l.reshape(len(t), -1).sum(1)
 
 # %% ../nbs/foundations/07_gradients.ipynb #e79e06f1
-def ggn_rows(
-    model:nn.Module, task:Task, batch, params:dict[str, nn.Parameter],
-    ) -> Tensor: # (k*n, p) with k classes or outputs
-    "Rows R whose R^T R / n is the exact Gauss-Newton matrix, without drawing labels."
-    with as_function(model), torch.no_grad():
-        y = task.outputs(model, batch)
-    if task.kind == "classes" and y.ndim != 2:
-        raise ValueError("exact rows need outputs without tokens: use products, or EK-FAC for sequences")
-    width = y.shape[-1] if y.ndim > 1 else 1
-    def loss(m, b, j):
-        o = task.outputs(m, b).reshape(len(b[0]), width)
-        return (o[:, j] if task.kind == "squares" else -o.log_softmax(-1)[:, j]).mean()
-    rows = [per_sample_grads(model, partial(loss, j=j), batch, params, 256) for j in range(width)]
-    return torch.cat(rows if task.kind == "squares" else [g*p.sqrt()[:, None] for g, p in zip(rows, y.softmax(-1).T)])
-
-def ggn_matrix(model:nn.Module, task:Task, batch, params:dict[str, nn.Parameter]) -> Tensor: # (p, p)
-    "The exact Gauss-Newton matrix of a small model."
-    R = ggn_rows(model, task, batch, params)
-    return R.T @ R/len(batch[0])
-
-# %% ../nbs/foundations/07_gradients.ipynb #83845d21
 def ggn_products(
     model:nn.Module, task:Task, batch, params:dict[str, nn.Parameter],
     V:Tensor, # (q, p)
@@ -296,7 +274,12 @@ def ggn_products(
     if task.kind == "classes":
         p = y.softmax(-1)
         u = (p*u - p*(p*u).sum(-1, keepdim=True))*(task.targets(batch) >= 0)[..., None]
-    return torch.cat([g.reshape(len(V), -1) for g in vmap(pull)(u)[0].values()], 1)/len(batch[0])
+    return torch.cat([g.reshape(len(V), -1) for g in vmap(pull)(u)[0].values()], 1).detach()/len(batch[0])
+
+def ggn_matrix(model:nn.Module, task:Task, batch, params:dict[str, nn.Parameter], chunk_size:int=256) -> Tensor: # (p, p)
+    "The exact Gauss-Newton matrix of a small model."
+    unit = torch.eye(len(flatten(params))).to(flatten(params)).detach()
+    return torch.cat([ggn_products(model, task, batch, params, V) for V in unit.split(chunk_size)])
 
 # %% ../nbs/foundations/07_gradients.ipynb #5fe201ab
 def check_damping(damping):

@@ -7,29 +7,28 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 import numpy as np, pandas as pd, scipy.sparse as sp, torch
 from scipy.special import expit, log_softmax, softmax
 from torch import Tensor, nn
 from torch.func import grad, vmap
 from ..data import whole_number
-from ..gradients import Bound, Task, agreement, as_function, blocks, check_damping, chosen, flatten
-from ..gradients import ggn_matrix, ggn_products, layer_grads, leave_one_out, linear_layers, params_of
-from ..gradients import per_sample_grads, removal_curve, row_losses, solve_curvature, tenth_of_mean, unflatten
-from ..gradients import weight_grads
+from ..gradients import Bound, Task, agreement, as_function, check_damping, chosen, flatten, ggn_matrix
+from ..gradients import ggn_products, layer_grads, leave_one_out, linear_layers, params_of, per_sample_grads
+from ..gradients import removal_curve, row_losses, solve_curvature, tenth_of_mean, unflatten, weight_grads
 from ..lm import shared_prefix, token_ids
 
 # %% auto #0
-__all__ = ['LAYERWISE', 'WHOLE', 'TREES', 'LAYER_OPTIONS', 'WHOLE_OPTIONS', 'SOLVERS', 'bregman', 'minimise', 'pbrf', 'Factors',
-           'chunks', 'moments', 'squares', 'ekfac_factors', 'precondition', 'query_grads', 'low_rank', 'pair_scores',
-           'products', 'lissa', 'on_minibatches', 'largest', 'influence', 'check_rows', 'n_rows', 'refuse',
-           'layer_influence', 'whole_influence', 'names_for', 'walk_to_inverse', 'detection', 'lm_task', 'real_tokens',
+__all__ = ['LAYERWISE', 'WHOLE', 'TREES', 'bregman', 'minimise', 'pbrf', 'Factors', 'chunks', 'moments', 'squares',
+           'ekfac_factors', 'precondition', 'query_grads', 'low_rank', 'pair_scores', 'products', 'lissa', 'largest',
+           'influence', 'preconditioned', 'whole_influence', 'check_rows', 'n_rows', 'lm_task', 'real_tokens',
            'lm_batch', 'Boosted', 'open_booster', 'leaf_table', 'look_up', 'check_columns', 'open_sklearn',
            'open_lightgbm', 'average_start', 'Rounds', 'rounds', 'targets', 'derivatives', 'raw_losses', 'Leaves',
            'leaf_values', 'leaf_moves', 'in_leaves', 'boostin', 'leaf_influence', 'leaf_kernel', 'representers', 'trex',
            'tree_sim', 'losses_of', 'retrainer', 'tree_influence', 'with_one', 'check_head', 'fit_head',
            'head_influence', 'folds_of', 'cross_influence', 'vote', 'macro_f1', 'repair', 'inf_relabel', 'knn_relabel',
-           'loss_relabel', 'reannotate', 'silver_order']
+           'loss_relabel', 'silver_order']
 
 # %% ../../nbs/trust/01_influence.ipynb #0000000e
 def bregman(
@@ -40,8 +39,7 @@ def bregman(
     "What the response minimises: divergence from the old predictions, the example's loss, distance from the old weights."
     theta0, n, t = flatten(params).detach(), len(train[0]), task.targets(train)
     bound = lambda theta: Bound(model, unflatten(theta, params))
-    with torch.no_grad():
-        y0 = task.outputs(model, train)
+    y0 = task.outputs(model, train).detach()
     def pull(y):
         if task.kind == "squares":
             return .5*(y - y0).square().sum()/n
@@ -54,28 +52,21 @@ def bregman(
 
 # %% ../../nbs/trust/01_influence.ipynb #0000000f
 def minimise(
-    objective:Callable, # (theta (p,), row) -> scalar
+    f:Callable, # (m, p) -> (m,): m problems that have nothing to do with each other
     start:Tensor, # (m, p)
-    rows, # tensors of m rows
-    L:Tensor, # Cholesky factor of the preconditioner
-    steps:int=200, tol:float=1e-6, # stop when every gradient is this much smaller than at the start
-    ) -> Tensor: # (m, p)
-    "Many small problems at once: preconditioned steps, halved where the objective does not fall."
-    f, df = vmap(objective), vmap(grad(objective))
-    Th, step, best, g = start, torch.ones(len(start)).to(start), f(start, rows), df(start, rows)
-    first = g.norm(dim=1)
-    for _ in range(steps):
-        if (g.norm(dim=1) <= tol*first).all():
-            return Th
-        new = Th - step[:, None]*torch.cholesky_solve(g.T, L).T
-        now = f(new, rows)
-        ok = now <= best + 1e-15
-        Th, best = torch.where(ok[:, None], new, Th), torch.where(ok, now, best)
-        step = torch.where(ok, (1.5*step).clamp(max=1.), step/2)
-        g = df(Th, rows)
-    if (worst := (g.norm(dim=1)/first).max().item()) > 1e3*tol:
-        raise RuntimeError(f"gradient only fell to {worst:.1e} of the push after {steps} steps: raise damping or steps")
-    return Th
+    steps:int=200, tol:float=1e-6) -> Tensor: # (m, p), gradients smaller than `tol` times those at the start
+    "The minima of many problems, by L-BFGS on their sum."
+    U = start.clone().requires_grad_()
+    slope = lambda: torch.autograd.grad(f(U).sum(), U)[0]
+    first = slope().abs().max().item()
+    opt = torch.optim.LBFGS([U], 1., steps, 2*steps, tol*first, 0., 30, "strong_wolfe")
+    def closure():
+        U.grad = slope()
+        return f(U).sum().detach()
+    opt.step(closure)
+    if not (left := slope().abs().max().item()/first) <= 1e3*tol:
+        raise RuntimeError(f"gradient only fell to {left:.1e} of the push after {steps} steps: raise damping or steps")
+    return U.detach()
 
 # %% ../../nbs/trust/01_influence.ipynb #981d9e32
 def pbrf(
@@ -87,12 +78,13 @@ def pbrf(
     ) -> np.ndarray:  # (m, q), fall of each query's loss
     "Proximal Bregman response to one more copy of a training example (Bae et al. 2022; Grosse et al. 2023), really solved."
     check_damping(damping)
-    params, which = chosen(model, params), torch.as_tensor(np.asarray(which))
+    params, rows = chosen(model, params), tuple(x[np.asarray(which)] for x in train)
     theta0 = flatten(params).detach()
     with as_function(model):
         L = torch.linalg.cholesky(ggn_matrix(model, task, train, params) + damping*torch.eye(len(theta0)).to(theta0))
-        start, rows = theta0.expand(len(which), -1).clone(), tuple(x[which] for x in train)
-        Th = minimise(bregman(model, task, train, params, damping, copies), start, rows, L)
+        there = lambda U: theta0 + torch.linalg.solve_triangular(L.T, U.T, upper=True).T
+        objective = vmap(bregman(model, task, train, params, damping, copies))
+        Th = there(minimise(lambda U: objective(there(U), rows), torch.zeros(len(rows[0]), len(theta0)).to(theta0)))
         with torch.no_grad():
             loss = lambda theta: task.losses(Bound(model, unflatten(theta, params)), query)
             return ((loss(theta0) - torch.stack([loss(theta) for theta in Th]))/copies).cpu().numpy()
@@ -226,35 +218,28 @@ def products(pair, V, token):
 
 # %% ../../nbs/trust/01_influence.ipynb #1c7a7031
 def lissa(
-    products:Callable, # (q, p) -> (q, p): Gauss-Newton matrix of a fresh minibatch times each row
+    model:nn.Module, task:Task, train, params:dict[str, nn.Parameter],
     B:Tensor, # (q, p) right-hand sides
-    damping:float, # lambda
-    scale:float, # step size; about twice the largest eigenvalue plus lambda
-    steps:int=200) -> Tensor:  # (q, p)
+    damping:float|None=None, # lambda; None: a tenth of the mean eigenvalue
+    steps:int=200, seed:int=0, # minibatches of 32 rows
+    ) -> Tensor:  # (q, p)
     "(G + lambda I)^{-1} B by the stochastic Neumann series x <- x + (B - (G_batch + lambda) x)/scale (Agarwal et al. 2017)."
+    g, times = torch.Generator().manual_seed(seed), lambda data, V: ggn_products(model, task, data, params, V)
+    if check_damping(damping) is None:
+        damping = tenth_of_mean(lambda v: times(train, v[None])[0], B.shape[1], B)
     if not damping > 0:
         raise ValueError(f"damping={damping}: the series needs a positive damping")
+    scale = 2*largest(lambda v: times(train, v), torch.randn(1, B.shape[1], generator=g).to(B)) + damping
     X = B/(scale + damping)
     for _ in range(whole_number("steps", steps)):
-        X = X + (B - products(X) - damping*X)/scale
-    if not torch.isfinite(X).all():
-        raise FloatingPointError("the series diverged: raise scale or damping")
+        i = torch.randint(len(train[0]), (32,), generator=g)
+        X = X + (B - times(tuple(x[i] for x in train), X) - damping*X)/scale
     return X
 
-def on_minibatches(model, task, train, params, batch_size=32, seed=0):
-    "V -> G V, on other rows at every call."
-    whole_number("batch_size", batch_size)
-    g = torch.Generator().manual_seed(seed)
-    def product(V):
-        i = torch.randint(len(train[0]), (batch_size,), generator=g)
-        return ggn_products(model, task, tuple(x[i] for x in train), params, V)
-    return product
-
-def largest(products, like, steps=10):
-    "About the largest eigenvalue, by power iteration."
-    v = torch.randn(1, like.shape[1], generator=torch.Generator().manual_seed(0)).to(like)
+def largest(product, v, steps=10):
+    "About the largest eigenvalue, by power iteration from v."
     for _ in range(steps):
-        v = products(v/v.norm())
+        v = product(v/v.norm())
     return v.norm().item()
 
 # %% ../../nbs/trust/01_influence.ipynb #f67144a7
@@ -262,28 +247,52 @@ LAYERWISE, WHOLE = ("ekfac", "kfac", "diagonal", "dot"), ("hessian", "ggn", "blo
 TREES = ("boostin", "leafinfluence", "trex", "treesim", "loo", "random")
 
 def influence(
-    model,  # a torch model, or a fitted booster of scikit-learn or LightGBM
-    train,  # tensors (or X, y for boosters) of n rows each: what the model was trained on
-    query,  # the same for q queries
+    model, # a torch model, or a fitted booster of scikit-learn or LightGBM
+    train, # tensors (or X, y for boosters) of n rows each: what the model was trained on
+    query, # the same for q queries
     task:Task|None=None, # torch: how to read outputs and targets
     method:str|None=None, # torch: of `LAYERWISE` (default "ekfac") or `WHOLE`; boosters: of `TREES` (default "boostin")
-    seed:int=0,
-    **options, # see `layer_influence`, `whole_influence`, `tree_influence`; `damping` and `modules` suit all torch methods
-    ) -> np.ndarray:  # (n, q)
+    modules=None, # torch: the linear layers to look at, names or a rule
+    damping:float|None=None, # torch: lambda; None: a tenth of the mean eigenvalue (0 for "hessian")
+    factors:dict[str, Factors]|None=None, # from `ekfac_factors`, if already fitted, or fitted with other labels
+    ) -> np.ndarray: # (n, q)
     "How much the loss of each query falls, to first order, when one more copy of each training example joins the training. Positive helps."
     check_rows(train, query)
-    given = {k: v for k, v in options.items() if v is not None}
     if not isinstance(model, nn.Module):
-        refuse({**given, **({} if task is None else dict(task=task))}, ("newton", "same_leaf", "l2"), type(model).__name__)
-        return tree_influence(model, train, query, method or "boostin", seed, **given)
+        if any(v is not None for v in (task, modules, damping, factors)):
+            raise ValueError(f"task, modules, damping, factors: no option of a {type(model).__name__}; leave them out")
+        return tree_influence(model, train, query, method or "boostin")
     method, task = method or "ekfac", task or Task()
     if method not in LAYERWISE + WHOLE:
         raise ValueError(f"method={method!r}: for a torch model choose from {', '.join(LAYERWISE + WHOLE)}")
-    check_damping(options.get("damping"))
-    f = layer_influence if method in LAYERWISE else whole_influence
-    return f(model, task, train, query, method, seed, **given)
+    if method in WHOLE:
+        if factors is not None:
+            raise ValueError(f"factors: no option of method={method!r}; leave them out")
+        return whole_influence(model, train, query, task, method, modules, damping)
+    V = preconditioned(model, train, query, task, method, modules, damping, factors)
+    return (pair_scores(model, task, train, V)/len(train[0])).cpu().numpy()
 
 # %% ../../nbs/trust/01_influence.ipynb #9837da2c
+def preconditioned(model, train, query, task, method, modules=None, damping=None, factors=None):
+    "The queries' gradients times the inverse curvature, by layer, (q, d_out, d_in)."
+    check_damping(damping)
+    V = query_grads(model, task, query, modules)
+    if method == "dot":
+        return V
+    F = factors or ekfac_factors(model, task, train, modules)
+    if missing := sorted(set(V) - set(F)):
+        raise ValueError(f"no factors for layers {missing}: fit them with the same modules")
+    return {k: precondition(F[k], v, method, damping) for k, v in V.items()}
+
+def whole_influence(model, train, query, task, method, modules=None, damping=None):
+    "Influence through the curvature of all parameters of the layers together."
+    layers = linear_layers(model, modules).items()
+    theta = params_of(model, [f"{k}.{p}".lstrip(".") for k, m in layers for p, _ in m.named_parameters(recurse=False)])
+    g = lambda data: per_sample_grads(model, task.mean, data, theta, 256)
+    inverse = lissa if method == "lissa" else partial(solve_curvature, method=method)
+    return (g(train) @ inverse(model, task, train, theta, g(query), damping=damping).T/len(train[0])).cpu().numpy()
+
+# %% ../../nbs/trust/01_influence.ipynb #ae41afcf
 def check_rows(train, query):
     "Both must be sequences of equally long arrays."
     for name, data in (("train", train), ("query", query)):
@@ -295,85 +304,6 @@ def check_rows(train, query):
             raise ValueError(f"{name} is empty: nothing to attribute")
 
 def n_rows(x): return x.shape[0] if hasattr(x, "shape") else len(x)
-
-def refuse(given, known, where):
-    "Options that would do nothing there."
-    if odd := [k for k in given if k not in known]:
-        raise ValueError(f"{', '.join(odd)}: no option of {where}, it has {', '.join(known) or 'none'}")
-
-# %% ../../nbs/trust/01_influence.ipynb #ae41afcf
-LAYER_OPTIONS = dict(modules=None, damping=None, factors=None, rank=None, by=None, labels="model", batch_size=64)
-
-def layer_influence(
-    model:nn.Module, task:Task, train, query, method:str="ekfac", seed:int=0,
-    **options, # modules, damping, factors (from `ekfac_factors`), rank (of queries), by ("layer", "token"), labels, batch_size
-    ) -> np.ndarray: # (n, q); with `by` see `pair_scores`
-    "Influence layer by layer: EK-FAC, K-FAC, the diagonal alone, or plain dot products."
-    refuse(options, LAYER_OPTIONS, f"method={method!r}")
-    o = LAYER_OPTIONS | options
-    size = whole_number("batch_size", o["batch_size"])
-    V = query_grads(model, task, query, o["modules"], size)
-    if method != "dot":
-        F = o["factors"] or ekfac_factors(model, task, train, o["modules"], o["labels"], size, seed)
-        if missing := sorted(set(V) - set(F)):
-            raise ValueError(f"no factors for layers {missing}: fit them with the same modules")
-        V = {k: precondition(F[k], v, method, o["damping"]) for k, v in V.items()}
-    if o["rank"] is not None:
-        r = whole_number("rank", o["rank"])
-        V = {k: low_rank(v, min(r, *v.shape[1:])) for k, v in V.items()}
-    return (pair_scores(model, task, train, V, o["by"], size)/len(train[0])).cpu().numpy()
-
-# %% ../../nbs/trust/01_influence.ipynb #f6cdcca3
-WHOLE_OPTIONS = dict(modules=None, params=None, damping=None, vectorize=True, labels=None)
-SOLVERS = dict(lissa=dict(steps=200, batch_size=32, scale=None), block={})
-
-def whole_influence(
-    model:nn.Module, task:Task, train, query, method:str="ggn", seed:int=0,
-    **options, # modules or params (names or a rule), damping, vectorize (False: row by row); lissa: steps, batch_size, scale
-    ) -> np.ndarray: # (n, q)
-    "Influence through the curvature of all chosen parameters together."
-    own = SOLVERS.get(method, dict(dense_below=3000))
-    refuse(options, [*WHOLE_OPTIONS, *own], f"method={method!r}")
-    o = WHOLE_OPTIONS | own | options
-    theta = params_of(model, names_for(model, o["modules"], o["params"]))
-    g = lambda data: per_sample_grads(model, task.mean, data, theta, 256, o["vectorize"])
-    B = g(query)
-    if method == "lissa":
-        X = walk_to_inverse(model, task, train, theta, B, o, seed)
-    else:
-        X = solve_curvature(model, task, train, theta, B, method, o["damping"], o.get("dense_below", 3000))
-    return (g(train) @ X.T/len(train[0])).cpu().numpy()
-
-def names_for(model, modules, params):
-    "The parameters named, or those of the layers named."
-    if modules is not None and params is not None:
-        raise ValueError("modules and params: give one of them")
-    layers = linear_layers(model, modules) if params is None else {}
-    own = [f"{k}.{p}".lstrip(".") for k, m in layers.items() for p, _ in m.named_parameters(recurse=False)]
-    return own if params is None else params
-
-def walk_to_inverse(model, task, train, theta, B, o, seed):
-    "LiSSA with damping and step size from the data where none are given."
-    whole = lambda V: ggn_products(model, task, train, theta, V)
-    lam = tenth_of_mean(lambda v: whole(v[None])[0], B.shape[1], B) if o["damping"] is None else o["damping"]
-    scale = 2*largest(whole, B) + lam if o["scale"] is None else o["scale"]
-    return lissa(on_minibatches(model, task, train, theta, o["batch_size"], seed), B, lam, scale, o["steps"])
-
-# %% ../../nbs/trust/01_influence.ipynb #985ec8b2
-def detection(
-    suspicion, # (n,) higher: rather mislabelled
-    flipped, # (n,) bool, planted
-    ) -> dict[str, float]:
-    "How well a ranking finds planted label flips: AUC, average precision, and the share found in the first 10, 20, 40 %."
-    from sklearn.metrics import average_precision_score, roc_auc_score
-    s, f = np.asarray(suspicion, float), np.asarray(flipped, bool)
-    if not np.isfinite(s).all():
-        raise ValueError(f"{(~np.isfinite(s)).sum()} suspicions are not finite: they have no place in a ranking")
-    if not 0 < f.sum() < len(f):
-        raise ValueError(f"{f.sum()} of {len(f)} labels are flipped: need some of both")
-    found = f[np.argsort(-s, kind="stable")].cumsum()/f.sum()
-    at = {f"found@{p}%": float(found[max(1, int(p/100*len(f))) - 1]) for p in (10, 20, 40)}
-    return dict(auc=float(roc_auc_score(f, s)), ap=float(average_precision_score(f, s))) | at
 
 # %% ../../nbs/trust/01_influence.ipynb #79ff268a
 def lm_task(tok) -> Task:
@@ -575,8 +505,7 @@ def leaf_values(
     D = np.where(D > 0, D, 1.)
     used = np.bincount(r.L.ravel(), minlength=b.value.size) > 0
     error = np.abs(-b.eta*G/D - b.value.ravel())
-    largest = np.abs(r.Y).max() if b.kind == "squares" else 1.
-    rounding = 8*np.finfo(np.float32).eps*largest # libraries keep targets and gradients in 32 bits
+    rounding = 8*np.finfo(np.float32).eps*(np.abs(r.Y).max() if b.kind == "squares" else 1.) # libraries count in 32 bits
     if tol is not None and (bad := used & ~(error <= tol*b.eta*add(np.abs(r.g))/D + rounding)).any():
         raise ValueError(f"{bad.sum()} leaf values differ from Newton steps, by {error[bad].max():.1e} at most: pass the data "
         "the booster was trained on, without sample weights, bagging, L1 penalty, class weights, linear leaves or "
@@ -666,11 +595,9 @@ def tree_sim(b:Boosted, train:Rounds, query:Rounds) -> np.ndarray: # (n, q)
 # %% ../../nbs/trust/01_influence.ipynb #2e605fd0
 def losses_of(model, b, X, y):
     "Loss of each row under a fitted booster."
-    if hasattr(model, "booster_"):
-        raw = model.predict(X, raw_score=True)
-    else:
-        raw = model.predict(X) if b.kind == "squares" else model.decision_function(X)
-    return raw_losses(b.kind, np.asarray(raw).reshape(n_rows(X), -1), targets(b, y))
+    raw = (lambda X: model.predict(X, raw_score=True)) if hasattr(model, "booster_") else None
+    raw = raw or (model.predict if b.kind == "squares" else model.decision_function)
+    return raw_losses(b.kind, np.asarray(raw(X)).reshape(n_rows(X), -1), targets(b, y))
 
 def retrainer(model, train, query) -> Callable: # (n,) bool -> (q,) losses
     "Refit a copy of the booster on the rows to keep, and return the losses of the queries."
@@ -686,28 +613,23 @@ def retrainer(model, train, query) -> Callable: # (n,) bool -> (q,) losses
 def tree_influence(
     model, train, query, # fitted booster; (X, y) of training and queries
     method:str="boostin", # "boostin", "leafinfluence", "trex", "treesim", "loo", "random"
-    seed:int=0, **kw) -> np.ndarray: # (n, q)
+    seed:int=0) -> np.ndarray: # (n, q)
     "Influence of training rows on queries in a fitted booster; positive: the row lowers the query's loss."
     if method not in TREES:
         raise ValueError(f"method={method!r}: for a booster choose from {', '.join(TREES)}")
-    check_rows(train, query)
-    has = dict(boostin=("newton", "same_leaf"), trex=("l2",)).get(method, ())
-    refuse(kw, has, f"method={method!r}")
     if method == "random":
         return np.random.default_rng(seed).normal(size=(n_rows(train[0]), n_rows(query[0])))
     if method == "loo":
         return leave_one_out(retrainer(model, train, query), n_rows(train[0]))
     b = open_booster(model, train[1])
     f = dict(boostin=boostin, leafinfluence=leaf_influence, trex=trex, treesim=tree_sim)[method]
-    return f(b, rounds(b, *train), rounds(b, *query), **kw)
+    return f(b, rounds(b, *train), rounds(b, *query))
 
 # %% ../../nbs/trust/01_influence.ipynb #bf8118a7
-def with_one(X):
-    "X with a column of ones."
-    return np.column_stack([X, np.ones(len(X))])
+def with_one(X): return np.column_stack([X, np.ones(len(X))])
 
 def check_head(X, y, l2):
-    "A logistic head knows labels 0 and 1 and needs a penalty to have an inverse Hessian."
+    "A head knows labels 0 and 1 and needs a penalty to have an inverse Hessian."
     y = np.asarray(y)
     if y.shape != (n_rows(X),):
         raise ValueError(f"labels {y.shape} for {n_rows(X)} rows: one label a row")
@@ -822,16 +744,6 @@ def loss_relabel(scale=1., l2=1e-3, folds=5):
     return relabel
 
 # %% ../../nbs/trust/01_influence.ipynb #41b56621
-def reannotate(
-    y, truth, # silver labels, and what an annotator would say
-    order, # silver rows, the first to be asked first
-    budget:int,
-    ) -> np.ndarray:
-    "Silver labels after an annotator has seen the first `budget` rows of the order."
-    new = np.array(y)
-    new[order[:budget]] = np.asarray(truth)[order[:budget]]
-    return new
-
 def silver_order(
     X, y, gold, l2, Xdev, ydev, # X, y: gold and silver together; gold: (n,) bool
     how:str="influence", # "influence", "confidence", "random"
@@ -840,9 +752,8 @@ def silver_order(
     s = np.flatnonzero(~np.asarray(gold))
     if how == "random":
         return np.random.default_rng(seed).permutation(s)
-    w = fit_head(X, y, l2)
-    if how == "confidence":
-        return s[np.argsort(np.abs(expit(X[s] @ w) - .5), kind="stable")]
-    if how != "influence":
+    if how not in ("influence", "confidence"):
         raise ValueError(f"how={how!r}: must be 'influence', 'confidence' or 'random'")
-    return s[np.argsort(head_influence(X, y, w, l2, Xdev, ydev).mean(1)[s], kind="stable")]
+    w = fit_head(X, y, l2)
+    worth = np.abs(expit(X @ w) - .5) if how == "confidence" else head_influence(X, y, w, l2, Xdev, ydev).mean(1)
+    return s[np.argsort(worth[s], kind="stable")]
