@@ -20,26 +20,26 @@ from ..gradients import removal_curve, row_losses, solve_curvature, tenth_of_mea
 from ..lm import shared_prefix, token_ids
 
 # %% auto #0
-__all__ = ['LAYERWISE', 'WHOLE', 'TREES', 'bregman', 'minimise', 'pbrf', 'Factors', 'chunks', 'moments', 'squares',
-           'ekfac_factors', 'precondition', 'query_grads', 'low_rank', 'pair_scores', 'products', 'lissa', 'largest',
-           'influence', 'preconditioned', 'whole_influence', 'check_rows', 'n_rows', 'lm_task', 'real_tokens',
-           'lm_batch', 'Boosted', 'open_booster', 'leaf_table', 'look_up', 'check_columns', 'open_sklearn',
-           'open_lightgbm', 'average_start', 'Rounds', 'rounds', 'targets', 'derivatives', 'raw_losses', 'Leaves',
-           'leaf_values', 'leaf_moves', 'in_leaves', 'boostin', 'leaf_influence', 'leaf_kernel', 'representers', 'trex',
-           'tree_sim', 'losses_of', 'retrainer', 'tree_influence', 'with_one', 'check_head', 'fit_head',
-           'head_influence', 'folds_of', 'cross_influence', 'vote', 'macro_f1', 'repair', 'inf_relabel', 'knn_relabel',
-           'loss_relabel', 'silver_order']
+__all__ = ['LAYERWISE', 'WHOLE', 'TREES', 'with_one', 'bregman', 'minimise', 'pbrf', 'Factors', 'chunks', 'moments', 'squares',
+           'ekfac_factors', 'precondition', 'query_grads', 'low_rank', 'pair_scores', 'products', 'lissa', 'influence',
+           'preconditioned', 'whole_influence', 'check_rows', 'n_rows', 'lm_task', 'real_tokens', 'lm_batch', 'Boosted',
+           'open_booster', 'leaf_table', 'look_up', 'check_columns', 'open_sklearn', 'open_lightgbm', 'average_start',
+           'Rounds', 'rounds', 'targets', 'derivatives', 'raw_losses', 'Leaves', 'leaf_values', 'leaf_moves',
+           'in_leaves', 'boostin', 'leaf_influence', 'leaf_kernel', 'representers', 'trex', 'tree_sim', 'losses_of',
+           'retrainer', 'tree_influence', 'check_head', 'fit_head', 'head_influence', 'folds_of', 'cross_influence',
+           'vote', 'macro_f1', 'repair', 'inf_relabel', 'knn_relabel', 'loss_relabel', 'silver_order']
 
-# %% ../../nbs/trust/01_influence.ipynb #0000000e
+# %% ../../nbs/trust/01_influence.ipynb #3d3e6809
+def with_one(X): return np.column_stack([X, np.ones(len(X))])
+
+# %% ../../nbs/trust/01_influence.ipynb #0000000c
 def bregman(
     model:nn.Module, task:Task, train, params:dict[str, nn.Parameter],
-    damping:float, # lambda
-    copies:float=1., # of the example that is added
+    damping:float, copies:float=1., # lambda; how much of the example is added
     ) -> Callable: # (theta (p,), row) -> scalar
     "What the response minimises: divergence from the old predictions, the example's loss, distance from the old weights."
     theta0, n, t = flatten(params).detach(), len(train[0]), task.targets(train)
-    bound = lambda theta: Bound(model, unflatten(theta, params))
-    y0 = task.outputs(model, train).detach()
+    bound, y0 = lambda theta: Bound(model, unflatten(theta, params)), task.outputs(model, train).detach()
     def pull(y):
         if task.kind == "squares":
             return .5*(y - y0).square().sum()/n
@@ -52,8 +52,7 @@ def bregman(
 
 # %% ../../nbs/trust/01_influence.ipynb #0000000f
 def minimise(
-    f:Callable, # (m, p) -> (m,): m problems that have nothing to do with each other
-    start:Tensor, # (m, p)
+    f:Callable, start:Tensor, # (m, p) -> (m,): m problems that have nothing to do with each other; (m, p)
     steps:int=200, tol:float=1e-6) -> Tensor: # (m, p), gradients smaller than `tol` times those at the start
     "The minima of many problems, by L-BFGS on their sum."
     U = start.clone().requires_grad_()
@@ -71,41 +70,33 @@ def minimise(
 # %% ../../nbs/trust/01_influence.ipynb #981d9e32
 def pbrf(
     model:nn.Module, task:Task, train, query,
-    which, # (m,) rows of train to add once more
-    damping:float, # lambda
-    params:dict[str, nn.Parameter]|None=None,
-    copies:float=1., # how much of a copy; the response is divided by it
-    ) -> np.ndarray:  # (m, q), fall of each query's loss
+    which, damping:float, # (m,) rows of train to add once more; lambda
+    params:dict[str, nn.Parameter]|None=None, copies:float=1., # how much of a copy; the response is divided by it
+    ) -> np.ndarray: # (m, q), fall of each query's loss
     "Proximal Bregman response to one more copy of a training example (Bae et al. 2022; Grosse et al. 2023), really solved."
-    check_damping(damping)
     params, rows = chosen(model, params), tuple(x[np.asarray(which)] for x in train)
-    theta0 = flatten(params).detach()
+    theta0, lam = flatten(params).detach(), check_damping(damping)
+    loss = lambda theta: task.losses(Bound(model, unflatten(theta, params)), query).detach()
     with as_function(model):
-        L = torch.linalg.cholesky(ggn_matrix(model, task, train, params) + damping*torch.eye(len(theta0)).to(theta0))
+        L = torch.linalg.cholesky(ggn_matrix(model, task, train, params) + lam*torch.eye(len(theta0)).to(theta0))
         there = lambda U: theta0 + torch.linalg.solve_triangular(L.T, U.T, upper=True).T
-        objective = vmap(bregman(model, task, train, params, damping, copies))
+        objective = vmap(bregman(model, task, train, params, lam, copies))
         Th = there(minimise(lambda U: objective(there(U), rows), torch.zeros(len(rows[0]), len(theta0)).to(theta0)))
-        with torch.no_grad():
-            loss = lambda theta: task.losses(Bound(model, unflatten(theta, params)), query)
-            return ((loss(theta0) - torch.stack([loss(theta) for theta in Th]))/copies).cpu().numpy()
+        return ((loss(theta0) - torch.stack([loss(theta) for theta in Th]))/copies).cpu().numpy()
 
 # %% ../../nbs/trust/01_influence.ipynb #56248a17
 class Factors(NamedTuple):
     "One layer's curvature."
-    Q_A:Tensor # eigenvectors and -values of A, (d_in, d_in) and (d_in,)
-    L_A:Tensor
-    Q_S:Tensor # and of S, (d_out, d_out) and (d_out,)
+    Q_A:Tensor # eigenvectors of A, (d_in, d_in)
+    L_A:Tensor # its eigenvalues
+    Q_S:Tensor # the same for S, (d_out, d_out)
     L_S:Tensor
     Lambda:Tensor # (d_out, d_in), corrected eigenvalues: squares of rotated gradients
-    diagonal:Tensor # (d_out, d_in), squares of the gradients themselves
     length:float # mean number of tokens in a row
 
-def chunks(data, size):
-    "The rows of the tensors in `data`, `size` at a time."
-    for k in range(0, len(data[0]), size):
-        yield tuple(x[k:k+size] for x in data)
+def chunks(data, size): return (tuple(x[k:k+size] for x in data) for k in range(0, len(data[0]), size))
 
-# %% ../../nbs/trust/01_influence.ipynb #c8aa4e21
+# %% ../../nbs/trust/01_influence.ipynb #dae01313
 def moments(task:Task, sweep) -> tuple[dict, dict, int]:
     "Sums of a a^T and s s^T by layer, and the number of tokens; `sweep` yields (batch, its `layer_grads`)."
     A, S, tokens = defaultdict(float), defaultdict(float), 0
@@ -119,26 +110,22 @@ def moments(task:Task, sweep) -> tuple[dict, dict, int]:
         tokens += there.sum().item()
     return A, S, tokens
 
-def squares(sweep, eig) -> dict: # layer -> sums over rows (d_out, d_in): in the basis, and as they are
-    "Squares of each row's gradient, summed over its tokens before."
-    sums = defaultdict(lambda: [0., 0.])
+def squares(sweep, bases) -> dict: # layer -> sum over rows (d_out, d_in)
+    "Squares of each row's gradient, summed over its tokens before, in a basis (Q_A, Q_S) by layer."
+    sums = defaultdict(float)
     for _, grads in sweep:
         for io in grads:
             for k, (a, s) in io.items():
-                _, QA, _, QS = eig[k]
-                for j, W in enumerate((weight_grads((a @ QA, s @ QS)), weight_grads((a, s)))):
-                    sums[k][j] = sums[k][j] + W.square().sum(0)
+                sums[k] = sums[k] + weight_grads((a @ bases[k][0], s @ bases[k][1])).square().sum(0)
     return sums
 
-# %% ../../nbs/trust/01_influence.ipynb #c5d4e553
+# %% ../../nbs/trust/01_influence.ipynb #6b58484a
 @torch.no_grad()
 def ekfac_factors(
-    model:nn.Module, task:Task,
-    train, # tensors of n rows each
-    modules=None, # see `linear_layers`
-    labels:str="model", # see `pseudo_losses`
-    batch_size:int=128, seed:int=0,
-    ) -> dict[str, Factors]:  # by layer
+    model:nn.Module, task:Task, train, # tensors of n rows each
+    modules=None, labels:str="model", # see `linear_layers` and `pseudo_losses`
+    batch_size:int=128, seed:int=0, basis:bool=True, # False: no change of basis, eigenvalues of the diagonal alone
+    ) -> dict[str, Factors]: # by layer
     "Two passes over the training data: Kronecker factors, then eigenvalues corrected in their basis (George et al. 2018; Grosse et al. 2023)."
     layers, n = linear_layers(model, modules), len(train[0])
     def sweep():
@@ -146,41 +133,34 @@ def ekfac_factors(
         yield from ((b, layer_grads(model, task, b, layers, labels, g)) for b in chunks(train, batch_size))
     A, S, tokens = moments(task, sweep())
     eig = {k: (*torch.linalg.eigh(A[k]/tokens), *torch.linalg.eigh(S[k]/tokens)) for k in layers}
-    sums = squares(sweep(), eig)
-    return {
-        k: Factors(QA, LA.clamp(min=0), QS, LS.clamp(min=0), sums[k][0]/n, sums[k][1]/n, tokens/n)
-        for k, (LA, QA, LS, QS) in eig.items()
-    }
+    if not basis:
+        eig = {k: (LA, torch.eye(len(LA)).to(LA), LS, torch.eye(len(LS)).to(LS)) for k, (LA, _, LS, _) in eig.items()}
+    sums = squares(sweep(), {k: (QA, QS) for k, (_, QA, _, QS) in eig.items()})
+    return {k: Factors(QA, LA.clamp(min=0), QS, LS.clamp(min=0), sums[k]/n, tokens/n) for k, (LA, QA, LS, QS) in eig.items()}
 
 # %% ../../nbs/trust/01_influence.ipynb #106be47f
 def precondition(
-    f:Factors,
-    W:Tensor, # (..., d_out, d_in)
-    method:str="ekfac", # "ekfac", "kfac", "diagonal"
+    f:Factors, W:Tensor, # (..., d_out, d_in)
+    method:str="ekfac", # "ekfac" or "kfac"
     damping:float|None=None, # lambda; None: a tenth of the mean eigenvalue of this layer
     ) -> Tensor: # (..., d_out, d_in)
     "(G + lambda I)^{-1} W in one layer (Grosse et al. 2023)."
-    check_damping(damping)
-    if method not in ("ekfac", "kfac", "diagonal"):
-        raise ValueError(f"method={method!r}: must be 'ekfac', 'kfac' or 'diagonal'")
-    known = dict(ekfac=f.Lambda, diagonal=f.diagonal, kfac=f.length*torch.outer(f.L_S, f.L_A))
-    L = known[method]
-    lam = .1*L.mean() if damping is None else damping
-    return W/(L + lam) if method == "diagonal" else f.Q_S @ ((f.Q_S.T @ W @ f.Q_A)/(L + lam)) @ f.Q_A.T
+    if method not in ("ekfac", "kfac"):
+        raise ValueError(f"method={method!r}: must be 'ekfac' or 'kfac'")
+    L = f.Lambda if method == "ekfac" else f.length*torch.outer(f.L_S, f.L_A)
+    lam = .1*L.mean() if check_damping(damping) is None else damping
+    return f.Q_S @ ((f.Q_S.T @ W @ f.Q_A)/(L + lam)) @ f.Q_A.T
 
-# %% ../../nbs/trust/01_influence.ipynb #3e7a8437
+# %% ../../nbs/trust/01_influence.ipynb #27be5b04
 @torch.no_grad()
-def query_grads(
-    model:nn.Module, task:Task, query, modules=None, batch_size:int=128,
-    ) -> dict[str, Tensor]: # by layer, (q, d_out, d_in)
-    "Gradient of every query's own loss, layer by layer."
+def query_grads(model:nn.Module, task:Task, query, modules=None, batch_size:int=128) -> dict[str, Tensor]:
+    "Gradient of every query's own loss, by layer (q, d_out, d_in)."
     layers = linear_layers(model, modules)
     seen = [next(layer_grads(model, task, b, layers)) for b in chunks(query, batch_size)]
     return {k: torch.cat([weight_grads(io[k]) for io in seen]) for k in layers}
 
 def low_rank(
-    V:Tensor, # (q, d_out, d_in)
-    r:int, # rank
+    V:Tensor, r:int, # (q, d_out, d_in); rank
     ) -> tuple[Tensor, Tensor]: # P (q, d_out, r), R (q, d_in, r) with V close to P R^T
     "Each preconditioned query as two thin matrices: many queries fit in memory and share one pass over the data."
     if whole_number("rank", r) > min(V.shape[1:]):
@@ -188,13 +168,12 @@ def low_rank(
     U, s, Vh = torch.linalg.svd(V, full_matrices=False)
     return U[..., :r]*s[:, None, :r], Vh[:, :r].transpose(1, 2)
 
-# %% ../../nbs/trust/01_influence.ipynb #cb483b43
+# %% ../../nbs/trust/01_influence.ipynb #196aa7d2
 @torch.no_grad()
 def pair_scores(
     model:nn.Module, task:Task, train,
     V:dict[str, Tensor|tuple], # preconditioned query gradients by layer, whole (q, d_out, d_in) or from `low_rank`
-    by:str|None=None, # None, "layer" or "token"
-    batch_size:int=64,
+    by:str|None=None, batch_size:int=64, # None, "layer" or "token"
     ) -> Tensor: # (n, q); (n_layers, n, q) by layer; (n, T, q) by token
     "Inner products of training gradients with V in one pass over the data."
     if by not in (None, "layer", "token"):
@@ -202,54 +181,49 @@ def pair_scores(
     layers, out = linear_layers(model, list(V)), []
     for b in chunks(train, batch_size):
         io = next(layer_grads(model, task, b, layers))
-        parts = torch.stack([products(io[k], V[k], by == "token") for k in layers])
-        out.append(parts if by == "layer" else parts.sum(0))
-    return torch.cat(out, 1 if by == "layer" else 0)
+        out.append(torch.stack([products(io[k], V[k], by == "token") for k in layers]))
+    parts = torch.cat(out, 1)
+    return parts if by == "layer" else parts.sum(0)
 
 def products(pair, V, token):
     "s^T V a for one layer: (n, q), or (n, T, q) for each token."
     a, s = pair
+    if not token and not isinstance(V, tuple):
+        return weight_grads(pair).flatten(1) @ V.flatten(1).T
     if isinstance(V, tuple):
-        x = torch.einsum("nto,qor->ntqr", s, V[0])*torch.einsum("nti,qir->ntqr", a, V[1])
-        return x.sum(-1) if token else x.sum((1, 3))
-    if token:
-        return torch.stack([((s @ v)*a).sum(-1) for v in V], -1)
-    return weight_grads(pair).flatten(1) @ V.flatten(1).T
+        each = (torch.einsum("nto,qor->ntqr", s, V[0])*torch.einsum("nti,qir->ntqr", a, V[1])).sum(-1)
+    else:
+        each = torch.stack([((s @ v)*a).sum(-1) for v in V], -1)
+    return each if token else each.sum(1)
 
 # %% ../../nbs/trust/01_influence.ipynb #1c7a7031
 def lissa(
     model:nn.Module, task:Task, train, params:dict[str, nn.Parameter],
-    B:Tensor, # (q, p) right-hand sides
-    damping:float|None=None, # lambda; None: a tenth of the mean eigenvalue
-    steps:int=200, seed:int=0, # minibatches of 32 rows
-    ) -> Tensor:  # (q, p)
-    "(G + lambda I)^{-1} B by the stochastic Neumann series x <- x + (B - (G_batch + lambda) x)/scale (Agarwal et al. 2017)."
+    B:Tensor, damping:float|None=None, # (q, p) right-hand sides; lambda, None: a tenth of the mean eigenvalue
+    steps:int=200, seed:int=0) -> Tensor: # (q, p)
+    "(G + lambda I)^{-1} B by the stochastic Neumann series, 32 rows a step (Agarwal et al. 2017)."
     g, times = torch.Generator().manual_seed(seed), lambda data, V: ggn_products(model, task, data, params, V)
     if check_damping(damping) is None:
         damping = tenth_of_mean(lambda v: times(train, v[None])[0], B.shape[1], B)
     if not damping > 0:
         raise ValueError(f"damping={damping}: the series needs a positive damping")
-    scale = 2*largest(lambda v: times(train, v), torch.randn(1, B.shape[1], generator=g).to(B)) + damping
-    X = B/(scale + damping)
+    v = torch.randn(1, B.shape[1], generator=g).to(B)
+    for _ in range(10): # the largest eigenvalue, by power iteration
+        v = times(train, v/v.norm())
+    scale = 2*v.norm() + damping
+    X = B/scale
     for _ in range(whole_number("steps", steps)):
         i = torch.randint(len(train[0]), (32,), generator=g)
         X = X + (B - times(tuple(x[i] for x in train), X) - damping*X)/scale
     return X
 
-def largest(product, v, steps=10):
-    "About the largest eigenvalue, by power iteration from v."
-    for _ in range(steps):
-        v = product(v/v.norm())
-    return v.norm().item()
-
 # %% ../../nbs/trust/01_influence.ipynb #f67144a7
-LAYERWISE, WHOLE = ("ekfac", "kfac", "diagonal", "dot"), ("hessian", "ggn", "block", "lissa")
+LAYERWISE, WHOLE = ("ekfac", "kfac", "dot"), ("hessian", "ggn", "block", "lissa")
 TREES = ("boostin", "leafinfluence", "trex", "treesim", "loo", "random")
 
 def influence(
     model, # a torch model, or a fitted booster of scikit-learn or LightGBM
-    train, # tensors (or X, y for boosters) of n rows each: what the model was trained on
-    query, # the same for q queries
+    train, query, # tensors (or X, y for boosters) of n and q rows each: what the model was trained on, and the queries
     task:Task|None=None, # torch: how to read outputs and targets
     method:str|None=None, # torch: of `LAYERWISE` (default "ekfac") or `WHOLE`; boosters: of `TREES` (default "boostin")
     modules=None, # torch: the linear layers to look at, names or a rule
@@ -265,25 +239,25 @@ def influence(
     method, task = method or "ekfac", task or Task()
     if method not in LAYERWISE + WHOLE:
         raise ValueError(f"method={method!r}: for a torch model choose from {', '.join(LAYERWISE + WHOLE)}")
+    if factors is not None and method not in ("ekfac", "kfac"):
+        raise ValueError(f"factors: no option of method={method!r}; leave them out")
+    if factors is not None and method not in ("ekfac", "kfac"):
+        raise ValueError(f"factors: no option of method={method!r}; leave them out")
     if method in WHOLE:
-        if factors is not None:
-            raise ValueError(f"factors: no option of method={method!r}; leave them out")
         return whole_influence(model, train, query, task, method, modules, damping)
     V = preconditioned(model, train, query, task, method, modules, damping, factors)
     return (pair_scores(model, task, train, V)/len(train[0])).cpu().numpy()
 
-# %% ../../nbs/trust/01_influence.ipynb #9837da2c
 def preconditioned(model, train, query, task, method, modules=None, damping=None, factors=None):
     "The queries' gradients times the inverse curvature, by layer, (q, d_out, d_in)."
     check_damping(damping)
     V = query_grads(model, task, query, modules)
-    if method == "dot":
-        return V
-    F = factors or ekfac_factors(model, task, train, modules)
-    if missing := sorted(set(V) - set(F)):
+    F = factors or ({} if method == "dot" else ekfac_factors(model, task, train, modules))
+    if method != "dot" and (missing := sorted(set(V) - set(F))):
         raise ValueError(f"no factors for layers {missing}: fit them with the same modules")
-    return {k: precondition(F[k], v, method, damping) for k, v in V.items()}
+    return V if method == "dot" else {k: precondition(F[k], v, method, damping) for k, v in V.items()}
 
+# %% ../../nbs/trust/01_influence.ipynb #9837da2c
 def whole_influence(model, train, query, task, method, modules=None, damping=None):
     "Influence through the curvature of all parameters of the layers together."
     layers = linear_layers(model, modules).items()
@@ -292,14 +266,11 @@ def whole_influence(model, train, query, task, method, modules=None, damping=Non
     inverse = lissa if method == "lissa" else partial(solve_curvature, method=method)
     return (g(train) @ inverse(model, task, train, theta, g(query), damping=damping).T/len(train[0])).cpu().numpy()
 
-# %% ../../nbs/trust/01_influence.ipynb #ae41afcf
 def check_rows(train, query):
     "Both must be sequences of equally long arrays."
     for name, data in (("train", train), ("query", query)):
-        if not isinstance(data, (tuple, list)) or not len(data):
-            raise ValueError(f"{name} must be a tuple of tensors with one row an example")
-        if len(lens := {n_rows(x) for x in data}) != 1:
-            raise ValueError(f"{name} has tensors of {sorted(lens)} rows: rows must correspond")
+        if not isinstance(data, (tuple, list)) or len(lens := {n_rows(x) for x in data}) != 1:
+            raise ValueError(f"{name} must be a tuple of tensors with one row an example: rows must correspond")
         if not lens.pop():
             raise ValueError(f"{name} is empty: nothing to attribute")
 
@@ -327,18 +298,15 @@ def lm_batch(
     ) -> tuple[Tensor, Tensor]: # ids, labels, (n, T) each; -100 does not count
     "Texts as rows of token ids, each with its end mark."
     if tok.pad_token_id is None or tok.eos_token_id is None:
-        raise ValueError(
-            "the tokenizer lacks an end mark or a pad token: set tok.eos_token, and tok.pad_token = tok.eos_token"
-        )
+        raise ValueError("no end mark or no pad token: set tok.eos_token, and tok.pad_token = tok.eos_token")
     if prompts is not None and len(prompts) != len(texts):
         raise ValueError(f"{len(prompts)} prompts for {len(texts)} texts: one for each")
+    if odd := [(t, p) for t, p in zip(texts, prompts or []) if not t.startswith(p)]:
+        raise ValueError(f"{odd[0][0][:40]!r} does not begin with its prompt {odd[0][1][:40]!r}")
     rows = [x if x[-1:] == [tok.eos_token_id] else [*x, tok.eos_token_id] for x in token_ids(tok, texts)]
-    fill = lambda v: nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], True, v)
-    x, y = fill(tok.pad_token_id), fill(-100)
-    for row, ids, text, p in zip(y, rows, texts, prompts or []):
-        if not text.startswith(p):
-            raise ValueError(f"{text[:40]!r} does not begin with its prompt {p[:40]!r}")
-        row[:shared_prefix(ids, token_ids(tok, [p])[0])] = -100 # a prompt's last token may merge with what follows
+    x, y = (nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), True, v) for v in (tok.pad_token_id, -100))
+    for row, ids, p in zip(y, rows, token_ids(tok, prompts or [])):
+        row[:shared_prefix(ids, p)] = -100 # a prompt's last token may merge with what follows
         row[len(ids)-1] = -100 # the completion, not its end
     return x, y
 
@@ -354,8 +322,7 @@ class Boosted(NamedTuple):
     classes:np.ndarray|None=None
 
 def open_booster(
-    model, # GradientBoostingClassifier/Regressor, LGBMClassifier/Regressor or lightgbm.Booster, fitted
-    y, # its training targets
+    model, y, # GradientBoosting..., LGBM... or lightgbm.Booster, fitted; its training targets
     ) -> Boosted:
     "The library's own fitted trees as arrays."
     name = type(model).__name__
@@ -363,8 +330,7 @@ def open_booster(
         return open_sklearn(model)
     if hasattr(model, "booster_") or name == "Booster" and hasattr(model, "dump_model"):
         return open_lightgbm(model, y)
-    raise ValueError(f"{name} is not a fitted GradientBoostingClassifier, GradientBoostingRegressor, LGBMClassifier, "
-    "LGBMRegressor or lightgbm.Booster")
+    raise ValueError(f"{name} is not a fitted GradientBoostingClassifier/Regressor, LGBMClassifier/Regressor or lightgbm.Booster")
 
 # %% ../../nbs/trust/01_influence.ipynb #6ad5bbd5
 def leaf_table(outputs, T, K):
@@ -383,9 +349,7 @@ def check_columns(X, names):
     "`X`, refused if it is a table whose columns are not the booster's."
     plain = lambda ks: [re.sub(r"\W", "_", str(k)) for k in ks]
     if names is not None and len(names) and hasattr(X, "columns") and plain(X.columns) != plain(names):
-        raise ValueError(
-            f"columns {list(X.columns)[:6]} are not the booster's {list(names)[:6]}: same names, same order"
-        )
+        raise ValueError(f"columns {list(X.columns)[:6]} are not the booster's {list(names)[:6]}: same names, same order")
     return X
 
 # %% ../../nbs/trust/01_influence.ipynb #50f5bb87
@@ -494,8 +458,7 @@ class Leaves(NamedTuple):
     error:float # largest difference to what the library stored
 
 def leaf_values(
-    b:Boosted, r:Rounds, # of the training data
-    weight:np.ndarray|None=None, # (n,) example weights
+    b:Boosted, r:Rounds, weight:np.ndarray|None=None, # of the training data; (n,) example weights
     tol:float|None=1e-4, # refuse a booster whose leaves differ by more, as a share of eta*sum|g|/D; None: never
     ) -> Leaves:
     "Leaf values recomputed from g and h; they must be the library's, or every derivative below is that of another model."
@@ -524,8 +487,7 @@ def in_leaves(v, L, size):
 
 def boostin(
     b:Boosted, train:Rounds, query:Rounds,
-    newton:bool=True, # with the theta*h term
-    same_leaf:bool=True, # only rounds in which both share a leaf
+    newton:bool=True, same_leaf:bool=True, # with the theta*h term; only rounds in which both share a leaf
     ) -> np.ndarray: # (n, q)
     "BoostIn (Brophy et al. 2023): in each round, how a training row moved the leaf that the query falls into."
     A = leaf_moves(b, train, leaf_values(b, train), newton)
@@ -534,9 +496,7 @@ def boostin(
     return (in_leaves(A, train.L, b.value.size) @ in_leaves(query.g, query.L, b.value.size).T).toarray()
 
 # %% ../../nbs/trust/01_influence.ipynb #aecb26d9
-def leaf_influence(
-    b:Boosted, train:Rounds, query:Rounds,
-    ) -> np.ndarray:  # (n, q)
+def leaf_influence(b:Boosted, train:Rounds, query:Rounds) -> np.ndarray: # (n, q)
     "LeafInfluence (Sharchilev et al. 2018): the exact derivative with the trees' structure fixed, carried through all later rounds."
     if b.kind == "classes":
         raise ValueError("LeafInfluence is written for one tree a round: binary or squares, not classes")
@@ -574,10 +534,7 @@ def representers(b, train, query, l2=.003):
     return alpha, kernel @ alpha, kernel
 
 # %% ../../nbs/trust/01_influence.ipynb #505f3b00
-def trex(
-    b:Boosted, train:Rounds, query:Rounds,
-    l2:float=.003, # lambda
-    ) -> np.ndarray: # (n, q)
+def trex(b:Boosted, train:Rounds, query:Rounds, l2:float=.003) -> np.ndarray: # (n, q); l2: lambda
     "TREX (Brophy et al. 2023): loss of the query without row i's term in the surrogate, minus the loss with it."
     if not 0 < l2 < np.inf:
         raise ValueError(f"l2={l2}: the penalty must be positive")
@@ -611,8 +568,7 @@ def retrainer(model, train, query) -> Callable: # (n,) bool -> (q,) losses
 
 # %% ../../nbs/trust/01_influence.ipynb #ffbfc334
 def tree_influence(
-    model, train, query, # fitted booster; (X, y) of training and queries
-    method:str="boostin", # "boostin", "leafinfluence", "trex", "treesim", "loo", "random"
+    model, train, query, method:str="boostin", # fitted booster; (X, y) of training and queries; one of `TREES`
     seed:int=0) -> np.ndarray: # (n, q)
     "Influence of training rows on queries in a fitted booster; positive: the row lowers the query's loss."
     if method not in TREES:
@@ -626,8 +582,6 @@ def tree_influence(
     return f(b, rounds(b, *train), rounds(b, *query))
 
 # %% ../../nbs/trust/01_influence.ipynb #bf8118a7
-def with_one(X): return np.column_stack([X, np.ones(len(X))])
-
 def check_head(X, y, l2):
     "A head knows labels 0 and 1 and needs a penalty to have an inverse Hessian."
     y = np.asarray(y)
@@ -639,19 +593,15 @@ def check_head(X, y, l2):
         raise ValueError(f"l2={l2}: must be positive")
 
 def fit_head(
-    X, # (n, d) features, a column of ones among them
-    y, # (n,) 0/1
-    l2:float=1e-3, # the objective is mean log loss + l2/2 |w|^2
-    weight=None, # (n,)
+    X, y, l2:float=1e-3, # (n, d), a column of ones among them; (n,) 0/1; mean log loss + l2/2 |w|^2 is minimised
     ) -> np.ndarray: # (d,)
     "A logistic head, trained to convergence: its Hessian is exact and small."
     from sklearn.linear_model import LogisticRegression
     check_head(X, y, l2)
-    return LogisticRegression(C=1/(l2*len(y)), fit_intercept=False, tol=1e-8, max_iter=2000).fit(X, y, weight).coef_[0]
+    return LogisticRegression(C=1/(l2*len(y)), fit_intercept=False, tol=1e-8, max_iter=2000).fit(X, y).coef_[0]
 
 def head_influence(
-    X, y, w, l2, # training features and labels, weights, penalty
-    Xq, yq, # queries
+    X, y, w, l2, Xq, yq, # training features and labels, weights, penalty; queries
     ) -> np.ndarray: # (n, q)
     "Influence of a logistic head with its exact Hessian, all pairs in one product (Koh & Liang 2017)."
     check_head(X, y, l2)
@@ -660,15 +610,15 @@ def head_influence(
     H = (X*(p*(1-p))[:, None]).T @ X/len(X) + l2*np.eye(X.shape[1])
     return (X*(p-y)[:, None]) @ np.linalg.solve(H, (Xq*(pq-yq)[:, None]).T)/len(X)
 
-# %% ../../nbs/trust/01_influence.ipynb #7430ad7a
+# %% ../../nbs/trust/01_influence.ipynb #edaca747
 def folds_of(y, k, seed):
     "k folds with both classes in each."
     from sklearn.model_selection import StratifiedKFold
     return [test for _, test in StratifiedKFold(k, shuffle=True, random_state=seed).split(y, y)]
 
 def cross_influence(
-    X, y,  # (n, d), (n,) 0/1
-    l2:float=1e-3, folds:int=5, seed:int=0,
+    X, y, l2:float=1e-3, # (n, d), (n,) 0/1
+    folds:int=5, seed:int=0,
     about:str="prediction", # influence on the "given" label's loss, or on that of the head's own "prediction"
     ) -> tuple[np.ndarray, np.ndarray]: # (n, n): column t is about row t, 0 inside its fold; out-of-fold probabilities
     "Influences of training rows on each other, cross-fitted: no row is its own influencer."
@@ -682,20 +632,19 @@ def cross_influence(
         I[np.ix_(r, t)] = head_influence(X[r], y[r], w, l2, X[t], y[t] if about == "given" else p[t] > .5)
     return I, p
 
-# %% ../../nbs/trust/01_influence.ipynb #44d421a0
+# %% ../../nbs/trust/01_influence.ipynb #5906a401
 def vote(
-    S, # (n, n) scores: column t says how much each row speaks for row t; only positive ones count
-    y, # (n,) 0/1
-    k:int=10, # voters
-    share:float=.6, # weight share from which the other label wins
+    S, y, # (n, n) scores: column t says how much each row speaks for row t, only positive ones count; (n,) 0/1
+    k:int=10, share:float=.6, # voters; weight share from which the other label wins
     ) -> np.ndarray: # (n,) labels after the vote
     "Each row takes the label of its k strongest supporters, if their weight agrees strongly enough."
     if not 1 <= k < len(y):
         raise ValueError(f"k={k}: must lie in 1..{len(y)-1}")
     top = np.argpartition(-S, k-1, axis=0)[:k]
     W = np.maximum(np.take_along_axis(S, top, 0), 0)
-    one = (W*y[top]).sum(0)/np.maximum(W.sum(0), 1e-300)
-    return np.where((one >= share) & (W.sum(0) > 0), 1, np.where((one <= 1-share) & (W.sum(0) > 0), 0, y)).astype(int)
+    total = W.sum(0)
+    one = (W*y[top]).sum(0)/np.maximum(total, 1e-300)
+    return np.where((total == 0) | (one > 1-share) & (one < share), y, one > .5).astype(int)
 
 # %% ../../nbs/trust/01_influence.ipynb #c3c5f670
 def macro_f1(y, p):
@@ -707,8 +656,7 @@ def macro_f1(y, p):
 
 def repair(
     X, y, Xdev, ydev, # noisy training set and clean development set
-    relabel:Callable, # (X, y, round) -> new labels
-    l2:float=1e-3, rounds:int=3,
+    relabel:Callable, l2:float=1e-3, rounds:int=3, # (X, y, round) -> new labels
     ) -> tuple[np.ndarray, list[float]]: # labels, macro-F1 on dev before and after each round kept
     "Label feedback (InfFeed, first objective): relabel, refit, and keep a round only if macro-F1 on dev rises."
     score = lambda y: macro_f1(ydev, expit(Xdev @ fit_head(X, y, l2)))
@@ -725,7 +673,7 @@ def inf_relabel(k=10, share=.6, l2=1e-3, folds=5, about="prediction"):
     "Relabel by the vote of the most helpful training rows."
     return lambda X, y, t: vote(cross_influence(X, y, l2, folds, t, about)[0], y, k, share)
 
-def knn_relabel(k=10, share=.6):
+def knn_relabel(k=10, share=.6, l2=None):
     "Relabel by the vote of the nearest neighbours (cosine)."
     def relabel(X, y, t):
         Z = X[:, :-1]/np.maximum(np.linalg.norm(X[:, :-1], axis=1, keepdims=True), 1e-12)
