@@ -5,12 +5,12 @@
 # %% ../../nbs/trust/01_influence.ipynb #00000004
 from __future__ import annotations
 import re
-from collections import defaultdict
+from collections import defaultdict, namedtuple
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 import numpy as np, pandas as pd, scipy.sparse as sp, torch
 from scipy.special import expit, log_softmax, softmax
+from sklearn.metrics import f1_score
 from torch import Tensor, nn
 from torch.func import grad, vmap
 from ..data import whole_number
@@ -20,24 +20,27 @@ from ..gradients import removal_curve, row_losses, solve_curvature, tenth_of_mea
 from ..lm import shared_prefix, token_ids
 
 # %% auto #0
-__all__ = ['LAYERWISE', 'WHOLE', 'TREES', 'with_one', 'bregman', 'minimise', 'pbrf', 'Factors', 'chunks', 'moments', 'squares',
-           'ekfac_factors', 'precondition', 'query_grads', 'low_rank', 'pair_scores', 'products', 'lissa', 'influence',
-           'preconditioned', 'whole_influence', 'check_rows', 'n_rows', 'lm_task', 'real_tokens', 'lm_batch', 'Boosted',
-           'open_booster', 'leaf_table', 'look_up', 'check_columns', 'open_sklearn', 'open_lightgbm', 'average_start',
-           'Rounds', 'rounds', 'targets', 'derivatives', 'raw_losses', 'Leaves', 'leaf_values', 'leaf_moves',
-           'in_leaves', 'boostin', 'leaf_influence', 'leaf_kernel', 'representers', 'trex', 'tree_sim', 'losses_of',
-           'retrainer', 'tree_influence', 'check_head', 'fit_head', 'head_influence', 'folds_of', 'cross_influence',
-           'vote', 'macro_f1', 'repair', 'inf_relabel', 'knn_relabel', 'loss_relabel', 'silver_order']
+__all__ = ['Factors', 'LAYERWISE', 'WHOLE', 'TREES', 'Boosted', 'Rounds', 'Leaves', 'refuse', 'with_one', 'bregman', 'minimise',
+           'pbrf', 'responses', 'chunks', 'moments', 'squares', 'ekfac_factors', 'eigen', 'precondition', 'query_grads',
+           'low_rank', 'pair_scores', 'products', 'lissa', 'largest', 'influence', 'preconditioned', 'whole_influence',
+           'check_rows', 'n_rows', 'lm_task', 'real_tokens', 'lm_batch', 'open_booster', 'leaf_table', 'look_up',
+           'check_columns', 'open_sklearn', 'open_lightgbm', 'average_start', 'rounds', 'targets', 'derivatives',
+           'raw_losses', 'leaf_values', 'leaf_moves', 'in_leaves', 'boostin', 'leaf_influence', 'leaf_kernel',
+           'representers', 'trex', 'tree_sim', 'losses_of', 'retrainer', 'tree_influence', 'check_head', 'fit_head',
+           'head_influence', 'folds_of', 'cross_influence', 'vote', 'repair', 'inf_relabel', 'knn_relabel',
+           'loss_relabel', 'silver_order']
 
-# %% ../../nbs/trust/01_influence.ipynb #3d3e6809
+# %% ../../nbs/trust/01_influence.ipynb #6fc14c65
+def refuse(bad, why):
+    "Bad input: say why."
+    if bad:
+        raise ValueError(why)
+
 def with_one(X): return np.column_stack([X, np.ones(len(X))])
 
 # %% ../../nbs/trust/01_influence.ipynb #0000000c
-def bregman(
-    model:nn.Module, task:Task, train, params:dict[str, nn.Parameter],
-    damping:float, copies:float=1., # lambda; how much of the example is added
-    ) -> Callable: # (theta (p,), row) -> scalar
-    "What the response minimises: divergence from the old predictions, the example's loss, distance from the old weights."
+def bregman(model:nn.Module, task:Task, train, params:dict, damping:float, copies:float=1.) -> Callable:
+    "What the response minimises, (theta (p,), row) -> scalar: divergence from old predictions, loss of the row, distance."
     theta0, n, t = flatten(params).detach(), len(train[0]), task.targets(train)
     bound, y0 = lambda theta: Bound(model, unflatten(theta, params)), task.outputs(model, train).detach()
     def pull(y):
@@ -50,11 +53,8 @@ def bregman(
         return pull(task.outputs(bound(theta), train)) + push + .5*damping*(theta - theta0).square().sum()
     return objective
 
-# %% ../../nbs/trust/01_influence.ipynb #0000000f
-def minimise(
-    f:Callable, start:Tensor, # (m, p) -> (m,): m problems that have nothing to do with each other; (m, p)
-    steps:int=200, tol:float=1e-6) -> Tensor: # (m, p), gradients smaller than `tol` times those at the start
-    "The minima of many problems, by L-BFGS on their sum."
+def minimise(f:Callable, start:Tensor, steps:int=200, tol:float=1e-6) -> Tensor: # (m, p)
+    "Minima of m unrelated problems f: (m, p) -> (m,), by L-BFGS on their sum, until gradients fell to the share `tol`."
     U = start.clone().requires_grad_()
     slope = lambda: torch.autograd.grad(f(U).sum(), U)[0]
     first = slope().abs().max().item()
@@ -67,36 +67,31 @@ def minimise(
         raise RuntimeError(f"gradient only fell to {left:.1e} of the push after {steps} steps: raise damping or steps")
     return U.detach()
 
-# %% ../../nbs/trust/01_influence.ipynb #981d9e32
 def pbrf(
-    model:nn.Module, task:Task, train, query,
-    which, damping:float, # (m,) rows of train to add once more; lambda
+    model:nn.Module, task:Task, train, query, which, damping:float, # rows (m,) of train to add once more; lambda
     params:dict[str, nn.Parameter]|None=None, copies:float=1., # how much of a copy; the response is divided by it
     ) -> np.ndarray: # (m, q), fall of each query's loss
     "Proximal Bregman response to one more copy of a training example (Bae et al. 2022; Grosse et al. 2023), really solved."
-    params, rows = chosen(model, params), tuple(x[np.asarray(which)] for x in train)
-    theta0, lam = flatten(params).detach(), check_damping(damping)
+    params = chosen(model, params)
     loss = lambda theta: task.losses(Bound(model, unflatten(theta, params)), query).detach()
     with as_function(model):
-        L = torch.linalg.cholesky(ggn_matrix(model, task, train, params) + lam*torch.eye(len(theta0)).to(theta0))
-        there = lambda U: theta0 + torch.linalg.solve_triangular(L.T, U.T, upper=True).T
-        objective = vmap(bregman(model, task, train, params, lam, copies))
-        Th = there(minimise(lambda U: objective(there(U), rows), torch.zeros(len(rows[0]), len(theta0)).to(theta0)))
-        return ((loss(theta0) - torch.stack([loss(theta) for theta in Th]))/copies).cpu().numpy()
+        Th = responses(model, task, train, np.asarray(which), check_damping(damping), params, copies)
+        return ((loss(flatten(params).detach()) - torch.stack([loss(theta) for theta in Th]))/copies).cpu().numpy()
+
+def responses(model, task, train, which, damping, params, copies):
+    "The moved parameters (m, p)."
+    theta0, rows = flatten(params).detach(), tuple(x[which] for x in train)
+    L = torch.linalg.cholesky(ggn_matrix(model, task, train, params) + damping*torch.eye(len(theta0)).to(theta0))
+    there = lambda U: theta0 + torch.linalg.solve_triangular(L.T, U.T, upper=True).T
+    objective = vmap(bregman(model, task, train, params, damping, copies))
+    return there(minimise(lambda U: objective(there(U), rows), theta0.new_zeros(len(which), len(theta0))))
 
 # %% ../../nbs/trust/01_influence.ipynb #56248a17
-class Factors(NamedTuple):
-    "One layer's curvature."
-    Q_A:Tensor # eigenvectors of A, (d_in, d_in)
-    L_A:Tensor # its eigenvalues
-    Q_S:Tensor # the same for S, (d_out, d_out)
-    L_S:Tensor
-    Lambda:Tensor # (d_out, d_in), corrected eigenvalues: squares of rotated gradients
-    length:float # mean number of tokens in a row
+# One layer: eigenvectors and -values of A (d_in) and of S (d_out), corrected eigenvalues (d_out, d_in), tokens in a row.
+Factors = namedtuple("Factors", "Q_A L_A Q_S L_S Lambda length")
 
 def chunks(data, size): return (tuple(x[k:k+size] for x in data) for k in range(0, len(data[0]), size))
 
-# %% ../../nbs/trust/01_influence.ipynb #dae01313
 def moments(task:Task, sweep) -> tuple[dict, dict, int]:
     "Sums of a a^T and s s^T by layer, and the number of tokens; `sweep` yields (batch, its `layer_grads`)."
     A, S, tokens = defaultdict(float), defaultdict(float), 0
@@ -111,42 +106,38 @@ def moments(task:Task, sweep) -> tuple[dict, dict, int]:
     return A, S, tokens
 
 def squares(sweep, bases) -> dict: # layer -> sum over rows (d_out, d_in)
-    "Squares of each row's gradient, summed over its tokens before, in a basis (Q_A, Q_S) by layer."
+    "Squares of each row's gradient, summed over its tokens before, in a basis by layer."
     sums = defaultdict(float)
     for _, grads in sweep:
         for io in grads:
             for k, (a, s) in io.items():
-                sums[k] = sums[k] + weight_grads((a @ bases[k][0], s @ bases[k][1])).square().sum(0)
+                sums[k] = sums[k] + weight_grads((a @ bases[k][0], s @ bases[k][2])).square().sum(0)
     return sums
 
-# %% ../../nbs/trust/01_influence.ipynb #6b58484a
 @torch.no_grad()
 def ekfac_factors(
     model:nn.Module, task:Task, train, # tensors of n rows each
     modules=None, labels:str="model", # see `linear_layers` and `pseudo_losses`
     batch_size:int=128, seed:int=0, basis:bool=True, # False: no change of basis, eigenvalues of the diagonal alone
     ) -> dict[str, Factors]: # by layer
-    "Two passes over the training data: Kronecker factors, then eigenvalues corrected in their basis (George et al. 2018; Grosse et al. 2023)."
+    "Two passes: Kronecker factors, then eigenvalues corrected in their basis (George et al. 2018; Grosse et al. 2023)."
     layers, n = linear_layers(model, modules), len(train[0])
     def sweep():
         g = torch.Generator().manual_seed(seed) # the second pass draws the labels of the first
         yield from ((b, layer_grads(model, task, b, layers, labels, g)) for b in chunks(train, batch_size))
     A, S, tokens = moments(task, sweep())
-    eig = {k: (*torch.linalg.eigh(A[k]/tokens), *torch.linalg.eigh(S[k]/tokens)) for k in layers}
-    if not basis:
-        eig = {k: (LA, torch.eye(len(LA)).to(LA), LS, torch.eye(len(LS)).to(LS)) for k, (LA, _, LS, _) in eig.items()}
-    sums = squares(sweep(), {k: (QA, QS) for k, (_, QA, _, QS) in eig.items()})
-    return {k: Factors(QA, LA.clamp(min=0), QS, LS.clamp(min=0), sums[k]/n, tokens/n) for k, (LA, QA, LS, QS) in eig.items()}
+    eig = {k: (*eigen(A[k]/tokens, basis), *eigen(S[k]/tokens, basis)) for k in layers}
+    sums = squares(sweep(), eig)
+    return {k: Factors(*eig[k], sums[k]/n, tokens/n) for k in layers}
 
-# %% ../../nbs/trust/01_influence.ipynb #106be47f
-def precondition(
-    f:Factors, W:Tensor, # (..., d_out, d_in)
-    method:str="ekfac", # "ekfac" or "kfac"
-    damping:float|None=None, # lambda; None: a tenth of the mean eigenvalue of this layer
-    ) -> Tensor: # (..., d_out, d_in)
-    "(G + lambda I)^{-1} W in one layer (Grosse et al. 2023)."
-    if method not in ("ekfac", "kfac"):
-        raise ValueError(f"method={method!r}: must be 'ekfac' or 'kfac'")
+def eigen(M, basis=True):
+    "Eigenvectors and -values; without a change of basis the unit vectors."
+    L, Q = torch.linalg.eigh(M)
+    return Q if basis else torch.eye(len(L)).to(L), L.clamp(min=0)
+
+def precondition(f:Factors, W:Tensor, method:str="ekfac", damping:float|None=None) -> Tensor: # (..., d_out, d_in)
+    "(G + lambda I)^{-1} W in one layer, lambda a tenth of the mean eigenvalue if None (Grosse et al. 2023)."
+    refuse(method not in ("ekfac", "kfac"), f"method={method!r}: must be 'ekfac' or 'kfac'")
     L = f.Lambda if method == "ekfac" else f.length*torch.outer(f.L_S, f.L_A)
     lam = .1*L.mean() if check_damping(damping) is None else damping
     return f.Q_S @ ((f.Q_S.T @ W @ f.Q_A)/(L + lam)) @ f.Q_A.T
@@ -159,25 +150,19 @@ def query_grads(model:nn.Module, task:Task, query, modules=None, batch_size:int=
     seen = [next(layer_grads(model, task, b, layers)) for b in chunks(query, batch_size)]
     return {k: torch.cat([weight_grads(io[k]) for io in seen]) for k in layers}
 
-def low_rank(
-    V:Tensor, r:int, # (q, d_out, d_in); rank
-    ) -> tuple[Tensor, Tensor]: # P (q, d_out, r), R (q, d_in, r) with V close to P R^T
-    "Each preconditioned query as two thin matrices: many queries fit in memory and share one pass over the data."
-    if whole_number("rank", r) > min(V.shape[1:]):
-        raise ValueError(f"rank={r}: must lie in 1..{min(V.shape[1:])}")
+def low_rank(V:Tensor, r:int) -> tuple[Tensor, Tensor]: # P (q, d_out, r), R (q, d_in, r) with V close to P R^T
+    "Each preconditioned query (q, d_out, d_in) as two thin matrices: many fit in memory and share one pass over the data."
+    refuse(whole_number("rank", r) > min(V.shape[1:]), f"rank={r}: must lie in 1..{min(V.shape[1:])}")
     U, s, Vh = torch.linalg.svd(V, full_matrices=False)
     return U[..., :r]*s[:, None, :r], Vh[:, :r].transpose(1, 2)
 
-# %% ../../nbs/trust/01_influence.ipynb #196aa7d2
 @torch.no_grad()
 def pair_scores(
-    model:nn.Module, task:Task, train,
-    V:dict[str, Tensor|tuple], # preconditioned query gradients by layer, whole (q, d_out, d_in) or from `low_rank`
+    model:nn.Module, task:Task, train, V:dict[str, Tensor|tuple], # preconditioned queries by layer, or from `low_rank`
     by:str|None=None, batch_size:int=64, # None, "layer" or "token"
     ) -> Tensor: # (n, q); (n_layers, n, q) by layer; (n, T, q) by token
     "Inner products of training gradients with V in one pass over the data."
-    if by not in (None, "layer", "token"):
-        raise ValueError(f"by={by!r}: must be 'layer', 'token' or None")
+    refuse(by not in (None, "layer", "token"), f"by={by!r}: must be 'layer', 'token' or None")
     layers, out = linear_layers(model, list(V)), []
     for b in chunks(train, batch_size):
         io = next(layer_grads(model, task, b, layers))
@@ -199,23 +184,25 @@ def products(pair, V, token):
 # %% ../../nbs/trust/01_influence.ipynb #1c7a7031
 def lissa(
     model:nn.Module, task:Task, train, params:dict[str, nn.Parameter],
-    B:Tensor, damping:float|None=None, # (q, p) right-hand sides; lambda, None: a tenth of the mean eigenvalue
-    steps:int=200, seed:int=0) -> Tensor: # (q, p)
-    "(G + lambda I)^{-1} B by the stochastic Neumann series, 32 rows a step (Agarwal et al. 2017)."
-    g, times = torch.Generator().manual_seed(seed), lambda data, V: ggn_products(model, task, data, params, V)
-    if check_damping(damping) is None:
-        damping = tenth_of_mean(lambda v: times(train, v[None])[0], B.shape[1], B)
-    if not damping > 0:
-        raise ValueError(f"damping={damping}: the series needs a positive damping")
-    v = torch.randn(1, B.shape[1], generator=g).to(B)
-    for _ in range(10): # the largest eigenvalue, by power iteration
-        v = times(train, v/v.norm())
-    scale = 2*v.norm() + damping
-    X = B/scale
-    for _ in range(whole_number("steps", steps)):
-        i = torch.randint(len(train[0]), (32,), generator=g)
-        X = X + (B - times(tuple(x[i] for x in train), X) - damping*X)/scale
+    B:Tensor, damping:float|None=None, steps:int=200, seed:int=0, # (q, p); lambda; minibatches of 32 rows
+    ) -> Tensor: # (q, p)
+    "(G + lambda I)^{-1} B by the stochastic Neumann series (Agarwal et al. 2017)."
+    times = lambda V, rows=slice(None): ggn_products(model, task, tuple(x[rows] for x in train), params, V)
+    g, lam = torch.Generator().manual_seed(seed), check_damping(damping)
+    lam = tenth_of_mean(lambda v: times(v[None])[0], B.shape[1], B) if lam is None else lam
+    refuse(not lam > 0, f"damping={lam}: the series needs a positive damping")
+    X, scale = 0*B, 2*largest(times, B[:1]) + lam
+    for _ in range(steps):
+        X = X + (B - times(X, torch.randint(len(train[0]), (32,), generator=g)) - lam*X)/scale
     return X
+
+# %% ../../nbs/trust/01_influence.ipynb #89dbe861
+def largest(product, like):
+    "About the largest eigenvalue, by power iteration."
+    v = torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
+    for _ in range(10):
+        v = product(v/v.norm())
+    return v.norm()
 
 # %% ../../nbs/trust/01_influence.ipynb #f67144a7
 LAYERWISE, WHOLE = ("ekfac", "kfac", "dot"), ("hessian", "ggn", "block", "lissa")
@@ -226,23 +213,18 @@ def influence(
     train, query, # tensors (or X, y for boosters) of n and q rows each: what the model was trained on, and the queries
     task:Task|None=None, # torch: how to read outputs and targets
     method:str|None=None, # torch: of `LAYERWISE` (default "ekfac") or `WHOLE`; boosters: of `TREES` (default "boostin")
-    modules=None, # torch: the linear layers to look at, names or a rule
-    damping:float|None=None, # torch: lambda; None: a tenth of the mean eigenvalue (0 for "hessian")
+    modules=None, damping:float|None=None, # torch: linear layers, names or a rule; lambda, None: a tenth of the mean
     factors:dict[str, Factors]|None=None, # from `ekfac_factors`, if already fitted, or fitted with other labels
     ) -> np.ndarray: # (n, q)
     "How much the loss of each query falls, to first order, when one more copy of each training example joins the training. Positive helps."
     check_rows(train, query)
     if not isinstance(model, nn.Module):
-        if any(v is not None for v in (task, modules, damping, factors)):
-            raise ValueError(f"task, modules, damping, factors: no option of a {type(model).__name__}; leave them out")
+        given = [v is not None for v in (task, modules, damping, factors)]
+        refuse(any(given), f"task, modules, damping, factors: no option of a {type(model).__name__}; leave them out")
         return tree_influence(model, train, query, method or "boostin")
-    method, task = method or "ekfac", task or Task()
-    if method not in LAYERWISE + WHOLE:
-        raise ValueError(f"method={method!r}: for a torch model choose from {', '.join(LAYERWISE + WHOLE)}")
-    if factors is not None and method not in ("ekfac", "kfac"):
-        raise ValueError(f"factors: no option of method={method!r}; leave them out")
-    if factors is not None and method not in ("ekfac", "kfac"):
-        raise ValueError(f"factors: no option of method={method!r}; leave them out")
+    method, task, known = method or "ekfac", task or Task(), ", ".join(LAYERWISE + WHOLE)
+    refuse(method not in LAYERWISE + WHOLE, f"method={method!r}: for a torch model choose from {known}")
+    refuse(factors is not None and method not in ("ekfac", "kfac"), f"factors: no option of method={method!r}")
     if method in WHOLE:
         return whole_influence(model, train, query, task, method, modules, damping)
     V = preconditioned(model, train, query, task, method, modules, damping, factors)
@@ -252,12 +234,13 @@ def preconditioned(model, train, query, task, method, modules=None, damping=None
     "The queries' gradients times the inverse curvature, by layer, (q, d_out, d_in)."
     check_damping(damping)
     V = query_grads(model, task, query, modules)
-    F = factors or ({} if method == "dot" else ekfac_factors(model, task, train, modules))
-    if method != "dot" and (missing := sorted(set(V) - set(F))):
-        raise ValueError(f"no factors for layers {missing}: fit them with the same modules")
-    return V if method == "dot" else {k: precondition(F[k], v, method, damping) for k, v in V.items()}
+    if method == "dot":
+        return V
+    F = factors or ekfac_factors(model, task, train, modules)
+    missing = sorted(set(V) - set(F))
+    refuse(missing, f"no factors for layers {missing}: fit them with the same modules")
+    return {k: precondition(F[k], v, method, damping) for k, v in V.items()}
 
-# %% ../../nbs/trust/01_influence.ipynb #9837da2c
 def whole_influence(model, train, query, task, method, modules=None, damping=None):
     "Influence through the curvature of all parameters of the layers together."
     layers = linear_layers(model, modules).items()
@@ -269,10 +252,9 @@ def whole_influence(model, train, query, task, method, modules=None, damping=Non
 def check_rows(train, query):
     "Both must be sequences of equally long arrays."
     for name, data in (("train", train), ("query", query)):
-        if not isinstance(data, (tuple, list)) or len(lens := {n_rows(x) for x in data}) != 1:
-            raise ValueError(f"{name} must be a tuple of tensors with one row an example: rows must correspond")
-        if not lens.pop():
-            raise ValueError(f"{name} is empty: nothing to attribute")
+        lens = {n_rows(x) for x in data} if isinstance(data, (tuple, list)) else set()
+        refuse(len(lens) != 1, f"{name} must be a tuple of tensors with one row an example: rows must correspond")
+        refuse(0 in lens, f"{name} is empty: nothing to attribute")
 
 def n_rows(x): return x.shape[0] if hasattr(x, "shape") else len(x)
 
@@ -291,18 +273,13 @@ def real_tokens(tok, ids):
         run[:, 0] = False
     return ~run
 
-# %% ../../nbs/trust/01_influence.ipynb #d8ac5f62
-def lm_batch(
-    tok, texts:Sequence[str],
-    prompts:Sequence[str]|None=None, # beginnings of the texts whose tokens do not count in the loss
-    ) -> tuple[Tensor, Tensor]: # ids, labels, (n, T) each; -100 does not count
-    "Texts as rows of token ids, each with its end mark."
-    if tok.pad_token_id is None or tok.eos_token_id is None:
-        raise ValueError("no end mark or no pad token: set tok.eos_token, and tok.pad_token = tok.eos_token")
-    if prompts is not None and len(prompts) != len(texts):
-        raise ValueError(f"{len(prompts)} prompts for {len(texts)} texts: one for each")
-    if odd := [(t, p) for t, p in zip(texts, prompts or []) if not t.startswith(p)]:
-        raise ValueError(f"{odd[0][0][:40]!r} does not begin with its prompt {odd[0][1][:40]!r}")
+def lm_batch(tok, texts:Sequence[str], prompts:Sequence[str]|None=None) -> tuple[Tensor, Tensor]: # ids, labels (n, T)
+    "Texts as rows of ids, each with its end mark; tokens of the prompts (their beginnings) have label -100: they do not count."
+    refuse(tok.pad_token_id is None or tok.eos_token_id is None,
+        "no end mark or no pad token: set tok.eos_token, and tok.pad_token = tok.eos_token")
+    refuse(prompts is not None and len(prompts) != len(texts), f"{len(prompts or [])} prompts for {len(texts)} texts")
+    for t, p in zip(texts, prompts or []):
+        refuse(not t.startswith(p), f"{t[:40]!r} does not begin with its prompt {p[:40]!r}")
     rows = [x if x[-1:] == [tok.eos_token_id] else [*x, tok.eos_token_id] for x in token_ids(tok, texts)]
     x, y = (nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), True, v) for v in (tok.pad_token_id, -100))
     for row, ids, p in zip(y, rows, token_ids(tok, prompts or [])):
@@ -311,54 +288,37 @@ def lm_batch(
     return x, y
 
 # %% ../../nbs/trust/01_influence.ipynb #d02aa56d
-class Boosted(NamedTuple):
-    "A fitted booster taken apart: what its trees add to which leaf."
-    kind:str # "binary", "classes" or "squares"
-    eta:float # learning rate
-    lam:float # L2 penalty on leaf values
-    base:Callable # X -> (n, K), raw prediction before the first tree
-    leaves:Callable # X -> (n, T, K), leaf numbers
-    value:np.ndarray # (T, K, most leaves), what a leaf adds: eta*theta
-    classes:np.ndarray|None=None
+# A fitted booster: "binary", "classes" or "squares"; learning rate; L2 penalty; X -> (n, K) raw prediction before the
+# first tree; X -> (n, T, K) leaf numbers; what a leaf adds, eta*theta (T, K, most leaves); labels of the classes.
+Boosted = namedtuple("Boosted", "kind eta lam base leaves value classes", defaults=[None])
 
-def open_booster(
-    model, y, # GradientBoosting..., LGBM... or lightgbm.Booster, fitted; its training targets
-    ) -> Boosted:
+def open_booster(model, y) -> Boosted: # fitted GradientBoosting..., LGBM... or lightgbm.Booster; its training targets
     "The library's own fitted trees as arrays."
     name = type(model).__name__
     if hasattr(model, "estimators_") and name.startswith("GradientBoosting"):
         return open_sklearn(model)
-    if hasattr(model, "booster_") or name == "Booster" and hasattr(model, "dump_model"):
-        return open_lightgbm(model, y)
-    raise ValueError(f"{name} is not a fitted GradientBoostingClassifier/Regressor, LGBMClassifier/Regressor or lightgbm.Booster")
+    refuse(not hasattr(model, "booster_") and not (name == "Booster" and hasattr(model, "dump_model")), f"{name} is not a fitted "
+        "GradientBoostingClassifier, GradientBoostingRegressor, LGBMClassifier, LGBMRegressor or lightgbm.Booster")
+    return open_lightgbm(model, y)
 
-# %% ../../nbs/trust/01_influence.ipynb #6ad5bbd5
 def leaf_table(outputs, T, K):
     "Leaf outputs, one list a tree in the order of the rounds, as (T, K, most leaves)."
-    value = np.zeros((T*K, max(map(len, outputs))))
-    for row, o in zip(value, outputs):
-        row[:len(o)] = o
-    return value.reshape(T, K, -1)
+    most = max(map(len, outputs))
+    return np.array([[*o, *[0.]*(most - len(o))] for o in outputs]).reshape(T, K, most)
 
-def look_up(value, L):
-    "What the leaves L (n, T, K) add, (n, T, K)."
-    T, K = L.shape[1:]
-    return value[np.arange(T)[:, None], np.arange(K), L]
+def look_up(value, L): return value[np.arange(L.shape[1])[:, None], np.arange(L.shape[2]), L] # what the leaves (n, T, K) add
 
 def check_columns(X, names):
     "`X`, refused if it is a table whose columns are not the booster's."
     plain = lambda ks: [re.sub(r"\W", "_", str(k)) for k in ks]
-    if names is not None and len(names) and hasattr(X, "columns") and plain(X.columns) != plain(names):
-        raise ValueError(f"columns {list(X.columns)[:6]} are not the booster's {list(names)[:6]}: same names, same order")
+    odd = names is not None and len(names) and hasattr(X, "columns") and plain(X.columns) != plain(names)
+    refuse(odd, "columns are not the booster's: same names, same order" + (f", {list(names)[:6]}" if odd else ""))
     return X
 
-# %% ../../nbs/trust/01_influence.ipynb #50f5bb87
 def open_sklearn(model):
     "The trees of a scikit-learn booster."
-    if model.subsample != 1:
-        raise ValueError(f"subsample={model.subsample}: leaves come from part of the rows; refit with subsample=1")
-    if model.loss not in ("log_loss", "squared_error"):
-        raise ValueError(f"loss={model.loss!r}: must be 'log_loss' or 'squared_error'")
+    refuse(model.subsample != 1, f"subsample={model.subsample}: leaves come from part of the rows; refit with subsample=1")
+    refuse(model.loss not in ("log_loss", "squared_error"), f"loss={model.loss!r}: must be 'log_loss' or 'squared_error'")
     trees, eta, names = model.estimators_, model.learning_rate, getattr(model, "feature_names_in_", None)
     value = leaf_table([eta*e.tree_.value[:, 0, 0] for e in trees.ravel()], *trees.shape)
     def leaves(X):
@@ -372,14 +332,13 @@ def open_sklearn(model):
     kind = "squares" if squares else "binary" if trees.shape[1] == 1 else "classes"
     return Boosted(kind, eta, 0., base, leaves, value, getattr(model, "classes_", None))
 
-# %% ../../nbs/trust/01_influence.ipynb #b73844b9
 def open_lightgbm(model, y):
     "The trees of a LightGBM booster."
     b = getattr(model, "booster_", model)
     said = dict(re.findall(r"^\[(\w+): (.*)\]$", b.model_to_string(), re.M))
     kinds = dict(binary="binary", multiclass="classes", regression="squares")
-    if (o := said["objective"].split()[0]) not in kinds:
-        raise ValueError(f"objective={o!r}: must be one of {', '.join(kinds)}")
+    o = said["objective"].split()[0]
+    refuse(o not in kinds, f"objective={o!r}: must be one of {', '.join(kinds)}")
     kind, K, T = kinds[o], b.num_model_per_iteration(), b.num_trees()//b.num_model_per_iteration()
     classes = getattr(model, "classes_", None) if kind != "squares" else None
     sizes = [t["num_leaves"] for t in b.dump_model(num_iteration=-1)["tree_info"]]
@@ -401,13 +360,9 @@ def average_start(kind, y, classes, K):
     return np.log(share[1:]/share[:1]) if kind == "binary" else np.log(share)
 
 # %% ../../nbs/trust/01_influence.ipynb #82e7a13a
-class Rounds(NamedTuple):
-    "One data set's way through a booster."
-    L:np.ndarray # (n, T, K) leaf numbers, unique over the whole forest
-    F:np.ndarray # (n, T+1, K) raw prediction before each round, and at the end
-    g:np.ndarray # (n, T, K) first and second derivative of the loss before each round
-    h:np.ndarray
-    Y:np.ndarray # (n, K) targets, one-hot for classes
+# A data set's way: leaf numbers (n, T, K), unique over the whole forest; raw prediction before each round and at the end
+# (n, T+1, K); first and second derivative of the loss before each round (n, T, K); targets (n, K), one-hot for classes.
+Rounds = namedtuple("Rounds", "L F g h Y")
 
 def rounds(b:Boosted, X, y) -> Rounds:
     "Leaves, predictions and derivatives before every round."
@@ -422,16 +377,15 @@ def targets(b, y):
     "Labels as the booster's loss sees them: (n, K)."
     y = np.asarray(y)
     if b.kind == "squares":
-        if not np.isfinite(y := y.astype(float)).all():
-            raise ValueError(f"{(~np.isfinite(y)).sum()} targets are not finite: leave these rows out")
+        y = y.astype(float)
+        refuse(not np.isfinite(y).all(), f"{(~np.isfinite(y)).sum()} targets are not finite: leave these rows out")
         return y[:, None]
     c = b.classes if b.classes is not None else np.arange(max(2, b.value.shape[1]))
-    if bad := set(np.unique(y)) - set(c):
-        raise ValueError(f"labels {sorted(bad)} are unknown to the booster, it has {list(c)}")
+    bad = set(np.unique(y)) - set(c)
+    refuse(bad, f"labels {sorted(bad)} are unknown to the booster, it has {list(c)}")
     i = np.searchsorted(c, y)
     return i.astype(float)[:, None] if b.kind == "binary" else np.eye(len(c))[i]
 
-# %% ../../nbs/trust/01_influence.ipynb #1174d611
 def derivatives(kind, F, Y):
     "First and second derivative of the loss by the raw prediction; for K classes with the libraries' factor K/(K-1)."
     if kind == "squares":
@@ -450,18 +404,13 @@ def raw_losses(kind, F, Y):
         return (np.logaddexp(0, F) - Y*F).sum(-1)
     return -(Y*log_softmax(F, -1)).sum(-1)
 
-# %% ../../nbs/trust/01_influence.ipynb #0639759c
-class Leaves(NamedTuple):
-    "Newton statistics of every leaf of the forest, flat over (T, K, leaf)."
-    D:np.ndarray # sum of h, plus lambda
-    theta:np.ndarray # leaf value before shrinking, -(sum of g)/D
-    error:float # largest difference to what the library stored
+# Every leaf of the forest, flat: sum of h plus lambda; leaf value before shrinking; largest difference to the library's.
+Leaves = namedtuple("Leaves", "D theta error")
 
 def leaf_values(
-    b:Boosted, r:Rounds, weight:np.ndarray|None=None, # of the training data; (n,) example weights
-    tol:float|None=1e-4, # refuse a booster whose leaves differ by more, as a share of eta*sum|g|/D; None: never
+    b:Boosted, r:Rounds, weight:np.ndarray|None=None, tol:float|None=1e-4, # of the training data; (n,); see below
     ) -> Leaves:
-    "Leaf values recomputed from g and h; they must be the library's, or every derivative below is that of another model."
+    "Leaves from g and h; refused if they are not the library's by `tol` of eta*sum|g|/D: derivatives would be another model's."
     w = np.ones(len(r.L)) if weight is None else weight
     add = lambda v: np.bincount(r.L.ravel(), (w[:, None, None]*v).ravel(), b.value.size)
     G, D = add(r.g), add(r.h) + b.lam
@@ -469,10 +418,9 @@ def leaf_values(
     used = np.bincount(r.L.ravel(), minlength=b.value.size) > 0
     error = np.abs(-b.eta*G/D - b.value.ravel())
     rounding = 8*np.finfo(np.float32).eps*(np.abs(r.Y).max() if b.kind == "squares" else 1.) # libraries count in 32 bits
-    if tol is not None and (bad := used & ~(error <= tol*b.eta*add(np.abs(r.g))/D + rounding)).any():
-        raise ValueError(f"{bad.sum()} leaf values differ from Newton steps, by {error[bad].max():.1e} at most: pass the data "
-        "the booster was trained on, without sample weights, bagging, L1 penalty, class weights, linear leaves or "
-        "categorical smoothing")
+    bad = tol is not None and used & ~(error <= tol*b.eta*add(np.abs(r.g))/D + rounding)
+    refuse(np.any(bad), f"leaf values differ from Newton steps, by {error[used].max():.1e} at most: pass the data the booster was "
+        "trained on, without sample weights, bagging, L1 penalty, class weights, linear leaves or categorical smoothing")
     return Leaves(D, -G/D, float(error[used].max()))
 
 # %% ../../nbs/trust/01_influence.ipynb #a736332b
@@ -485,31 +433,24 @@ def in_leaves(v, L, size):
     n, m = len(L), L[0].size
     return sp.csr_matrix((v.ravel(), L.ravel(), np.arange(0, n*m+1, m)), (n, size))
 
-def boostin(
-    b:Boosted, train:Rounds, query:Rounds,
-    newton:bool=True, same_leaf:bool=True, # with the theta*h term; only rounds in which both share a leaf
-    ) -> np.ndarray: # (n, q)
+def boostin(b:Boosted, train:Rounds, query:Rounds, newton:bool=True, same_leaf:bool=True) -> np.ndarray: # (n, q)
     "BoostIn (Brophy et al. 2023): in each round, how a training row moved the leaf that the query falls into."
     A = leaf_moves(b, train, leaf_values(b, train), newton)
     if not same_leaf:
         return A.reshape(len(A), -1) @ query.g.reshape(len(query.g), -1).T
     return (in_leaves(A, train.L, b.value.size) @ in_leaves(query.g, query.L, b.value.size).T).toarray()
 
-# %% ../../nbs/trust/01_influence.ipynb #aecb26d9
 def leaf_influence(b:Boosted, train:Rounds, query:Rounds) -> np.ndarray: # (n, q)
     "LeafInfluence (Sharchilev et al. 2018): the exact derivative with the trees' structure fixed, carried through all later rounds."
-    if b.kind == "classes":
-        raise ValueError("LeafInfluence is written for one tree a round: binary or squares, not classes")
-    leaves, n, width = leaf_values(b, train), len(train.L), b.value.shape[2]
+    refuse(b.kind == "classes", "LeafInfluence is written for one tree a round: binary or squares, not classes")
+    leaves, n = leaf_values(b, train), len(train.L)
     dF, dQ = np.zeros((n, n)), np.zeros((len(query.L), n)) # by the weight of each row
     for t in range(train.L.shape[1]):
-        L, first = train.L[:, t, 0], t*width
-        P = in_leaves(np.ones(n), (L - first)[:, None, None], width)
-        theta, g, h = leaves.theta[L], train.g[:, t, 0], train.h[:, t, 0]
-        third = h*(1-2*expit(train.F[:, t, 0])) if b.kind == "binary" else 0*h
-        move = P.T @ (sp.diags_array(g + theta*h) + sp.diags_array(h + theta*third) @ dF)
-        move = -b.eta*np.asarray(move)/leaves.D[first:first+width, None]
-        dF, dQ = dF + move[L - first], dQ + move[query.L[:, t, 0] - first]
+        L, F, g, h = train.L[:, t, 0], train.F[:, t, 0], train.g[:, t, 0], train.h[:, t, 0]
+        third = h*(1-2*expit(F)) if b.kind == "binary" else 0*h
+        own = np.diag(g + leaves.theta[L]*h) + (h + leaves.theta[L]*third)[:, None]*dF
+        for d, rows in ((dF, L), (dQ, query.L[:, t, 0])):
+            d -= b.eta*((rows[:, None] == L) @ own)/leaves.D[rows][:, None]
     slope = derivatives(b.kind, query.F[:, -1], query.Y)[0]
     return -(slope*dQ).T
 
@@ -533,23 +474,19 @@ def representers(b, train, query, l2=.003):
         alpha = -((expit(z) if b.kind == "binary" else softmax(z, 1)) - Y)/(2*l2*n)
     return alpha, kernel @ alpha, kernel
 
-# %% ../../nbs/trust/01_influence.ipynb #505f3b00
 def trex(b:Boosted, train:Rounds, query:Rounds, l2:float=.003) -> np.ndarray: # (n, q); l2: lambda
     "TREX (Brophy et al. 2023): loss of the query without row i's term in the surrogate, minus the loss with it."
-    if not 0 < l2 < np.inf:
-        raise ValueError(f"l2={l2}: the penalty must be positive")
+    refuse(not 0 < l2 < np.inf, f"l2={l2}: the penalty must be positive")
     alpha, f, kernel = representers(b, train, query, l2)
     without = f[None] - alpha[:, None]*kernel.T[..., None]
     return raw_losses(b.kind, without, query.Y) - raw_losses(b.kind, f, query.Y)
 
 def tree_sim(b:Boosted, train:Rounds, query:Rounds) -> np.ndarray: # (n, q)
     "TreeSim (Brophy et al. 2023): the leaf kernel, positive where the labels agree, negative where they do not."
-    if b.kind == "squares":
-        raise ValueError("TreeSim needs labels that agree or not: it is for classes only")
+    refuse(b.kind == "squares", "TreeSim needs labels that agree or not: it is for classes only")
     agree = (train.Y[:, None] == query.Y[None]).all(-1)
     return leaf_kernel(b, train, query)[1].T*np.where(agree, 1., -1.)
 
-# %% ../../nbs/trust/01_influence.ipynb #2e605fd0
 def losses_of(model, b, X, y):
     "Loss of each row under a fitted booster."
     raw = (lambda X: model.predict(X, raw_score=True)) if hasattr(model, "booster_") else None
@@ -559,20 +496,17 @@ def losses_of(model, b, X, y):
 def retrainer(model, train, query) -> Callable: # (n,) bool -> (q,) losses
     "Refit a copy of the booster on the rows to keep, and return the losses of the queries."
     from sklearn.base import clone
-    if not hasattr(model, "get_params"):
-        raise ValueError("retraining needs an estimator (LGBMClassifier, not lightgbm.Booster)")
+    refuse(not hasattr(model, "get_params"), "retraining needs an estimator (LGBMClassifier, not lightgbm.Booster)")
     b = open_booster(model, train[1])
     def kept(A, keep):
         return A.iloc[keep] if hasattr(A, "iloc") else A.tocsr()[keep] if sp.issparse(A) else np.asarray(A)[keep]
     return lambda keep: losses_of(clone(model).fit(*(kept(A, keep) for A in train)), b, *query)
 
-# %% ../../nbs/trust/01_influence.ipynb #ffbfc334
 def tree_influence(
     model, train, query, method:str="boostin", # fitted booster; (X, y) of training and queries; one of `TREES`
     seed:int=0) -> np.ndarray: # (n, q)
     "Influence of training rows on queries in a fitted booster; positive: the row lowers the query's loss."
-    if method not in TREES:
-        raise ValueError(f"method={method!r}: for a booster choose from {', '.join(TREES)}")
+    refuse(method not in TREES, f"method={method!r}: for a booster choose from {', '.join(TREES)}")
     if method == "random":
         return np.random.default_rng(seed).normal(size=(n_rows(train[0]), n_rows(query[0])))
     if method == "loo":
@@ -585,61 +519,50 @@ def tree_influence(
 def check_head(X, y, l2):
     "A head knows labels 0 and 1 and needs a penalty to have an inverse Hessian."
     y = np.asarray(y)
-    if y.shape != (n_rows(X),):
-        raise ValueError(f"labels {y.shape} for {n_rows(X)} rows: one label a row")
-    if odd := sorted(set(np.unique(y).tolist()) - {0, 1}, key=str):
-        raise ValueError(f"labels {odd[:4]}: a head for two classes needs 0 and 1")
-    if not 0 < l2 < np.inf:
-        raise ValueError(f"l2={l2}: must be positive")
+    odd = sorted(set(np.unique(y).tolist()) - {0, 1}, key=str)
+    refuse(y.shape != (n_rows(X),), f"labels {y.shape} for {n_rows(X)} rows: one label a row")
+    refuse(odd, f"labels {odd[:4]}: a head for two classes needs 0 and 1")
+    refuse(not 0 < l2 < np.inf, f"l2={l2}: must be positive")
 
-def fit_head(
-    X, y, l2:float=1e-3, # (n, d), a column of ones among them; (n,) 0/1; mean log loss + l2/2 |w|^2 is minimised
-    ) -> np.ndarray: # (d,)
-    "A logistic head, trained to convergence: its Hessian is exact and small."
+def fit_head(X, y, l2:float=1e-3) -> np.ndarray: # (n, d), a column of ones among them; (n,) 0/1
+    "A logistic head (d,) at the minimum of mean log loss + l2/2 |w|^2: its Hessian is exact and small."
     from sklearn.linear_model import LogisticRegression
     check_head(X, y, l2)
     return LogisticRegression(C=1/(l2*len(y)), fit_intercept=False, tol=1e-8, max_iter=2000).fit(X, y).coef_[0]
 
-def head_influence(
-    X, y, w, l2, Xq, yq, # training features and labels, weights, penalty; queries
-    ) -> np.ndarray: # (n, q)
-    "Influence of a logistic head with its exact Hessian, all pairs in one product (Koh & Liang 2017)."
+# %% ../../nbs/trust/01_influence.ipynb #c47053c5
+def head_influence(X, y, w, l2, Xq, yq) -> np.ndarray: # (n, q)
+    "Influence of a logistic head with weights w and its exact Hessian, all pairs in one product (Koh & Liang 2017)."
     check_head(X, y, l2)
     check_head(Xq, yq, l2)
     p, pq = expit(X @ w), expit(Xq @ w)
     H = (X*(p*(1-p))[:, None]).T @ X/len(X) + l2*np.eye(X.shape[1])
     return (X*(p-y)[:, None]) @ np.linalg.solve(H, (Xq*(pq-yq)[:, None]).T)/len(X)
 
-# %% ../../nbs/trust/01_influence.ipynb #edaca747
 def folds_of(y, k, seed):
     "k folds with both classes in each."
     from sklearn.model_selection import StratifiedKFold
     return [test for _, test in StratifiedKFold(k, shuffle=True, random_state=seed).split(y, y)]
 
+# %% ../../nbs/trust/01_influence.ipynb #edaca747
 def cross_influence(
-    X, y, l2:float=1e-3, # (n, d), (n,) 0/1
-    folds:int=5, seed:int=0,
+    X, y, l2:float=1e-3, folds:int=5, seed:int=0,
     about:str="prediction", # influence on the "given" label's loss, or on that of the head's own "prediction"
     ) -> tuple[np.ndarray, np.ndarray]: # (n, n): column t is about row t, 0 inside its fold; out-of-fold probabilities
     "Influences of training rows on each other, cross-fitted: no row is its own influencer."
-    if about not in ("given", "prediction"):
-        raise ValueError(f"about={about!r}: must be 'given' or 'prediction'")
-    I, p = np.zeros((len(y), len(y))), np.zeros(len(y))
+    refuse(about not in ("given", "prediction"), f"about={about!r}: must be 'given' or 'prediction'")
+    I, p, rows = np.zeros((len(y), len(y))), np.zeros(len(y)), np.arange(len(y))
     for t in folds_of(y, folds, seed):
-        r = np.setdiff1d(np.arange(len(y)), t)
+        r = np.setdiff1d(rows, t)
         w = fit_head(X[r], y[r], l2)
         p[t] = expit(X[t] @ w)
         I[np.ix_(r, t)] = head_influence(X[r], y[r], w, l2, X[t], y[t] if about == "given" else p[t] > .5)
     return I, p
 
 # %% ../../nbs/trust/01_influence.ipynb #5906a401
-def vote(
-    S, y, # (n, n) scores: column t says how much each row speaks for row t, only positive ones count; (n,) 0/1
-    k:int=10, share:float=.6, # voters; weight share from which the other label wins
-    ) -> np.ndarray: # (n,) labels after the vote
+def vote(S, y, k:int=10, share:float=.6) -> np.ndarray: # (n, n), positive where the row speaks for the column's; (n,) 0/1
     "Each row takes the label of its k strongest supporters, if their weight agrees strongly enough."
-    if not 1 <= k < len(y):
-        raise ValueError(f"k={k}: must lie in 1..{len(y)-1}")
+    refuse(not 1 <= k < len(y), f"k={k}: must lie in 1..{len(y)-1}")
     top = np.argpartition(-S, k-1, axis=0)[:k]
     W = np.maximum(np.take_along_axis(S, top, 0), 0)
     total = W.sum(0)
@@ -647,19 +570,9 @@ def vote(
     return np.where((total == 0) | (one > 1-share) & (one < share), y, one > .5).astype(int)
 
 # %% ../../nbs/trust/01_influence.ipynb #c3c5f670
-def macro_f1(y, p):
-    "Mean F1 of the two classes, at a threshold of .5."
-    from sklearn.metrics import f1_score
-    if np.isnan(p := np.asarray(p, float)).any():
-        raise ValueError(f"{np.isnan(p).sum()} probabilities are NaN: check the head")
-    return float(f1_score(y, p > .5, average="macro"))
-
-def repair(
-    X, y, Xdev, ydev, # noisy training set and clean development set
-    relabel:Callable, l2:float=1e-3, rounds:int=3, # (X, y, round) -> new labels
-    ) -> tuple[np.ndarray, list[float]]: # labels, macro-F1 on dev before and after each round kept
-    "Label feedback (InfFeed, first objective): relabel, refit, and keep a round only if macro-F1 on dev rises."
-    score = lambda y: macro_f1(ydev, expit(Xdev @ fit_head(X, y, l2)))
+def repair(X, y, Xdev, ydev, relabel:Callable, l2:float=1e-3, rounds:int=3) -> tuple[np.ndarray, list[float]]:
+    "Label feedback (InfFeed): relabel(X, y, round), refit, keep the round if macro-F1 on dev rises; labels, and the F1s kept."
+    score = lambda y: f1_score(ydev, Xdev @ fit_head(X, y, l2) > 0, average="macro")
     history = [score(y)]
     for t in range(rounds):
         new = relabel(X, y, t)
@@ -682,6 +595,7 @@ def knn_relabel(k=10, share=.6, l2=None):
         return vote(S, y, k, share)
     return relabel
 
+# %% ../../nbs/trust/01_influence.ipynb #8c4deece
 def loss_relabel(scale=1., l2=1e-3, folds=5):
     "Relabel where the other label's out-of-fold probability passes its class's mean (in the manner of Northcutt et al. 2021)."
     def relabel(X, y, t):
@@ -692,16 +606,12 @@ def loss_relabel(scale=1., l2=1e-3, folds=5):
     return relabel
 
 # %% ../../nbs/trust/01_influence.ipynb #41b56621
-def silver_order(
-    X, y, gold, l2, Xdev, ydev, # X, y: gold and silver together; gold: (n,) bool
-    how:str="influence", # "influence", "confidence", "random"
-    seed:int=0) -> np.ndarray:  # silver rows (numbers in X)
-    "Which silver labels to check first (InfFeed, second objective): the most harmful for dev, the least confident, or any."
+def silver_order(X, y, gold, l2, Xdev, ydev, how:str="influence", seed:int=0) -> np.ndarray: # gold: (n,) bool; rows of X
+    "Which silver labels to check first (InfFeed): the most harmful for dev, the least confident, or any ('random')."
+    refuse(how not in ("influence", "confidence", "random"), f"how={how!r}: must be 'influence', 'confidence' or 'random'")
     s = np.flatnonzero(~np.asarray(gold))
     if how == "random":
         return np.random.default_rng(seed).permutation(s)
-    if how not in ("influence", "confidence"):
-        raise ValueError(f"how={how!r}: must be 'influence', 'confidence' or 'random'")
     w = fit_head(X, y, l2)
     worth = np.abs(expit(X @ w) - .5) if how == "confidence" else head_influence(X, y, w, l2, Xdev, ydev).mean(1)
     return s[np.argsort(worth[s], kind="stable")]
