@@ -56,14 +56,15 @@ def bregman(model:nn.Module, task:Task, train, params:dict, damping:float, copie
 def minimise(f:Callable, start:Tensor, steps:int=200, tol:float=1e-6) -> Tensor: # (m, p)
     "Minima of m unrelated problems f: (m, p) -> (m,), by L-BFGS on their sum, until gradients fell to the share `tol`."
     U = start.clone().requires_grad_()
-    slope = lambda: torch.autograd.grad(f(U).sum(), U)[0]
-    first = slope().abs().max().item()
-    opt = torch.optim.LBFGS([U], 1., steps, 2*steps, tol*first, 0., 30, "strong_wolfe")
     def closure():
-        U.grad = slope()
-        return f(U).sum().detach()
-    opt.step(closure)
-    if not (left := slope().abs().max().item()/first) <= 1e3*tol:
+        loss = f(U).sum()
+        U.grad, = torch.autograd.grad(loss, U)
+        return loss.detach()
+    closure()
+    first = U.grad.abs().max().item()
+    torch.optim.LBFGS([U], 1., steps, 2*steps, tol*first, 0., 30, "strong_wolfe").step(closure)
+    closure()
+    if not (left := U.grad.abs().max().item()/first) <= 1e3*tol:
         raise RuntimeError(f"gradient only fell to {left:.1e} of the push after {steps} steps: raise damping or steps")
     return U.detach()
 
@@ -81,7 +82,9 @@ def pbrf(
 def responses(model, task, train, which, damping, params, copies):
     "The moved parameters (m, p)."
     theta0, rows = flatten(params).detach(), tuple(x[which] for x in train)
-    L = torch.linalg.cholesky(ggn_matrix(model, task, train, params) + damping*torch.eye(len(theta0)).to(theta0))
+    G = ggn_matrix(model, task, train, params)
+    G.diagonal().add_(damping)
+    L = torch.linalg.cholesky(G)
     there = lambda U: theta0 + torch.linalg.solve_triangular(L.T, U.T, upper=True).T
     objective = vmap(bregman(model, task, train, params, damping, copies))
     return there(minimise(lambda U: objective(there(U), rows), theta0.new_zeros(len(which), len(theta0))))
@@ -92,13 +95,13 @@ Factors = namedtuple("Factors", "Q_A L_A Q_S L_S Lambda length")
 
 def chunks(data, size): return (tuple(x[k:k+size] for x in data) for k in range(0, len(data[0]), size))
 
-def moments(task:Task, sweep) -> tuple[dict, dict, int]:
+def moments(task, sweep):
     "Sums of a a^T and s s^T by layer, and the number of tokens; `sweep` yields (batch, its `layer_grads`)."
     A, S, tokens = defaultdict(float), defaultdict(float), 0
     for b, grads in sweep:
         for j, io in enumerate(grads):
             for k, (a, s) in io.items():
-                there = torch.ones(a.shape[:2]).to(a) if task.mask is None else task.mask(b).to(a)
+                there = a.new_ones(a.shape[:2]) if task.mask is None else task.mask(b).to(a)
                 if j == 0: # inputs are the same for every set of labels
                     A[k] = A[k] + torch.einsum("nt,nti,ntj->ij", there, a, a)
                 S[k] = S[k] + torch.einsum("nti,ntj->ij", s, s)
@@ -163,11 +166,9 @@ def pair_scores(
     ) -> Tensor: # (n, q); (n_layers, n, q) by layer; (n, T, q) by token
     "Inner products of training gradients with V in one pass over the data."
     refuse(by not in (None, "layer", "token"), f"by={by!r}: must be 'layer', 'token' or None")
-    layers, out = linear_layers(model, list(V)), []
-    for b in chunks(train, batch_size):
-        io = next(layer_grads(model, task, b, layers))
-        out.append(torch.stack([products(io[k], V[k], by == "token") for k in layers]))
-    parts = torch.cat(out, 1)
+    layers = linear_layers(model, list(V))
+    seen = (next(layer_grads(model, task, b, layers)) for b in chunks(train, batch_size))
+    parts = torch.cat([torch.stack([products(io[k], V[k], by == "token") for k in layers]) for io in seen], 1)
     return parts if by == "layer" else parts.sum(0)
 
 def products(pair, V, token):
@@ -182,11 +183,8 @@ def products(pair, V, token):
     return each if token else each.sum(1)
 
 # %% ../../nbs/trust/01_influence.ipynb #1c7a7031
-def lissa(
-    model:nn.Module, task:Task, train, params:dict[str, nn.Parameter],
-    B:Tensor, damping:float|None=None, steps:int=200, seed:int=0, # (q, p); lambda; minibatches of 32 rows
-    ) -> Tensor: # (q, p)
-    "(G + lambda I)^{-1} B by the stochastic Neumann series (Agarwal et al. 2017)."
+def lissa(model, task, train, params, B, damping=None, steps=200, seed=0) -> Tensor: # (q, p), as B
+    "(G + lambda I)^{-1} B by the stochastic Neumann series, 32 rows a step (Agarwal et al. 2017)."
     times = lambda V, rows=slice(None): ggn_products(model, task, tuple(x[rows] for x in train), params, V)
     g, lam = torch.Generator().manual_seed(seed), check_damping(damping)
     lam = tenth_of_mean(lambda v: times(v[None])[0], B.shape[1], B) if lam is None else lam
@@ -545,11 +543,8 @@ def folds_of(y, k, seed):
     return [test for _, test in StratifiedKFold(k, shuffle=True, random_state=seed).split(y, y)]
 
 # %% ../../nbs/trust/01_influence.ipynb #edaca747
-def cross_influence(
-    X, y, l2:float=1e-3, folds:int=5, seed:int=0,
-    about:str="prediction", # influence on the "given" label's loss, or on that of the head's own "prediction"
-    ) -> tuple[np.ndarray, np.ndarray]: # (n, n): column t is about row t, 0 inside its fold; out-of-fold probabilities
-    "Influences of training rows on each other, cross-fitted: no row is its own influencer."
+def cross_influence(X, y, l2=1e-3, folds=5, seed=0, about="prediction"):
+    "Influences (n, n), column t on row t's loss (`given` label, or own `prediction`), 0 in its fold; (n,) out-of-fold chances."
     refuse(about not in ("given", "prediction"), f"about={about!r}: must be 'given' or 'prediction'")
     I, p, rows = np.zeros((len(y), len(y))), np.zeros(len(y)), np.arange(len(y))
     for t in folds_of(y, folds, seed):
