@@ -53,19 +53,20 @@ def bregman(model:nn.Module, task:Task, train, params:dict, damping:float, copie
         return pull(task.outputs(bound(theta), train)) + push + .5*damping*(theta - theta0).square().sum()
     return objective
 
-def minimise(f, start, steps=200, tol=1e-6): # (m, p)
+def minimise(f, start, tol=1e-6): # (m, p)
     "Minima of m unrelated problems f: (m, p) -> (m,), by L-BFGS on their sum, until gradients fell to the share `tol`."
     U = start.clone().requires_grad_()
+    slope = lambda: torch.autograd.grad(f(U).sum(), U)[0].abs().max().item()
+    first = slope()
+    opt = torch.optim.LBFGS([U], 1., 200, 400, tol*first, 0., 30, "strong_wolfe")
     def closure():
+        opt.zero_grad()
         loss = f(U).sum()
-        U.grad, = torch.autograd.grad(loss, U)
-        return loss.detach()
-    closure()
-    first = U.grad.abs().max().item()
-    torch.optim.LBFGS([U], 1., steps, 2*steps, tol*first, 0., 30, "strong_wolfe").step(closure)
-    left = torch.autograd.grad(f(U).sum(), U)[0].abs().max().item()/first
-    if not left <= 1e3*tol:
-        raise RuntimeError(f"gradient only fell to {left:.1e} of the push after {steps} steps: raise damping or steps")
+        loss.backward(inputs=[U])
+        return loss
+    opt.step(closure)
+    if not (left := slope()/first) <= 1e3*tol:
+        raise RuntimeError(f"gradient only fell to {left:.1e} of the push after 200 steps: raise damping")
     return U.detach()
 
 def pbrf(
@@ -119,8 +120,7 @@ def squares(sweep, bases) -> dict: # layer -> sum over rows (d_out, d_in)
 
 @torch.no_grad()
 def ekfac_factors(
-    model:nn.Module, task:Task, train, # tensors of n rows each
-    modules=None, labels:str="model", # see `linear_layers` and `pseudo_losses`
+    model:nn.Module, task:Task, train, modules=None, labels:str="model", # see `linear_layers` and `pseudo_losses`
     batch_size:int=128, seed:int=0, basis:bool=True, # False: no change of basis, eigenvalues of the diagonal alone
     ) -> dict[str, Factors]: # by layer
     "Two passes: Kronecker factors, then eigenvalues corrected in their basis (George et al. 2018; Grosse et al. 2023)."
@@ -207,8 +207,7 @@ LAYERWISE, WHOLE = ("ekfac", "kfac", "dot"), ("hessian", "ggn", "block", "lissa"
 TREES = ("boostin", "leafinfluence", "trex", "treesim", "loo", "random")
 
 def influence(
-    model, # a torch model, or a fitted booster of scikit-learn or LightGBM
-    train, query, # tensors (or X, y for boosters) of n and q rows each: what the model was trained on, and the queries
+    model, train, query, # torch model or fitted booster; tensors (boosters: X, y) of n and q rows: its training set, queries
     task:Task|None=None, # torch: how to read outputs and targets
     method:str|None=None, # torch: of `LAYERWISE` (default "ekfac") or `WHOLE`; boosters: of `TREES` (default "boostin")
     modules=None, damping:float|None=None, # torch: linear layers, names or a rule; lambda, None: a tenth of the mean
@@ -267,8 +266,7 @@ def real_tokens(tok, ids):
     "Which tokens are no padding, (n, T) bool; where the end mark pads, too, the first of the run at the end is one."
     run = (ids == tok.pad_token_id).flip(1).cumprod(1).flip(1).bool()
     if tok.pad_token_id == tok.eos_token_id:
-        run[:, 1:] &= run[:, :-1].clone()
-        run[:, 0] = False
+        run = nn.functional.pad(run[:, 1:] & run[:, :-1], (1, 0))
     return ~run
 
 def lm_batch(tok, texts:Sequence[str], prompts:Sequence[str]|None=None) -> tuple[Tensor, Tensor]: # ids, labels (n, T)
@@ -583,12 +581,8 @@ def inf_relabel(k=10, share=.6, l2=1e-3, folds=5, about="prediction"):
 
 def knn_relabel(k=10, share=.6, l2=None):
     "Relabel by the vote of the nearest neighbours (cosine)."
-    def relabel(X, y, t):
-        Z = X[:, :-1]/np.maximum(np.linalg.norm(X[:, :-1], axis=1, keepdims=True), 1e-12)
-        S = Z @ Z.T
-        np.fill_diagonal(S, 0)
-        return vote(S, y, k, share)
-    return relabel
+    unit = lambda X: X[:, :-1]/np.maximum(np.linalg.norm(X[:, :-1], axis=1, keepdims=True), 1e-12)
+    return lambda X, y, t: vote((Z := unit(X)) @ Z.T*(1 - np.eye(len(y))), y, k, share)
 
 # %% ../../nbs/trust/01_influence.ipynb #8c4deece
 def loss_relabel(scale=1., l2=1e-3, folds=5):
