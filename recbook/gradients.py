@@ -74,7 +74,7 @@ class OwnRows(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         if name.endswith("batch_norm") and (kwargs.get("training") or any(a is True for a in args[5:6])):
-            raise ValueError("the model normalises by the statistics of the batch, so no row has a gradient of its own: "
+            raise ValueError("the model normalises by batch statistics, so no row has a gradient of its own: "
             "track running statistics, or use LayerNorm")
         return func(*args, **kwargs)
 
@@ -82,7 +82,7 @@ class OwnRows(TorchFunctionMode):
 def as_function(
     model:nn.Module,
     ):
-    "Inside, `model` is a fixed function of each row: evaluation mode, nothing random, no batch statistics. Afterwards its modes are as before."
+    "Inside, `model` is a fixed function of each row: evaluation mode, nothing random, no batch statistics."
     cuda = [p.device for p in list(model.parameters())[:1] if p.is_cuda]
     states = lambda: [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in cuda)]
     before = states()
@@ -116,7 +116,7 @@ def grad_of(
 
 @contextmanager
 def differentiable(params:dict[str, nn.Parameter]):
-    "Inside, gradients are on for `params`, frozen ones too, and attention can be differentiated twice; afterwards all is as before."
+    "Inside, gradients are on for `params`, frozen too, and attention can be differentiated twice; then as before."
     held = [p.requires_grad for p in params.values()]
     for p in params.values():
         p.requires_grad_(True)
@@ -227,7 +227,7 @@ def solve(
         if not np.isfinite(Ax).all():
             raise FloatingPointError("the product with the matrix is not finite: raise the damping or use float64")
         if (curve := x.ravel() @ Ax) < -1e-9*(np.linalg.norm(x)*np.linalg.norm(Ax)):
-            raise ValueError(f"negative curvature {curve:.3g}: the matrix plus damping={damping:g} is not positive definite; "
+            raise ValueError(f"negative curvature {curve:.3g}: the matrix plus {damping=:g} is not positive definite; "
             "raise the damping or use the Gauss-Newton matrix")
         return Ax
     rhs = b.detach().cpu().numpy().astype(float)/size # of size 1, so that no limit below is absolute
@@ -276,10 +276,10 @@ def ggn_products(
         u = (p*u - p*(p*u).sum(-1, keepdim=True))*(task.targets(batch) >= 0)[..., None]
     return torch.cat([g.reshape(len(V), -1) for g in vmap(pull)(u)[0].values()], 1).detach()/len(batch[0])
 
-def ggn_matrix(model:nn.Module, task:Task, batch, params:dict[str, nn.Parameter], chunk_size:int=256) -> Tensor: # (p, p)
+def ggn_matrix(model:nn.Module, task:Task, batch, params:dict[str, nn.Parameter]) -> Tensor: # (p, p)
     "The exact Gauss-Newton matrix of a small model."
     unit = torch.eye(len(flatten(params))).to(flatten(params)).detach()
-    return torch.cat([ggn_products(model, task, batch, params, V) for V in unit.split(chunk_size)])
+    return torch.cat([ggn_products(model, task, batch, params, V) for V in unit.split(256)])
 
 # %% ../nbs/foundations/07_gradients.ipynb #5fe201ab
 def check_damping(damping):
@@ -291,7 +291,7 @@ def check_damping(damping):
     raise ValueError(f"damping={damping!r}: must be a finite number, 0 or more, or None")
 
 def tenth_of_mean(product, p, like, probes=16):
-    "A tenth of the mean eigenvalue of a (p, p) matrix given by its products: E v'Av = trace A for random signs v (Hutchinson 1989)."
+    "A tenth of the mean eigenvalue of a (p, p) matrix: E v'Av = trace A for random signs v (Hutchinson 1989)."
     g = torch.Generator().manual_seed(0)
     V = (2*torch.randint(2, (probes, p), generator=g) - 1).to(like)
     return .1*float(torch.stack([v @ product(v) for v in V]).mean())/p
@@ -310,7 +310,7 @@ def solved(C, B):
             warnings.simplefilter("error", LinAlgWarning)
             return torch.from_numpy(solve(C.cpu().numpy(), B.T.cpu().numpy(), assume_a="sym").T.copy()).to(B)
     except (LinAlgError, LinAlgWarning) as e:
-        raise ValueError(f"the curvature cannot be inverted at this precision ({e}): raise damping or use float64") from e
+        raise ValueError(f"the curvature cannot be inverted at this precision: raise damping or use float64") from e
 
 # %% ../nbs/foundations/07_gradients.ipynb #d681f811
 def solve_curvature(
@@ -340,7 +340,7 @@ def linear_layers(
     model:nn.Module,
     modules:Sequence[str]|Callable|None=None, # names, a rule name -> bool, or None: every nn.Linear and GPT-2's Conv1D
     ) -> dict[str, nn.Module]:
-    "The linear layers that a question is about; unnamed, those whose weight is theirs alone (a tied head is also an embedding)."
+    "The linear layers asked about; unnamed, those whose weight is theirs alone (a tied head is also an embedding)."
     have = {k: m for k, m in model.named_modules() if is_linear(m)}
     shared = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     if modules is None:
@@ -452,7 +452,8 @@ def removal_curve(
         raise ValueError(f"ks={list(ks)}: how many rows to remove, each 1 or more")
     if max(ks) >= n:
         raise ValueError(f"k={max(ks)}: there are only {n} rows")
-    before, place = np.asarray(retrain(np.ones(n, bool))), np.argsort(np.argsort(-scores, axis=0, kind="stable"), axis=0)
+    before = np.asarray(retrain(np.ones(n, bool)))
+    place = np.argsort(np.argsort(-scores, axis=0, kind="stable"), axis=0)
     rise = lambda j, k: float(retrain(place[:, j] >= k)[j] - before[j])
     return pd.DataFrame([dict(query=j, k=k, rise=rise(j, k)) for j in range(q) for k in ks])
 

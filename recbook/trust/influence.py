@@ -40,7 +40,7 @@ def with_one(X): return np.column_stack([X, np.ones(len(X))])
 
 # %% ../../nbs/trust/01_influence.ipynb #0000000c
 def bregman(model:nn.Module, task:Task, train, params:dict, damping:float, copies:float=1.) -> Callable:
-    "What the response minimises, (theta (p,), row) -> scalar: divergence from old predictions, loss of the row, distance."
+    "What the response minimises, (theta (p,), row) -> scalar: divergence from old predictions, row's loss, distance."
     theta0, n, t = flatten(params).detach(), len(train[0]), task.targets(train)
     bound, y0 = lambda theta: Bound(model, unflatten(theta, params)), task.outputs(model, train).detach()
     def pull(y):
@@ -73,7 +73,7 @@ def pbrf(
     model:nn.Module, task:Task, train, query, which, damping:float, # rows (m,) of train to add once more; lambda
     params:dict[str, nn.Parameter]|None=None, copies:float=1., # how much of a copy; the response is divided by it
     ) -> np.ndarray: # (m, q), fall of each query's loss
-    "Proximal Bregman response to one more copy of a training example (Bae et al. 2022; Grosse et al. 2023), really solved."
+    "Proximal Bregman response to one more copy of an example (Bae et al. 2022; Grosse et al. 2023), really solved."
     params = chosen(model, params)
     loss = lambda theta: task.losses(Bound(model, unflatten(theta, params)), query).detach()
     with as_function(model):
@@ -91,7 +91,7 @@ def responses(model, task, train, which, damping, params, copies):
     return there(minimise(lambda U: objective(there(U), rows), theta0.new_zeros(len(which), len(theta0))))
 
 # %% ../../nbs/trust/01_influence.ipynb #56248a17
-# One layer: eigenvectors and -values of A (d_in) and of S (d_out), corrected eigenvalues (d_out, d_in), tokens in a row.
+# One layer: eigenvectors, -values of A (d_in) and of S (d_out), corrected eigenvalues (d_out, d_in), tokens in a row.
 Factors = namedtuple("Factors", "Q_A L_A Q_S L_S Lambda length")
 
 def chunks(data, size): return (tuple(x[k:k+size] for x in data) for k in range(0, len(data[0]), size))
@@ -154,7 +154,7 @@ def query_grads(model:nn.Module, task:Task, query, modules=None, batch_size:int=
     return {k: torch.cat([weight_grads(io[k]) for io in seen]) for k in layers}
 
 def low_rank(V:Tensor, r:int) -> tuple[Tensor, Tensor]: # P (q, d_out, r), R (q, d_in, r) with V close to P R^T
-    "Each preconditioned query (q, d_out, d_in) as two thin matrices: many fit in memory and share one pass over the data."
+    "Each preconditioned query (q, d_out, d_in) as two thin matrices: many fit in memory and share one pass."
     refuse(whole_number("rank", r) > min(V.shape[1:]), f"rank={r}: must lie in 1..{min(V.shape[1:])}")
     U, s, Vh = torch.linalg.svd(V, full_matrices=False)
     return U[..., :r]*s[:, None, :r], Vh[:, :r].transpose(1, 2)
@@ -207,13 +207,13 @@ LAYERWISE, WHOLE = ("ekfac", "kfac", "dot"), ("hessian", "ggn", "block", "lissa"
 TREES = ("boostin", "leafinfluence", "trex", "treesim", "loo", "random")
 
 def influence(
-    model, train, query, # torch model or fitted booster; tensors (boosters: X, y) of n and q rows: its training set, queries
+    model, train, query, # torch model or fitted booster; tensors (or X, y) of n and q rows: its training set, queries
     task:Task|None=None, # torch: how to read outputs and targets
     method:str|None=None, # torch: of `LAYERWISE` (default "ekfac") or `WHOLE`; boosters: of `TREES` (default "boostin")
     modules=None, damping:float|None=None, # torch: linear layers, names or a rule; lambda, None: a tenth of the mean
     factors:dict[str, Factors]|None=None, # from `ekfac_factors`, if already fitted, or fitted with other labels
     ) -> np.ndarray: # (n, q)
-    "How much the loss of each query falls, to first order, when one more copy of each training example joins the training. Positive helps."
+    "How much each query's loss falls, to first order, when one more copy of a training row joins. Positive helps."
     check_rows(train, query)
     if not isinstance(model, nn.Module):
         given = [v is not None for v in (task, modules, damping, factors)]
@@ -270,7 +270,7 @@ def real_tokens(tok, ids):
     return ~run
 
 def lm_batch(tok, texts:Sequence[str], prompts:Sequence[str]|None=None) -> tuple[Tensor, Tensor]: # ids, labels (n, T)
-    "Texts as rows of ids, each with its end mark; tokens of the prompts (their beginnings) have label -100: they do not count."
+    "Texts as rows of ids, each with its end mark; prompts (their beginnings) have label -100: they do not count."
     refuse(tok.pad_token_id is None or tok.eos_token_id is None,
         "no end mark or no pad token: set tok.eos_token, and tok.pad_token = tok.eos_token")
     refuse(prompts is not None and len(prompts) != len(texts), f"{len(prompts or [])} prompts for {len(texts)} texts")
@@ -293,8 +293,8 @@ def open_booster(model, y) -> Boosted: # fitted GradientBoosting..., LGBM... or 
     name = type(model).__name__
     if hasattr(model, "estimators_") and name.startswith("GradientBoosting"):
         return open_sklearn(model)
-    refuse(not hasattr(model, "booster_") and not (name == "Booster" and hasattr(model, "dump_model")), f"{name} is not a fitted "
-        "GradientBoostingClassifier, GradientBoostingRegressor, LGBMClassifier, LGBMRegressor or lightgbm.Booster")
+    known = hasattr(model, "booster_") or name == "Booster" and hasattr(model, "dump_model")
+    refuse(not known, f"{name} is not a fitted GradientBoosting-, LGBM-Classifier or -Regressor, or lightgbm.Booster")
     return open_lightgbm(model, y)
 
 def leaf_table(outputs, T, K):
@@ -302,7 +302,7 @@ def leaf_table(outputs, T, K):
     most = max(map(len, outputs))
     return np.array([[*o, *[0.]*(most - len(o))] for o in outputs]).reshape(T, K, most)
 
-def look_up(value, L): return value[np.arange(L.shape[1])[:, None], np.arange(L.shape[2]), L] # what the leaves (n, T, K) add
+def look_up(value, L): return value[np.arange(L.shape[1])[:, None], np.arange(L.shape[2]), L] # what leaves add
 
 def check_columns(X, names):
     "`X`, refused if it is a table whose columns are not the booster's."
@@ -313,8 +313,8 @@ def check_columns(X, names):
 
 def open_sklearn(model):
     "The trees of a scikit-learn booster."
-    refuse(model.subsample != 1, f"subsample={model.subsample}: leaves come from part of the rows; refit with subsample=1")
-    refuse(model.loss not in ("log_loss", "squared_error"), f"loss={model.loss!r}: must be 'log_loss' or 'squared_error'")
+    refuse(model.subsample != 1, f"subsample={model.subsample}: leaves come from part of the rows; refit with 1")
+    refuse(model.loss not in ("log_loss", "squared_error"), f"loss={model.loss!r}: use 'log_loss' or 'squared_error'")
     trees, eta, names = model.estimators_, model.learning_rate, getattr(model, "feature_names_in_", None)
     value = leaf_table([eta*e.tree_.value[:, 0, 0] for e in trees.ravel()], *trees.shape)
     def leaves(X):
@@ -339,7 +339,7 @@ def open_lightgbm(model, y):
     classes = getattr(model, "classes_", None) if kind != "squares" else None
     sizes = [t["num_leaves"] for t in b.dump_model(num_iteration=-1)["tree_info"]]
     value = leaf_table([[b.get_leaf_output(j, l) for l in range(m)] for j, m in enumerate(sizes)], T, K)
-    start = average_start(kind, np.asarray(y), classes, K) if said.get("boost_from_average", "1") == "1" else np.zeros(K)
+    start = average_start(kind, np.asarray(y), classes, K)*(said.get("boost_from_average", "1") == "1")
     value[0] -= start[:, None]
     names = [k for k in b.feature_name() if not re.fullmatch(r"Column_\d+", k)] # of a table: it keeps types and order
     table = lambda X: check_columns(X, names) if sp.issparse(X) or names and hasattr(X, "columns") else np.asarray(X)
@@ -356,7 +356,7 @@ def average_start(kind, y, classes, K):
     return np.log(share[1:]/share[:1]) if kind == "binary" else np.log(share)
 
 # %% ../../nbs/trust/01_influence.ipynb #82e7a13a
-# A data set's way: leaf numbers (n, T, K), unique over the whole forest; raw prediction before each round and at the end
+# A data set's way: leaf numbers (n, T, K), unique over the forest; raw prediction before each round and at the end
 # (n, T+1, K); first and second derivative of the loss before each round (n, T, K); targets (n, K), one-hot for classes.
 Rounds = namedtuple("Rounds", "L F g h Y")
 
@@ -400,28 +400,28 @@ def raw_losses(kind, F, Y):
         return (np.logaddexp(0, F) - Y*F).sum(-1)
     return -(Y*log_softmax(F, -1)).sum(-1)
 
-# Every leaf of the forest, flat: sum of h plus lambda; leaf value before shrinking; largest difference to the library's.
+# Every leaf of the forest, flat: sum of h plus lambda; value before shrinking; largest difference to the library's.
 Leaves = namedtuple("Leaves", "D theta error")
 
 def leaf_values(
     b:Boosted, r:Rounds, weight:np.ndarray|None=None, tol:float|None=1e-4, # of the training data; (n,); see below
     ) -> Leaves:
-    "Leaves from g and h; refused if they are not the library's by `tol` of eta*sum|g|/D: derivatives would be another model's."
+    "Leaves from g and h; refused if off the library's by `tol` of eta*sum|g|/D: they would be another model's."
     w = np.ones(len(r.L)) if weight is None else weight
     add = lambda v: np.bincount(r.L.ravel(), (w[:, None, None]*v).ravel(), b.value.size)
     G, D = add(r.g), add(r.h) + b.lam
     D = np.where(D > 0, D, 1.)
     used = np.bincount(r.L.ravel(), minlength=b.value.size) > 0
     error = np.abs(-b.eta*G/D - b.value.ravel())
-    rounding = 8*np.finfo(np.float32).eps*(np.abs(r.Y).max() if b.kind == "squares" else 1.) # libraries count in 32 bits
+    rounding = 1e-6*(np.abs(r.Y).max() if b.kind == "squares" else 1.) # libraries count in 32 bits
     bad = tol is not None and used & ~(error <= tol*b.eta*add(np.abs(r.g))/D + rounding)
-    refuse(np.any(bad), f"leaf values differ from Newton steps, by {error[used].max():.1e} at most: pass the data the booster was "
-        "trained on, without sample weights, bagging, L1 penalty, class weights, linear leaves or categorical smoothing")
+    refuse(np.any(bad), f"leaf values differ from Newton steps, by {error[used].max():.1e} at most: pass the training "
+        "data, no sample weights, bagging, L1 penalty, class weights, linear leaves or categorical smoothing")
     return Leaves(D, -G/D, float(error[used].max()))
 
 # %% ../../nbs/trust/01_influence.ipynb #a736332b
 def leaf_moves(b, r, leaves, newton=True):
-    "eta (g_i + theta h_i)/D, (n, T, K): how far a little more weight on row i moves the leaf it is in, with the sign turned."
+    "eta (g_i + theta h_i)/D, (n, T, K): how a little more weight on row i moves its leaf, with the sign turned."
     return b.eta*(r.g + (leaves.theta[r.L]*r.h if newton else 0))/leaves.D[r.L]
 
 def in_leaves(v, L, size):
@@ -437,7 +437,7 @@ def boostin(b:Boosted, train:Rounds, query:Rounds, newton:bool=True, same_leaf:b
     return (in_leaves(A, train.L, b.value.size) @ in_leaves(query.g, query.L, b.value.size).T).toarray()
 
 def leaf_influence(b:Boosted, train:Rounds, query:Rounds) -> np.ndarray: # (n, q)
-    "LeafInfluence (Sharchilev et al. 2018): the exact derivative with the trees' structure fixed, carried through all later rounds."
+    "LeafInfluence (Sharchilev et al. 2018): the exact derivative, structure fixed, through all later rounds."
     refuse(b.kind == "classes", "LeafInfluence is written for one tree a round: binary or squares, not classes")
     leaves, n = leaf_values(b, train), len(train.L)
     dF, dQ = np.zeros((n, n)), np.zeros((len(query.L), n)) # by the weight of each row
@@ -542,7 +542,7 @@ def folds_of(y, k, seed):
 
 # %% ../../nbs/trust/01_influence.ipynb #edaca747
 def cross_influence(X, y, l2=1e-3, folds=5, seed=0, about="prediction"):
-    "Influences (n, n), column t on row t's loss (`given` label, or own `prediction`), 0 in its fold; (n,) out-of-fold chances."
+    "Influences (n, n), column t on row t's loss (`given` label or own `prediction`), 0 in its fold; (n,) chances."
     refuse(about not in ("given", "prediction"), f"about={about!r}: must be 'given' or 'prediction'")
     I, p, rows = np.zeros((len(y), len(y))), np.zeros(len(y)), np.arange(len(y))
     for t in folds_of(y, folds, seed):
@@ -553,7 +553,7 @@ def cross_influence(X, y, l2=1e-3, folds=5, seed=0, about="prediction"):
     return I, p
 
 # %% ../../nbs/trust/01_influence.ipynb #5906a401
-def vote(S, y, k:int=10, share:float=.6) -> np.ndarray: # (n, n), positive where the row speaks for the column's; (n,) 0/1
+def vote(S, y, k:int=10, share:float=.6) -> np.ndarray: # (n, n), how much a row speaks for the column's; (n,) 0/1
     "Each row takes the label of its k strongest supporters, if their weight agrees strongly enough."
     refuse(not 1 <= k < len(y), f"k={k}: must lie in 1..{len(y)-1}")
     top = np.argpartition(-S, k-1, axis=0)[:k]
@@ -564,7 +564,7 @@ def vote(S, y, k:int=10, share:float=.6) -> np.ndarray: # (n, n), positive where
 
 # %% ../../nbs/trust/01_influence.ipynb #c3c5f670
 def repair(X, y, Xdev, ydev, relabel:Callable, l2:float=1e-3, rounds:int=3) -> tuple[np.ndarray, list[float]]:
-    "Label feedback (InfFeed): relabel(X, y, round), refit, keep the round if macro-F1 on dev rises; labels, and the F1s kept."
+    "Label feedback (InfFeed): relabel(X, y, round), refit, keep it if macro-F1 on dev rises; labels, F1s kept."
     score = lambda y: f1_score(ydev, Xdev @ fit_head(X, y, l2) > 0, average="macro")
     history = [score(y)]
     for t in range(rounds):
@@ -586,7 +586,7 @@ def knn_relabel(k=10, share=.6, l2=None):
 
 # %% ../../nbs/trust/01_influence.ipynb #8c4deece
 def loss_relabel(scale=1., l2=1e-3, folds=5):
-    "Relabel where the other label's out-of-fold probability passes its class's mean (in the manner of Northcutt et al. 2021)."
+    "Relabel where the other label's out-of-fold chance passes its class's mean (as Northcutt et al. 2021)."
     def relabel(X, y, t):
         p = cross_influence(X, y, l2, folds, t)[1]
         limit = np.array([1 - p[y == 0].mean(), p[y == 1].mean()])
@@ -595,9 +595,9 @@ def loss_relabel(scale=1., l2=1e-3, folds=5):
     return relabel
 
 # %% ../../nbs/trust/01_influence.ipynb #41b56621
-def silver_order(X, y, gold, l2, Xdev, ydev, how:str="influence", seed:int=0) -> np.ndarray: # gold: (n,) bool; rows of X
+def silver_order(X, y, gold, l2, Xdev, ydev, how="influence", seed=0) -> np.ndarray: # gold: (n,) bool; rows of X
     "Which silver labels to check first (InfFeed): the most harmful for dev, the least confident, or any ('random')."
-    refuse(how not in ("influence", "confidence", "random"), f"how={how!r}: must be 'influence', 'confidence' or 'random'")
+    refuse(how not in ("influence", "confidence", "random"), f"how={how!r}: use 'influence', 'confidence' or 'random'")
     s = np.flatnonzero(~np.asarray(gold))
     if how == "random":
         return np.random.default_rng(seed).permutation(s)
