@@ -543,12 +543,13 @@ def test_modes_are_switched_inside_and_given_back(net, data, method):
 
 def test_default_damping_is_a_tenth_of_the_mean_eigenvalue(net, data):
     lam = .1*float(I.ggn_matrix(net, I.Task(), data, params_of(net)).diagonal().mean())
-    ask = lambda method, **kw: I.influence(net, data, data, method=method, **kw)
+    few = tuple(x[:4] for x in data)
+    ask = lambda method, **kw: I.influence(net, data, few, method=method, **kw)
     close(ask("ggn"), ask("ggn", damping=lam), rtol=1e-6, atol=1e-12)
     scale = np.abs(ask("ggn")).max()
     theta = params_of(net)
     g = per_sample_grads(net, I.Task().mean, data, theta)
-    cg = g @ G_.solve_curvature(net, I.Task(), data, theta, g, dense_below=1).T/30
+    cg = g @ G_.solve_curvature(net, I.Task(), data, theta, g[:4], dense_below=1).T/30
     for got in (cg.numpy(), ask("lissa")):
         assert np.corrcoef(got.ravel(), ask("ggn").ravel())[0, 1] > 0.98 and np.abs(got).max() < 2*scale
     est = I.tenth_of_mean(
