@@ -551,7 +551,7 @@ def test_default_damping_is_a_tenth_of_the_mean_eigenvalue(net, data):
     g = per_sample_grads(net, I.Task().mean, data, theta)
     cg = g @ G_.solve_curvature(net, I.Task(), data, theta, g[:4], dense_below=1).T/30
     for got in (cg.numpy(), ask("lissa")):
-        assert np.corrcoef(got.ravel(), ask("ggn").ravel())[0, 1] > 0.98 and np.abs(got).max() < 2*scale
+        assert np.corrcoef(got.ravel(), ask("ggn").ravel())[0, 1] > 0.95 and np.abs(got).max() < 2*scale
     est = I.tenth_of_mean(
         lambda v: I.ggn_products(net, I.Task(), data, params_of(net), v[None])[0], 43, double(1), 4000
     )
