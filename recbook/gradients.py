@@ -310,7 +310,7 @@ def solved(C, B):
             warnings.simplefilter("error", LinAlgWarning)
             return torch.from_numpy(solve(C.cpu().numpy(), B.T.cpu().numpy(), assume_a="sym").T.copy()).to(B)
     except (LinAlgError, LinAlgWarning) as e:
-        raise ValueError(f"the curvature cannot be inverted at this precision: raise damping or use float64") from e
+        raise ValueError("the curvature cannot be inverted at this precision: raise damping or use float64") from e
 
 # %% ../nbs/foundations/07_gradients.ipynb #d681f811
 def solve_curvature(
