@@ -4,12 +4,16 @@
 
 # %% ../nbs/foundations/09_gradients.ipynb #e6348d49
 from __future__ import annotations
+import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-import numpy as np, torch
+from numbers import Real
+from typing import NamedTuple
+import numpy as np, pandas as pd, torch
 from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from .data import whole_number
@@ -17,7 +21,10 @@ from .training import eval_mode
 
 # %% auto #0
 __all__ = ['params_of', 'flatten', 'unflatten', 'add_', 'OwnRows', 'as_function', 'chosen', 'grad_of', 'differentiable',
-           'per_sample_grads', 'Bound', 'hvp', 'dense', 'ggn_vp', 'solve']
+           'per_sample_grads', 'Bound', 'hvp', 'dense', 'ggn_vp', 'solve', 'Task', 'row_losses', 'ggn_products',
+           'ggn_matrix', 'check_damping', 'tenth_of_mean', 'blocks', 'solved', 'solve_curvature', 'linear_layers',
+           'is_linear', 'pseudo_losses', 'watched', 'layer_grads', 'weight_grads', 'leave_one_out', 'removal_curve',
+           'agreement']
 
 # %% ../nbs/foundations/09_gradients.ipynb #787b3faf
 def params_of(
@@ -67,28 +74,23 @@ class OwnRows(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         if name.endswith("batch_norm") and (kwargs.get("training") or any(a is True for a in args[5:6])):
-            raise ValueError(
-                "the model normalises by the statistics of the batch, so no row has a gradient of its own: track "
-                "running statistics, or use LayerNorm"
-            )
+            raise ValueError("the model normalises by batch statistics, so no row has a gradient of its own: "
+            "track running statistics, or use LayerNorm")
         return func(*args, **kwargs)
 
 @contextmanager
 def as_function(
     model:nn.Module,
     ):
-    """Inside, `model` is a fixed function of each row: evaluation mode, nothing random, no batch statistics. Afterwards
-    its modes are as before."""
+    "Inside, `model` is a fixed function of each row: evaluation mode, nothing random, no batch statistics."
     cuda = [p.device for p in list(model.parameters())[:1] if p.is_cuda]
     states = lambda: [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in cuda)]
     before = states()
     with eval_mode(model), OwnRows():
         yield
     if any((a != b).any() for a, b in zip(before, states())):
-        raise ValueError(
-            "model or loss drew random numbers in evaluation mode, e.g. F.dropout without `training=self.training`: "
-            "gradients would be those of another model each time; switch it off"
-        )
+        raise ValueError("model or loss drew random numbers in evaluation mode, e.g. F.dropout without "
+        "`training=self.training`: gradients would be those of another model each time; switch it off")
 
 def chosen(model, params):
     "`params`, or all of the model's if None."
@@ -108,15 +110,13 @@ def grad_of(
     "Gradient of one loss as a vector, of the model in evaluation mode."
     params = chosen(model, params)
     with as_function(model), differentiable(params):
-        g = torch.autograd.grad(
-            loss(model, batch), list(params.values()), create_graph=create_graph, materialize_grads=True
-        )
+        l = loss(model, batch)
+        g = torch.autograd.grad(l, list(params.values()), create_graph=create_graph, materialize_grads=True)
     return flatten(dict(zip(params, g)))
 
 @contextmanager
 def differentiable(params:dict[str, nn.Parameter]):
-    """Inside, gradients are on for `params`, frozen ones too, and attention can be differentiated twice; afterwards all
-    is as before."""
+    "Inside, gradients are on for `params`, frozen too, and attention can be differentiated twice; then as before."
     held = [p.requires_grad for p in params.values()]
     for p in params.values():
         p.requires_grad_(True)
@@ -147,9 +147,8 @@ def per_sample_grads(
     theta = {k: p.detach() for k, p in params.items()}
     one = lambda th, row: loss(Bound(model, th), tuple(x[None] for x in row))
     with as_function(model), sdpa_kernel(SDPBackend.MATH):
-        g = vmap(grad(one), (None, 0), chunk_size=chunk_size, randomness="different")(
-            theta, batch
-        )  # if random at all, `as_function` says so
+        # if anything is random at all, `as_function` says so
+        g = vmap(grad(one), (None, 0), chunk_size=chunk_size, randomness="different")(theta, batch)
     return torch.cat([g[k].reshape(n, -1) for k in params], 1).detach()
 
 # %% ../nbs/foundations/09_gradients.ipynb #45d0ad16
@@ -226,22 +225,248 @@ def solve(
     def product(x):
         Ax = matvec(as_tensor(x.ravel())).detach().cpu().numpy().astype(float) + damping*x.ravel()
         if not np.isfinite(Ax).all():
-            raise FloatingPointError(
-                "the product with the matrix is not finite: raise the damping or compute in float64"
-            )
+            raise FloatingPointError("the product with the matrix is not finite: raise the damping or use float64")
         if (curve := x.ravel() @ Ax) < -1e-9*(np.linalg.norm(x)*np.linalg.norm(Ax)):
-            raise ValueError(
-                f"negative curvature {curve:.3g}: the matrix plus damping={damping:g} is not positive definite; raise "
-                f"the damping or use the Gauss-Newton matrix"
-            )
+            raise ValueError(f"negative curvature {curve:.3g}: the matrix plus {damping=:g} is not positive definite; "
+            "raise the damping or use the Gauss-Newton matrix")
         return Ax
     rhs = b.detach().cpu().numpy().astype(float)/size # of size 1, so that no limit below is absolute
     x, info = cg(LinearOperator((len(b), len(b)), product, dtype=float), rhs, rtol=tol, atol=0., maxiter=maxiter)
     if info > 0:
         raise RuntimeError(f"no solution to tol={tol:g} within {info} iterations: raise maxiter, tol or the damping")
     if (left := np.linalg.norm(product(x) - rhs)/np.linalg.norm(rhs)) > max(1e-2, 100*tol):
-        raise RuntimeError(
-            f"the solution is off by {left:.1e} of the right-hand side: the matrix is too ill-conditioned; raise the "
-            f"damping or compute in float64"
-        )
+        raise RuntimeError(f"the solution is off by {left:.1e} of the right-hand side: "
+        "the matrix is too ill-conditioned; raise the damping or use float64")
     return as_tensor(x*size)
+
+# %% ../nbs/foundations/09_gradients.ipynb #15689e88
+class Task(NamedTuple):
+    "How to read a model's outputs, its targets, and which tokens exist."
+    outputs:Callable = lambda model, batch: model(batch[0]) # -> logits (n, [T,] C), or predictions (n, [d])
+    targets:Callable = lambda batch: batch[-1] # -> labels (n, [T]), -100 does not count; or numbers (n, [d])
+    kind:str = "classes" # "classes": cross-entropy; "squares": half the squared error
+    mask:Callable|None = None # batch -> (n, T), the tokens that exist; None: all
+    def losses(self, model, batch): return row_losses(self.outputs(model, batch), self.targets(batch), self.kind)
+    def mean(self, model, batch): return self.losses(model, batch).mean()
+
+def row_losses(
+    y:Tensor, # outputs, (n, [T,] C) or (n, [d])
+    t:Tensor, # targets, (n, [T]) or (n, [d])
+    kind:str="classes",
+    ) -> Tensor: # (n,)
+    "Loss of each row; a sequence's loss is the sum over its tokens."
+    if kind == "squares":
+        return .5*(y.reshape(t.shape) - t).square().reshape(len(t), -1).sum(1)
+    l = -y.log_softmax(-1).gather(-1, t.clamp(min=0)[..., None])[..., 0]*(t >= 0)
+    return l.reshape(len(t), -1).sum(1)
+
+# %% ../nbs/foundations/09_gradients.ipynb #e79e06f1
+def ggn_products(
+    model:nn.Module, task:Task, batch, params:dict[str, nn.Parameter],
+    V:Tensor, # (q, p)
+    ) -> Tensor: # (q, p)
+    "Gauss-Newton matrix of one batch times many vectors: J, then the softmax's own curvature, then J^T."
+    theta = {k: p.detach() for k, p in params.items()}
+    f = lambda th: task.outputs(Bound(model, th), batch)
+    with as_function(model):
+        y, pull = vjp(f, theta)
+        u = vmap(lambda v: jvp(f, (theta,), (unflatten(v, params),))[1])(V)
+    if task.kind == "classes":
+        p = y.softmax(-1)
+        u = (p*u - p*(p*u).sum(-1, keepdim=True))*(task.targets(batch) >= 0)[..., None]
+    return torch.cat([g.reshape(len(V), -1) for g in vmap(pull)(u)[0].values()], 1).detach()/len(batch[0])
+
+def ggn_matrix(model:nn.Module, task:Task, batch, params:dict[str, nn.Parameter]) -> Tensor: # (p, p)
+    "The exact Gauss-Newton matrix of a small model."
+    unit = torch.eye(len(flatten(params))).to(flatten(params)).detach()
+    return torch.cat([ggn_products(model, task, batch, params, V) for V in unit.split(256)])
+
+# %% ../nbs/foundations/09_gradients.ipynb #5fe201ab
+def check_damping(damping):
+    "`damping`, refused if it is neither None nor a number of at least 0."
+    if isinstance(damping, Tensor) and damping.ndim == 0:
+        damping = damping.item()
+    if damping is None or isinstance(damping, Real) and not isinstance(damping, bool) and 0 <= damping < np.inf:
+        return damping
+    raise ValueError(f"damping={damping!r}: must be a finite number, 0 or more, or None")
+
+def tenth_of_mean(product, p, like, probes=16):
+    "A tenth of the mean eigenvalue of a (p, p) matrix: E v'Av = trace A for random signs v (Hutchinson 1989)."
+    g = torch.Generator().manual_seed(0)
+    V = (2*torch.randint(2, (probes, p), generator=g) - 1).to(like)
+    return .1*float(torch.stack([v @ product(v) for v in V]).mean())/p
+
+def blocks(params):
+    "0/1 matrix (p, p): are two coordinates in the same layer?"
+    layers = [k.rpartition(".")[0] for k in params]
+    layer = torch.cat([torch.full((p.numel(),), layers.index(l)) for l, p in zip(layers, params.values())])
+    return layer[:, None] == layer
+
+def solved(C, B):
+    "Rows X with C X^T = B^T for a symmetric C; one without an inverse at its precision is refused."
+    from scipy.linalg import LinAlgError, LinAlgWarning, solve
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", LinAlgWarning)
+            return torch.from_numpy(solve(C.cpu().numpy(), B.T.cpu().numpy(), assume_a="sym").T.copy()).to(B)
+    except (LinAlgError, LinAlgWarning) as e:
+        raise ValueError("the curvature cannot be inverted at this precision: raise damping or use float64") from e
+
+# %% ../nbs/foundations/09_gradients.ipynb #d681f811
+def solve_curvature(
+    model:nn.Module, task:Task, train, params:dict[str, nn.Parameter],
+    B:Tensor, # (q, p) right-hand sides
+    method:str="ggn", # "ggn", "block" (without the blocks between layers) or "hessian"
+    damping:float|None=None, # lambda; None: a tenth of the mean eigenvalue, 0 for "hessian"
+    dense_below:int=3000, # more parameters than this: conjugate gradients
+    ) -> Tensor: # (q, p)
+    "(curvature + lambda I)^{-1} B, of all chosen parameters together."
+    p, head = B.shape[1], lambda y, b: row_losses(y, task.targets(b), task.kind).mean()
+    check_damping(damping)
+    hessian = lambda v: hvp(model, task.mean, train, v, params)
+    product = hessian if method == "hessian" else lambda v: ggn_vp(model, task.outputs, head, train, v, params)
+    default = lambda: 0. if method == "hessian" else tenth_of_mean(product, p, B)
+    if method != "block" and p > (dense_below//2 if method == "hessian" else dense_below):
+        lam = default() if damping is None else damping
+        return torch.stack([solve(product, b, lam) for b in B])
+    C = dense(hessian, B[0]) if method == "hessian" else ggn_matrix(model, task, train, params)
+    if method == "block":
+        C = C*blocks(params)
+    lam = damping if damping is not None else 0. if method == "hessian" else .1*C.diagonal().mean()
+    return solved((C + C.T)/2 + lam*torch.eye(p).to(C), B)
+
+# %% ../nbs/foundations/09_gradients.ipynb #c8d3691f
+def linear_layers(
+    model:nn.Module,
+    modules:Sequence[str]|Callable|None=None, # names, a rule name -> bool, or None: every nn.Linear and GPT-2's Conv1D
+    ) -> dict[str, nn.Module]:
+    "The linear layers asked about; unnamed, those whose weight is theirs alone (a tied head is also an embedding)."
+    have = {k: m for k, m in model.named_modules() if is_linear(m)}
+    shared = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    if modules is None:
+        modules = [k for k, m in have.items() if shared[id(m.weight)] == 1]
+    elif callable(modules):
+        modules = [k for k in have if modules(k)]
+    if missing := sorted(set(modules) - set(have)):
+        raise ValueError(f"no linear layers {missing}: the model has {list(have)[:8]}, ...")
+    if not modules:
+        raise ValueError("no linear layer chosen: methods 'ggn' and 'hessian' take any parameters")
+    return {k: have[k] for k in have if k in set(modules)}
+
+def is_linear(module):
+    "Is it nn.Linear, or the Conv1D of transformers, the same with its weight transposed?"
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+# %% ../nbs/foundations/09_gradients.ipynb #c56a2ded
+def pseudo_losses(
+    y:Tensor, # outputs
+    t:Tensor, # targets: their shape, and which of them count
+    kind:str="classes",
+    labels:str="model", # "model": drawn from the prediction; "exact": every label, weighted; "data": the true ones
+    generator:torch.Generator|None=None,
+    ): # yields (n,) losses
+    "Losses whose gradients' outer products sum to the Gauss-Newton matrix on average."
+    z, shape = y.detach(), t.shape if kind == "squares" else y.shape[:-1]
+    if labels == "data":
+        yield row_losses(y, t, kind)
+    elif labels == "model" and kind == "squares":
+        yield row_losses(y, z.reshape(shape) + torch.randn(shape, generator=generator).to(z), kind)
+    elif labels == "model":
+        flat = z.softmax(-1).reshape(-1, z.shape[-1]).cpu()
+        draw = torch.multinomial(flat, 1, generator=generator).view(shape).to(t.device)
+        yield row_losses(y, torch.where(t >= 0, draw, -100), kind)
+    elif labels == "exact" and kind == "squares":
+        yield from y.reshape(len(y), -1).unbind(1)
+    elif labels == "exact" and y.ndim == 2:
+        yield from (p.sqrt()*row_losses(y, torch.full_like(t, c)) for c, p in enumerate(z.softmax(-1).unbind(1)))
+    else:
+        raise ValueError(f"labels={labels!r}: must be 'model' or 'data', or 'exact' for outputs without tokens")
+
+# %% ../nbs/foundations/09_gradients.ipynb #c2577b6f
+@contextmanager
+def watched(layers, n, seen):
+    "Inside, each layer's input and output of a forward pass on n rows go into `seen`."
+    def keep(name):
+        def hook(module, args, out):
+            if name in seen:
+                raise ValueError(f"layer {name} runs more than once in a forward pass: choose modules that run once")
+            if len(out) != n:
+                raise ValueError(f"layer {name} gives {len(out)} rows for {n} examples: rows must stay in front")
+            out = out if out.requires_grad else out.detach().requires_grad_()
+            seen[name] = args[0].detach().clone(), out
+            return out.clone() # what follows may write over it
+        return hook
+    hooks = [m.register_forward_hook(keep(k)) for k, m in layers.items()]
+    try:
+        yield
+    finally:
+        for h in hooks:
+            h.remove()
+    if missing := [k for k in layers if k not in seen]:
+        raise ValueError(f"layers {missing} did not run: choose others")
+
+# %% ../nbs/foundations/09_gradients.ipynb #e6e5f95c
+def layer_grads(
+    model:nn.Module, task:Task, batch, layers:dict[str, nn.Module],
+    labels:str="data", # see `pseudo_losses`
+    generator:torch.Generator|None=None,
+    ): # yields name -> (a, s): inputs (n, T, d_in), a 1 appended where there is a bias; output gradients (n, T, d_out)
+    "What each layer saw and what came back to it: its weight gradient for row n is the sum over t of s_nt a_nt^T."
+    seen, n = {}, len(batch[0])
+    with watched(layers, n, seen), as_function(model), torch.enable_grad():
+        y = task.outputs(model, batch)
+    tokens = lambda x: x.reshape(n, -1, x.shape[-1])
+    with_one = lambda k, x: x if layers[k].bias is None else torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1)
+    a = {k: tokens(with_one(k, x)) for k, (x, _) in seen.items()}
+    with torch.enable_grad():
+        for l in pseudo_losses(y, task.targets(batch), task.kind, labels, generator):
+            s = torch.autograd.grad(l.sum(), [o for _, o in seen.values()], retain_graph=True)
+            yield {k: (a[k], tokens(d)) for k, d in zip(seen, s)}
+
+def weight_grads(pair):
+    "Gradient of each row for the weight (bias as last column) of one layer, (n, d_out, d_in)."
+    a, s = pair
+    return s.transpose(1, 2) @ a
+
+# %% ../nbs/foundations/09_gradients.ipynb #f3aa3b42
+def leave_one_out(
+    retrain:Callable, # (n,) bool, rows to keep -> (q,) losses of the queries
+    n:int, # rows
+    which=None, # rows to leave out, default all
+    ) -> np.ndarray: # (len(which), q)
+    "Train once without each row: how much higher each query's loss is then."
+    before, rows = np.asarray(retrain(np.ones(n, bool))), np.arange(n) if which is None else np.asarray(which)
+    return np.stack([np.asarray(retrain(np.arange(n) != i)) - before for i in rows])
+
+def removal_curve(
+    scores, # (n, q)
+    retrain:Callable, # as in `leave_one_out`
+    ks:Sequence[int], # how many of the most helpful rows to remove
+    ) -> pd.DataFrame: # query, k, rise of the query's loss
+    "Remove the k most helpful rows of each query, retrain, and see how much its loss rises."
+    scores = np.asarray(scores)
+    n, q = scores.shape
+    if not np.isfinite(scores).all():
+        raise ValueError(f"{(~np.isfinite(scores)).sum()} scores are not finite: they have no place in a ranking")
+    if min(map(int, ks), default=0) < 1:
+        raise ValueError(f"ks={list(ks)}: how many rows to remove, each 1 or more")
+    if max(ks) >= n:
+        raise ValueError(f"k={max(ks)}: there are only {n} rows")
+    before = np.asarray(retrain(np.ones(n, bool)))
+    place = np.argsort(np.argsort(-scores, axis=0, kind="stable"), axis=0)
+    rise = lambda j, k: float(retrain(place[:, j] >= k)[j] - before[j])
+    return pd.DataFrame([dict(query=j, k=k, rise=rise(j, k)) for j in range(q) for k in ks])
+
+def agreement(
+    scores, truth, # (n, q) each
+    kind:str="pearson", # or "spearman"
+    ) -> np.ndarray: # (q,)
+    "Correlation of scores with what really happened, one value a query."
+    S, R = np.asarray(scores, float), np.asarray(truth, float)
+    if S.shape != R.shape:
+        raise ValueError(f"scores {S.shape} and truth {R.shape} must be the same rows and queries")
+    if kind == "spearman":
+        from scipy.stats import rankdata
+        S, R = rankdata(S, axis=0), rankdata(R, axis=0)
+    S, R = S - S.mean(0), R - R.mean(0)
+    return (S*R).sum(0)/np.maximum(np.linalg.norm(S, axis=0)*np.linalg.norm(R, axis=0), 1e-300)

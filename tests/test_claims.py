@@ -313,7 +313,8 @@ def test_a_record_is_stale_when_its_code_has_changed(monkeypatch, tmp_path):
     nb = home/"nbs/foundations/06_metrics.ipynb"
     shutil.copy(next((claims.root()/"nbs/foundations").glob("*_metrics.ipynb")), nb)
     monkeypatch.setattr(claims, "root", lambda: home)
-    put = lambda **r: (home/"data/results/cpu/metrics.json").write_text(json.dumps(dict(area="metrics", profile="cpu", claims=[]) | r))
+    record = dict(area="metrics", profile="cpu", claims=[])
+    put = lambda **r: (home/"data/results/cpu/metrics.json").write_text(json.dumps(record | r))
     put(code=notebook_code(nb))
     assert results()[0]["stale"] is False
     nb.write_text(nb.read_text().replace("recommend(", "recommend( ", 1))

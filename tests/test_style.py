@@ -12,7 +12,6 @@ PENDING = {
     "implicit",
     "retrieval",
     "alignment",
-    "influence",
     "unlearning",
     "editing",
 }  # not yet moved onto `trials`

@@ -5,10 +5,12 @@ from time import perf_counter
 import numpy as np, pytest, torch
 from torch import nn
 from torch.utils.data import TensorDataset
-from recbook.trust.influence import Task, influence, row_losses
+from recbook.trust.influence import Task, ekfac_factors, influence, row_losses
 
 
-def ours(net, train, query): return influence(net, train, query, Task(), labels="data", batch_size=256)*len(train[0])
+def ours(net, train, query):
+    factors = ekfac_factors(net, Task(), train, labels="data", batch_size=256)
+    return influence(net, train, query, Task(), factors=factors)*len(train[0])
 
 
 def theirs(net, train, query, folder):
