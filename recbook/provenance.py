@@ -138,14 +138,15 @@ def reach(
     ) -> dict[tuple[str, str], list[str]]: # (module, name) -> its code, without docstrings
     "Every definition of the package that the given ones can reach."
     todo, found = list(names), {}
+    look = functools.cache(module_of) # files are asked once a walk
     while todo:
         module, name = todo.pop()
-        m = module_of(module)
+        m = look(module)
         if m is None or (module, name) in found:
             continue
         if name in m.imports:
             source, thing = m.imports[name]
-            todo.append((f"{source}.{thing}", "*") if module_of(f"{source}.{thing}") else (source, thing))
+            todo.append((f"{source}.{thing}", "*") if look(f"{source}.{thing}") else (source, thing))
         elif name in m.code:
             found[module, name] = m.code[name]
             todo += [(module, w) for w in m.uses[name] if ":" not in w]
