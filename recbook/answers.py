@@ -24,6 +24,7 @@ def marks_of(tok):
     n = next((k for k in range(len(full) - len(bare) + 1) if full[k:k+len(bare)] == bare), 0)
     return full[:n], full[n+len(bare):]
 
+# %% ../nbs/foundations/12_answers.ipynb #7933630a
 def token_ids(tok, texts, end=False):
     """Token ids of texts with the marks in front, and behind if `end`; marks that a text itself begins or ends with are
     not doubled."""
@@ -32,6 +33,7 @@ def token_ids(tok, texts, end=False):
     ids = [x if x[:len(front)] == front else front + x for x in ids]
     return [x if not end or back and x[-len(back):] == back else x + back for x in ids]
 
+# %% ../nbs/foundations/12_answers.ipynb #7a066725
 def padded(
     tok, ids:Sequence[Sequence[int]],
     side:str="right", # causal attention never looks at padding on the right
@@ -43,6 +45,7 @@ def padded(
     mask = [[0]*(longest-len(x)) + [1]*len(x) if side == "left" else [1]*len(x) + [0]*(longest-len(x)) for x in ids]
     return BatchEncoding(dict(input_ids=torch.tensor(rows), attention_mask=torch.tensor(mask)))
 
+# %% ../nbs/foundations/12_answers.ipynb #272cc1ed
 def encode(
     tok:PreTrainedTokenizerBase, texts:Sequence[str],
     limit:int|None=None, # longest allowed, in tokens
@@ -72,6 +75,7 @@ def encode(
             ids[k] = front + (body[-room:] if truncate == "left" else body[:room]) + tail
     return padded(tok, ids, side)
 
+# %% ../nbs/foundations/12_answers.ipynb #0929f0c8
 def context_limit(model):
     """Longest input in tokens; None where the model has no limit. Positions that start behind the padding's (RoBERTa)
     leave fewer than the table holds."""
@@ -79,6 +83,7 @@ def context_limit(model):
     limits = [n for n in (getattr(config, k, None) for k in names) if n][:1]
     return min(limits + [m.num_embeddings - m.padding_idx - 1 for m in late_positions(model)], default=None)
 
+# %% ../nbs/foundations/12_answers.ipynb #96ddb674
 def late_positions(model):
     "Tables of positions that count from behind the padding's (RoBERTa and its kin)."
     return [
@@ -87,6 +92,7 @@ def late_positions(model):
         if k.endswith("position_embeddings") and isinstance(m, nn.Embedding) and m.padding_idx is not None
     ]
 
+# %% ../nbs/foundations/12_answers.ipynb #c7c4c331
 def label_ids(tok, prompts, labels):
     "Ids of the labels as they are tokenized behind the prompts' last characters; each must be one token."
     ends, ids = {p[-1:]: p for p in prompts}, []
@@ -129,6 +135,7 @@ def tokens_only(x):
     "What every model takes of a tokenizer's output."
     return {k: x[k] for k in ("input_ids", "attention_mask")}
 
+# %% ../nbs/foundations/12_answers.ipynb #56bff667
 def logits_of(model, x, columns=None):
     """The model's own logits for each token of the batch (n, length, vocab), or for some columns: soft caps and scales
     included, virtual tokens of an adapter left out."""
@@ -137,6 +144,7 @@ def logits_of(model, x, columns=None):
     z = model(**tokens_only(x)).logits[:, -x["input_ids"].shape[1]:]
     return z if columns is None else z[:, columns]
 
+# %% ../nbs/foundations/12_answers.ipynb #388aec2b
 def whole_model(model):
     "The transformers model inside a peft wrapper, adapters included."
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -149,6 +157,7 @@ def virtual_tokens(model):
     "Does an adapter put tokens of its own in front of the text?"
     return getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
 
+# %% ../nbs/foundations/12_answers.ipynb #96d2b0bb
 def last_logits(model, x):
     "Logits behind the last token of each row (n, vocab), wherever the padding is."
     z, mask = logits_of(model, x), x["attention_mask"]
@@ -194,6 +203,7 @@ def shared_prefix(
     with an answer."""
     return next((k for k, t in enumerate(zip(*rows)) if len(set(t)) > 1), min(map(len, rows)))
 
+# %% ../nbs/foundations/12_answers.ipynb #a43023b4
 def token_columns(
     tok, prompts, *answers, # texts; one list or more of answers to the prompts
     eos:bool=True, # the end mark closes each answer
@@ -207,6 +217,7 @@ def token_columns(
     n = [min(shared_prefix(p, x) for x in xs) for p, *xs in zip(P, *A)]
     return [[p[:k] or start_mark(tok) for p, k in zip(P, n)], *([x[k:] for x, k in zip(xs, n)] for xs in A)]
 
+# %% ../nbs/foundations/12_answers.ipynb #7432639d
 def end_mark(tok):
     "The id of the end mark; a tokenizer without one is refused."
     if tok.eos_token_id is None:
@@ -226,6 +237,7 @@ def start_mark(tok):
         )
     return ids[:1]
 
+# %% ../nbs/foundations/12_answers.ipynb #0ff82a80
 def completion_ids(tok, text, eos=False):
     """Token ids of a completion as it stands behind a colon, with the end mark if asked for. Where the prompt is known,
     `token_columns` is exact."""
@@ -235,6 +247,7 @@ def completion_ids(tok, text, eos=False):
         raise ValueError(f"completion {text!r} has no tokens")
     return ids + [end_mark(tok)] if eos else ids
 
+# %% ../nbs/foundations/12_answers.ipynb #f3859bef
 def prompt_ids(tok, prompts):
     """Token ids of prompts that a completion will follow: whatever the tokenizer puts in front, no end mark of its own,
     at least one token."""

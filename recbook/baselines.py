@@ -89,6 +89,7 @@ def train_bpr(
         kwargs = dict(evaluate=watch(valid, train, k), monitor=f"recall@{k}", every=5, patience=3) | kwargs
     return fit(model, lambda m, b: bpr_loss(m, b, l2), loader, epochs=epochs, lr=lr, seed=seed, **kwargs)
 
+# %% ../nbs/foundations/08_baselines.ipynb #a49417e0
 def watch(valid, train, k=20):
     "A function for `fit` that measures recall and NDCG on `valid`, items of `train` left out."
     names = [f"recall@{k}", f"ndcg@{k}"]

@@ -71,6 +71,7 @@ PARTS = ["foundations", "collaborative", "behavior", "llm", "content", "trust", 
 OPENING = "graph_cf" # the chapter `recbook run` runs when you name none
 MIME = "application/vnd.recbook.claim+json" # how a claim travels inside a notebook
 
+# %% ../nbs/workshop/01_book.ipynb #c66f3e23
 class UsageError(ValueError):
     "A name or option the caller got wrong; the command ends with exit code 2."
 
@@ -80,6 +81,7 @@ def is_checkout(
     "Is this a working copy of the book?"
     return (root/"settings.ini").is_file() and (root/"nbs").is_dir() and (root/"recbook").is_dir()
 
+# %% ../nbs/workshop/01_book.ipynb #1ac5daa7
 def home() -> Path:  # the book's folder
     """The folder that holds `nbs/`, `data/` and `settings.ini`: `recbook.data.root`, without importing pandas when you
     are in a checkout."""
@@ -221,6 +223,7 @@ def check_sections(
 # %% ../nbs/workshop/01_book.ipynb #aed135fa
 def source(cell:dict) -> str: return "".join(cell["source"]) # lines or one text, as they come
 
+# %% ../nbs/workshop/01_book.ipynb #fc0df11f
 def read_notebook(
     path:Path # a notebook
 ) -> dict: # as JSON; every cell with type, source and metadata
@@ -250,6 +253,7 @@ def syntax(
 class Code(str):
     "A default that is an expression, not a literal."
 
+# %% ../nbs/workshop/01_book.ipynb #36f2fe9e
 def declared(
     path:Path # a notebook
 ) -> dict[str, Any]: # name -> default
@@ -267,6 +271,7 @@ def declared(
     ]
     return {t.id: _literal(v) for t, v in pairs if isinstance(t, ast.Name) and v is not None}
 
+# %% ../nbs/workshop/01_book.ipynb #b124f397
 def _literal(node):
     try:
         return ast.literal_eval(node)
@@ -299,6 +304,7 @@ COUNTS = re.compile(
     r"(^|_)(n|k|seeds?|epochs|steps|rounds|size|batch(es)?|users|items|clicks|rows|every|dim|jobs|draws|labels)(_|$)"
 )
 
+# %% ../nbs/workshop/01_book.ipynb #c7f44f2a
 def span(
     name:str, # of a parameter
     default, # a number
@@ -341,6 +347,7 @@ def wanted(
     like = _typical(default)
     return next((f"a list, each {w}" for x in v if (w := wanted(name, x, like, False))), "")
 
+# %% ../nbs/workshop/01_book.ipynb #a894ac0b
 def _typical(xs):
     "One value for all of a list: the smallest number, the first of another type, None when types are mixed."
     kinds = {type(x) for x in xs}
@@ -348,6 +355,7 @@ def _typical(xs):
         return float(min(xs))
     return None if len(kinds) != 1 else min(xs) if kinds <= {int, float} else xs[0]
 
+# %% ../nbs/workshop/01_book.ipynb #742f18f3
 def _wanted_number(name, v, default, single):
     "`wanted` for a number; none is fine where no count is asked for."
     if v is None and not COUNTS.search(name):
@@ -372,6 +380,7 @@ def read_toml(path:Path) -> dict: # its tables
     with reading(path):
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
 
+# %% ../nbs/workshop/01_book.ipynb #7587995d
 def read_papers(
     path:Path # data/papers/<area>.toml; may be missing
 ) -> list[dict]: # with an id each, claims included
@@ -385,10 +394,11 @@ def read_papers(
             raise UsageError(f"{path}: paper {p['id']} wants [[paper.claim]] tables, each with an id.")
     return papers
 
+# %% ../nbs/workshop/01_book.ipynb #e28784ec
 def leaves(x) -> set:
     return set().union(*map(leaves, x)) if isinstance(x, list) else {str(x)} - {"", "None"}  # its texts
 
-
+# %% ../nbs/workshop/01_book.ipynb #af946854
 def check_datasets(
     area:str, # chapter
     name:str, # of a parameter
@@ -425,6 +435,7 @@ def parameters(
     given = {k: v for k,v in ini[profile].items() if k in known} | own
     return {k: check_value(area, k, v, known[k], ini, root or home()) for k,v in given.items()}
 
+# %% ../nbs/workshop/01_book.ipynb #b51715f2
 def check_value(
     area:str, # chapter
     name:str, # of a parameter
@@ -465,6 +476,7 @@ def plan(
     own = lambda c: {k: v for k,v in sets.items() if k in known[c.area]}
     return [(c, {} if known[c.area] is None else parameters(c.area, profile, own(c), root)) for c in todo]
 
+# %% ../nbs/workshop/01_book.ipynb #490032d6
 def _declared(path):
     "`declared`, None for a broken notebook."
     try:
@@ -498,8 +510,10 @@ def walk(
         return [walk(v, f) for v in x]
     return f(x)
 
+# %% ../nbs/workshop/01_book.ipynb #996f0f42
 def finite(x): return None if isinstance(x, float) and not math.isfinite(x) else x
 
+# %% ../nbs/workshop/01_book.ipynb #70d5dd71
 def write_text(
     path:Path, # where
     text:str # the whole content
@@ -514,6 +528,7 @@ def write_text(
         tmp.unlink(missing_ok=True)
     return path
 
+# %% ../nbs/workshop/01_book.ipynb #fba139e0
 def write_json(
     path:Path, # where
     obj:Any # JSON-like; NaN and infinities become null
@@ -523,6 +538,7 @@ def write_json(
         path, json.dumps(walk(obj, finite), indent=1, ensure_ascii=False, allow_nan=False, default=str) + "\n"
     )
 
+# %% ../nbs/workshop/01_book.ipynb #6de6c710
 def read_json(
     path:Path # a file, maybe absent or broken
 ) -> dict: # its content, or {}

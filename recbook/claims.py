@@ -34,6 +34,7 @@ def paired_error(
         return np.nan
     return float(d.std(ddof=1)/n**.5) if d.ndim == 1 else two_way_error(d, draws)*(n/(n-1))**.5
 
+# %% ../nbs/foundations/18_claims.ipynb #6c9553ea
 def paired_interval(
     d, # (n_seeds,) differences, or (n_seeds, n_users)
     level:float=.95,
@@ -102,6 +103,7 @@ def papers(
         for p in tomllib.loads(f.read_text(encoding="utf-8"))["paper"]
     }
 
+# %% ../nbs/foundations/18_claims.ipynb #fe47ed71
 def find_claim(id:str) -> dict: # the claim's table with `paper` and `area`
     "Look a claim up by its id, e.g. `lightgcn.1`."
     known = {c["id"]: c | dict(paper=p["id"], area=p["area"]) for p in papers().values() for c in p.get("claim", [])}
@@ -119,6 +121,7 @@ def nearest(word, known):
 # %% ../nbs/foundations/18_claims.ipynb #027bb51b
 MIME = "application/vnd.recbook.claim+json"
 
+# %% ../nbs/foundations/18_claims.ipynb #cc69408b
 def claim(
     id:str, # of the catalogue, e.g. "lightgcn.1"
     ours, # (n_seeds,) or (n_seeds, n_users) values of the system the claim is for
@@ -177,6 +180,7 @@ def declared(c):
         reported=c.get("reported"),
     )
 
+# %% ../nbs/foundations/18_claims.ipynb #0929d3fb
 def paired(id, ours, theirs, seeds):
     "The two systems' values as arrays of one shape, and the seeds; what does not pair up is refused."
     a, b = np.atleast_1d(np.asarray(ours, float)), np.asarray(theirs, float)
@@ -196,6 +200,7 @@ def paired(id, ours, theirs, seeds):
         raise ValueError(f"{id}: seeds {seeds} repeat one. Fix: a seed is one replication")
     return a, b, seeds
 
+# %% ../nbs/foundations/18_claims.ipynb #c503b357
 def finite(v): return None if v is None or not np.isfinite(v) else float(v)
 
 def is_provisional(verdict, ours, theirs):
@@ -220,6 +225,7 @@ class Claim(dict):
 MARKS = dict(supported="✓", refuted="✗", negligible="≈", inconclusive="?", exact="=")
 COLORS = dict(supported="#029e73", refuted="#d55e00", negligible="#56b4e9", inconclusive="#949494", exact="#cc78bc")
 
+# %% ../nbs/foundations/18_claims.ipynb #c597604f
 def label(r): return r["verdict"] + (" (provisional)" if r.get("provisional") else "")
 
 def line(r):
@@ -230,6 +236,7 @@ def line(r):
     effect = f"{r['metric']} effect {r['effect']:+.4f}{ci}, {len(r['seeds'])} seeds"
     return f"{MARKS[r['verdict']]} {r['id']} on {r['dataset']}: {label(r)}, {effect}"
 
+# %% ../nbs/foundations/18_claims.ipynb #40f8c4c1
 def said(r):
     "What the paper reports, as text."
     rep = r.get("reported") or {}
@@ -240,6 +247,7 @@ def said(r):
     )
     return " ".join(filter(None, [both, f"on {rep['on']}" if "on" in rep else "", rep.get("note", "")]))
 
+# %% ../nbs/foundations/18_claims.ipynb #d83186f3
 def wanted(r):
     "Direction, margin and smallest effect of interest, in words."
     m, s = r.get("margin") or 0, r.get("smallest")
@@ -250,6 +258,7 @@ def wanted(r):
     }[r.get("direction") or "higher"]
     return f"effect {way}" + (f"; under {s:g} is negligible" if s else "")
 
+# %% ../nbs/foundations/18_claims.ipynb #427810c7
 def notes(r):
     "Caveats, what the design could see, what its seeds share, and history: a list of short texts."
     out = [f"{n}: {c}" for n, cs in zip(r.get("systems", ["ours", "theirs"]), r.get("caveats") or []) for c in cs]
@@ -362,6 +371,7 @@ def opponent(df, c, col, dataset):
         )
     return best_rival(df, col, dataset, role, c.get("direction") == "lower") if role else c["theirs"]
 
+# %% ../nbs/foundations/18_claims.ipynb #f515ceff
 def named(c, them): return f"{c['theirs']} ({them})" if them != c["theirs"] else them
 
 def caveats_of(part, method):
@@ -369,10 +379,12 @@ def caveats_of(part, method):
     said = part[part.method == method]["caveats"].unique()
     return list(dict.fromkeys(x for s in said for x in s.split(", ") if x))
 
+# %% ../nbs/foundations/18_claims.ipynb #1fef980a
 def setting_of(part, method):
     rows = part[part.method == method].setting
     return json.loads(rows.iloc[0]) if len(rows) and rows.iloc[0] else {}
 
+# %% ../nbs/foundations/18_claims.ipynb #6b0c438b
 def rival_of(part, c, mine, them, col, dataset):
     """How our system stands to the strongest simple rival of the table; nothing where there is none or the claim is
     about something else."""
@@ -436,6 +448,7 @@ COLUMNS = [
     "paper",
 ]
 
+# %% ../nbs/foundations/18_claims.ipynb #4e59b18a
 def ledger(
     records, # claim records
     ) -> pd.DataFrame: # one row a claim
@@ -474,6 +487,7 @@ def ledger(
     )  # where the p value tests this very statement
     return df
 
+# %% ../nbs/foundations/18_claims.ipynb #1e74f147
 def side(r, k):
     "Name and mean of one of the two systems."
     v = r["theirs" if k else "ours"]
@@ -490,12 +504,14 @@ def results(
     home = Path(home or root())
     return [r | dict(stale=is_stale(r, home)) for r in records(home, profile, tell)]
 
+# %% ../nbs/foundations/18_claims.ipynb #418a768b
 def is_stale(r, home):
     """Has the chapter's code, or what it reaches in the package, changed since the record was made? Records without a
     digest count as stale."""
     path = next(iter((home/"nbs").glob(f"*/[0-9]*_{r['area']}.ipynb")), None)
     return path is None or r.get("code") != notebook_code(path)
 
+# %% ../nbs/foundations/18_claims.ipynb #e2d2f25e
 def scoreboard(
     profile:str|None=None, # all profiles if not given
     ) -> pd.DataFrame: # one row for each measured claim, as in `ledger`, with area, profile and stale
@@ -521,6 +537,7 @@ def level(
         return 4
     return 3 if any(not r["dataset"].startswith("world") and "synthetic" not in r["dataset"] for r in records) else 2
 
+# %% ../nbs/foundations/18_claims.ipynb #c2082115
 def reached(r, tolerance):
     "Does the record lie within `tolerance` of the paper's number on the paper's data?"
     rep = r["reported"] or {}
@@ -530,6 +547,7 @@ def reached(r, tolerance):
         and abs(np.mean(r["ours"]) - rep["ours"]) <= tolerance * abs(rep["ours"])
     )
 
+# %% ../nbs/foundations/18_claims.ipynb #5b9010f7
 def levels() -> pd.DataFrame: # one row a paper: name, area, level, number of claims by verdict
     "Every paper of the book on the ladder."
     runs = results()

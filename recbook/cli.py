@@ -44,6 +44,7 @@ def warn(text:str):
     "One line on the error output."
     console(stderr=True).print(f"[yellow]Warning:[/] {escape(text)}", soft_wrap=True)
 
+# %% ../nbs/workshop/06_cli.ipynb #74fbec15
 def table(
     cols:Iterable[str], # headers
     rows:Iterable[Iterable], # cells, as text
@@ -58,6 +59,7 @@ def table(
         t.add_row(*(str(x) if markup else escape(str(x)) for x in r))
     return t
 
+# %% ../nbs/workshop/06_cli.ipynb #42ef8e65
 def number(
     x # a number, a list of numbers (their mean is shown), or None
 ) -> str: # three significant digits
@@ -72,8 +74,8 @@ def number(
 # %% ../nbs/workshop/06_cli.ipynb #69d728c7
 COLOURS = dict(supported="green", refuted="red", negligible="cyan", inconclusive="yellow", exact="magenta")
 
+# %% ../nbs/workshop/06_cli.ipynb #10fdfd56
 def bare_verdict(v): return v.split(" ")[0].rstrip("*")
-
 def coloured(v): return f"[{COLOURS.get(bare_verdict(v), 'white')}]{v}[/]"
 
 def _reported(c):
@@ -83,6 +85,7 @@ def _reported(c):
     from recbook.claims import said
     return said(c)
 
+# %% ../nbs/workshop/06_cli.ipynb #7fc47c2b
 def claims_table(
     claims:Iterable[dict], # records
     title:str|None=None # above the table
@@ -131,13 +134,16 @@ class App(typer.Typer):
                 f.reconfigure(errors="replace")
         return super().__call__(*args, **kwargs)
 
+# %% ../nbs/workshop/06_cli.ipynb #e9c4eef0
 app = App(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="recbook: an executable book of LLM-era recommender research.")
+
 Areas = Annotated[
     list[str] | None, typer.Argument(metavar="[AREA]...", help="Chapters, as `recbook list` shows them, or `all`.")
 ]
 Profile = Annotated[str, typer.Option(help="Size of the run: a section of settings.ini.")]
 
+# %% ../nbs/workshop/06_cli.ipynb #00516226
 @contextmanager
 def usage():
     "Turn a `UsageError` into a message and exit code 2."
@@ -206,6 +212,7 @@ def report(
             f"{r.chapter.area}: {_short(r.notebook)}", style=None if r.ok else "red", markup=False, soft_wrap=True
         )
 
+# %% ../nbs/workshop/06_cli.ipynb #2533ff46
 def _short(path):
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
@@ -218,6 +225,7 @@ def catalogue(
     papers = read_papers(root/f"data/papers/{area}.toml")
     return [str(p.get("name", p["id"])) for p in papers], sum(len(p.get("claim", [])) for p in papers)
 
+# %% ../nbs/workshop/06_cli.ipynb #7708279f
 def last_runs(
     area:str, # chapter
     root:Path # the book's folder
@@ -243,6 +251,7 @@ def list_():
         root = home()
         console().print(table(["part", "area", "title", "papers", "claims", "last run"], map(row, pick(["all"], root))))
 
+# %% ../nbs/workshop/06_cli.ipynb #a3066c7d
 @app.command("claims")
 def claims_(areas: Areas = None, profile: Annotated[str | None, typer.Option(help="Only this profile.")] = None):
     "Show the scoreboard: every published claim and its verdict."
@@ -271,6 +280,7 @@ def claims_(areas: Areas = None, profile: Annotated[str | None, typer.Option(hel
         highlight=False,
     )
 
+# %% ../nbs/workshop/06_cli.ipynb #31c13718
 def score_table(
     rows:Iterable[dict] # of `recbook.claims.scoreboard`
 ) -> Table:  # one row per claim, data set and profile
@@ -305,12 +315,14 @@ data_app = typer.Typer(no_args_is_help=True, help="The data sets: list, get, ver
 app.add_typer(data_app, name="data")
 Names = Annotated[list[str] | None, typer.Argument(metavar="[NAME]...")]
 
+# %% ../nbs/workshop/06_cli.ipynb #1f1e7937
 def registry() -> list[dict]: # what each data set is, how large, on what terms
     "The data sets of the book's registry; a broken one is named."
     with reading(home()/"data/datasets.toml"):
         from recbook.datasets import datasets_list
         return datasets_list().to_dict("records")
 
+# %% ../nbs/workshop/06_cli.ipynb #c73291f2
 def names_or_all(names):
     "The data sets asked for, all of them for `all` or nothing; a wrong name raises `UsageError`."
     known = [d["name"] for d in registry()]
@@ -319,6 +331,7 @@ def names_or_all(names):
             raise unknown("data set", n, [*known, "all"])
     return known if not names or "all" in names else list(dict.fromkeys(names))
 
+# %% ../nbs/workshop/06_cli.ipynb #a30a3703
 @data_app.command("list")
 def data_list():
     "Show every data set: what it is, its size, the terms it comes with."
@@ -341,6 +354,7 @@ def look(
         f"; not the registry's file: {', '.join(wrong)}; delete it, then recbook data get {name}" if wrong else "",
     )
 
+# %% ../nbs/workshop/06_cli.ipynb #e96eacca
 @data_app.command("get")
 def data_get(names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Data sets, or `all`.")]):
     "Take data sets from the mirror or download them, and check every file."
@@ -359,6 +373,7 @@ def data_get(names: Annotated[list[str], typer.Argument(metavar="NAME...", help=
             console().print(f"[red]✗[/] {escape(n)}: {escape(str(e))}", soft_wrap=True)
     raise typer.Exit(int(failed > 0))
 
+# %% ../nbs/workshop/06_cli.ipynb #1e1d5f4c
 @data_app.command("verify")
 def data_verify(names: Names = None):
     "Compare the files on disk with their checksums; exit code 1 when one is wrong."
@@ -430,6 +445,7 @@ def _packages():
         fix = "pip install -e . (in the checkout)" if p == "recbook" else f"pip install {p}"
         yield Check(p, p in have, have.get(p, "missing"), fix, needed=p != "recbook")
 
+# %% ../nbs/workshop/06_cli.ipynb #6862e306
 def _kernel() -> tuple[bool, str]: # is it fine? what was found
     "The kernel that runs the chapters: its description can be read, and its program is there."
     from jupyter_client.kernelspec import KernelSpecManager
@@ -441,6 +457,7 @@ def _kernel() -> tuple[bool, str]: # is it fine? what was found
     where = scrub(str(spec.resource_dir), home())
     return (True, where) if shutil.which(program) else (False, f"{where}: its program {program!r} is missing")
 
+# %% ../nbs/workshop/06_cli.ipynb #5743f95d
 def _tools():
     yield Check("kernel python3", *_kernel(), "python -m ipykernel install --sys-prefix")
     for tool, fix in dict(git="https://git-scm.com", quarto="https://quarto.org (only to render the book)").items():
@@ -467,6 +484,7 @@ def _device():
     )
     yield Check("memory", m["memory_gb"] >= 4, f"{m['memory_gb']} GiB", "the smoke profile wants 4 GiB", needed=False)
 
+# %% ../nbs/workshop/06_cli.ipynb #a5ed3df5
 def _folders():
     from recbook.data import cache_dir
     cache, mirror = Path(cache_dir()), os.environ.get("RECBOOK_MIRROR")
@@ -493,6 +511,7 @@ def _folders():
         needed=False,
     )
 
+# %% ../nbs/workshop/06_cli.ipynb #6e92521d
 def _datasets():
     from recbook.datasets import _find, _registry
     have = [n for n,d in _registry().items() if all(_find(n, f) for f in d["file"])]
@@ -514,6 +533,7 @@ def checkup() -> list[Check]:
             found.append(Check(look.__name__.strip("_"), False, f"{type(e).__name__}: {e}", "see the message"))
     return found
 
+# %% ../nbs/workshop/06_cli.ipynb #571a44f8
 @app.command("doctor")
 def doctor_():
     "Check this machine: Python, packages, device, tools, folders."

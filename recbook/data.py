@@ -33,6 +33,7 @@ def _refuse(df, bad, problem, fix):
     if bad.any():
         raise ValueError(f"{problem} in {int(bad.sum())} row(s), first:\n{df[bad].head(3).to_string()}\nFix: {fix}")
 
+# %% ../nbs/foundations/01_data.ipynb #8bdee2dc
 def _check_ids(df, col, n):
     _refuse(df, df[col].isna(), f"missing {col}", "drop or fill these rows")
     if not pd.api.types.is_integer_dtype(df[col]):
@@ -47,6 +48,7 @@ def _check_ids(df, col, n):
         f"correct n_{col}s or map ids with Interactions.from_frame",
     )
 
+# %% ../nbs/foundations/01_data.ipynb #65c5d67a
 def _check_frame(df):
     if not isinstance(df, pd.DataFrame):
         raise ValueError(f"{type(df).__name__} instead of a table. Fix: pd.DataFrame(...)")
@@ -55,6 +57,7 @@ def _check_frame(df):
     if not len(df):
         raise ValueError("no interactions. Fix: check the filter or the file that made this frame")
 
+# %% ../nbs/foundations/01_data.ipynb #d6f19c61
 def _check_values(df):
     for col in sorted({"rating","time"} & set(df)):
         _refuse(df, df[col].isna(), f"missing {col}", "drop or fill these rows")
@@ -64,9 +67,11 @@ def _check_values(df):
     if "split" in df:
         _refuse(df, ~df["split"].isin(_parts), "split is not train, valid or test", "use these three names")
 
+# %% ../nbs/foundations/01_data.ipynb #4154eff2
 _parts = ["train", "valid", "test"]
 _dtypes = dict(user="int64", item="int64", rating="float32", time="float64")
 
+# %% ../nbs/foundations/01_data.ipynb #9a628dab
 def _numbers(df, col):
     "`df[col]` as numbers (times as seconds); unreadable values are refused."
     s = df[col]
@@ -197,6 +202,7 @@ Interactions.from_frame = staticmethod(_from_frame)
 # %% ../nbs/foundations/01_data.ipynb #bce97ff5
 def _is_checkout(p): return (p/"settings.ini").is_file() and (p/"nbs").is_dir() and (p/"recbook").is_dir()
 
+# %% ../nbs/foundations/01_data.ipynb #1ff733ff
 def root() -> Path:  # holds nbs/, data/, settings.ini
     """The book's home: the checkout around the working directory, else around the installed package, else the copy in
     the wheel."""
@@ -204,6 +210,7 @@ def root() -> Path:  # holds nbs/, data/, settings.ini
     here = Path.cwd().resolve()
     return next((p for p in (here, *here.parents, pkg.parent) if _is_checkout(p)), pkg/"_book")
 
+# %% ../nbs/foundations/01_data.ipynb #d5e1a98b
 def cache_dir() -> Path: # not created
     "Folder for downloads: $RECBOOK_CACHE, else data/cache of a writable checkout, else the user's cache."
     if env := os.environ.get("RECBOOK_CACHE"):
@@ -227,6 +234,7 @@ def _sha256(path):
             h.update(block)
     return h.hexdigest()
 
+# %% ../nbs/foundations/01_data.ipynb #88c4e3d9
 @contextmanager
 def _part(folder):
     "A folder beside the target for what is not whole yet; those of processes that were killed go."
@@ -245,6 +253,7 @@ def _part(folder):
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
 
+# %% ../nbs/foundations/01_data.ipynb #61424a8b
 def _replace(path, data):
     "Write bytes so that `path` is either absent, old or whole, never half."
     with _part(path.parent) as tmp:
@@ -283,6 +292,7 @@ def _lines(path, parse, encoding="utf-8", skip=0):
                 f"{path}, line {i}: {e}\n  {line.rstrip()[:120]!r}\nFix: delete this file and fetch it again") from None
     return out
 
+# %% ../nbs/foundations/01_data.ipynb #18c232ea
 def _fields(sep, *types):
     "A parser of lines with exactly these fields."
     def parse(line):
@@ -298,8 +308,10 @@ def _check_room(path, sizes, most=1<<30):
             f"{path} unpacks to {sum(sizes)} bytes, more than {most}. Fix: delete this file and fetch it again"
         )
 
+# %% ../nbs/foundations/01_data.ipynb #c24ec011
 def _ints(line): return [int(p) for p in line.split()]
 
+# %% ../nbs/foundations/01_data.ipynb #4436cb50
 def _long(seqs, users=None):
     "Long table from one list of items per user: user, item, time = position in the list."
     n = [len(s) for s in seqs]
@@ -311,6 +323,7 @@ def _long(seqs, users=None):
 # %% ../nbs/foundations/01_data.ipynb #686826d7
 def _count(ids, n): return np.bincount(ids, minlength=n)
 
+# %% ../nbs/foundations/01_data.ipynb #8d4d6ae5
 def head_tail(
     train:Interactions,
     share:float=.2, # share of the items that form the head
@@ -322,6 +335,7 @@ def head_tail(
     head[np.argsort(-_count(train.item, train.n_items), kind="stable")[:int(np.ceil(share*train.n_items))]] = True
     return head
 
+# %% ../nbs/foundations/01_data.ipynb #5abfb6ab
 def cold_items(train:Interactions) -> np.ndarray: # (n_items,) bool
     "Items that never occur in train."
     return _count(train.item, train.n_items)==0
@@ -368,6 +382,7 @@ def _split(x, part, rule): # part: (n,) array, 0 train, 1 valid, 2 test
         )
     return Split(*(x.subset(part==p) for p in range(3)))
 
+# %% ../nbs/foundations/01_data.ipynb #efdc6349
 def _from_end(x, seed): # (n,) int: 0 = the user's last row
     "How many rows of the same user follow each row, and how many rows that user has."
     o,n = _order(x, seed), np.bincount(x.user, minlength=x.n_users)
@@ -387,6 +402,7 @@ def leave_one_out(
     part = np.where(pos<n, 2, np.where(pos<2*n, 1, 0)) * (size>2*n)
     return _split(x, part, f"leave_one_out(n={n})")
 
+# %% ../nbs/foundations/01_data.ipynb #bd694458
 def ratio_split(
     x:Interactions,
     test:float=.2, # share of each user's rows
@@ -427,6 +443,7 @@ def temporal_split(
     part = np.where(t>=t_test, 2, np.where((t>=t_valid) & (valid>0), 1, 0))
     return _split(x, part, f"temporal_split(test={test}, valid={valid})")
 
+# %% ../nbs/foundations/01_data.ipynb #283b5aab
 def given_split(
     x:Interactions, # with a column `split`
     valid:float=0., # share of each user's train rows to use as valid, if the set has none

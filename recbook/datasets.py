@@ -33,10 +33,12 @@ def _read_registry(path, changed):
         _check_spec(d, path)
     return sets
 
+# %% ../nbs/foundations/03_datasets.ipynb #597aef61
 def _registry():
     p = root()/"data"/"datasets.toml"
     return _read_registry(p, p.stat().st_mtime_ns if p.exists() else 0)
 
+# %% ../nbs/foundations/03_datasets.ipynb #9cdafc00
 def _check_spec(spec, where="the registry"):
     "Refuse an entry that lacks something or whose files would lie outside its folder."
     try:
@@ -55,6 +57,7 @@ def _check_spec(spec, where="the registry"):
         whole_number(f"{where}: bytes of {name}", size, 0)
     return spec
 
+# %% ../nbs/foundations/03_datasets.ipynb #5e6da7c8
 def _check_name(name, where):
     "A relative path without a way out of its folder, on any system."
     p,w = PurePosixPath(str(name)), PureWindowsPath(str(name))
@@ -69,6 +72,7 @@ def _check_name(name, where):
     ):
         raise ValueError(f"{where}: {name!r} would lie outside the cache. Fix: a relative path without '..'")
 
+# %% ../nbs/foundations/03_datasets.ipynb #411309c4
 def _spec(name):
     "The registry entry of `name`; ValueError with the nearest names when there is none."
     reg = _registry()
@@ -88,6 +92,8 @@ def datasets_list() -> pd.DataFrame: # one row per set
 
 # %% ../nbs/foundations/03_datasets.ipynb #ec24d311
 _passed = set()
+
+# %% ../nbs/foundations/03_datasets.ipynb #efd2c29f
 def _check(path, want):
     """`path` if its sha256 is `want`, else ValueError; this process reads a file that passed again only when it has
     changed."""
@@ -102,6 +108,7 @@ def _check(path, want):
     _passed.add(key)
     return path
 
+# %% ../nbs/foundations/03_datasets.ipynb #b9752d7d
 def _mirror():
     "The folder $RECBOOK_MIRROR, or None."
     if not (env := os.environ.get("RECBOOK_MIRROR")):
@@ -119,6 +126,7 @@ def _session():
     del s.adapters["http://"]
     return s
 
+# %% ../nbs/foundations/03_datasets.ipynb #af608f4a
 def _stream(limit):
     "A downloader for pooch that stops after `limit` bytes."
     def get(url, out, pooch):
@@ -133,12 +141,14 @@ def _stream(limit):
                         raise ValueError(f"it is longer than the {limit} bytes that are allowed")
     return get
 
+# %% ../nbs/foundations/03_datasets.ipynb #ab6e5518
 def _check_url(url):
     if not url.startswith("https://"):
         raise ValueError(
             f"{url} is not an https address. Fix: give one, or get the file elsewhere and set RECBOOK_MIRROR"
         )
 
+# %% ../nbs/foundations/03_datasets.ipynb #3b7d7ed7
 def _download(url, path, sha256=None, limit=1<<32):
     "Download at most `limit` bytes to `path`; a transfer that breaks off or is killed leaves nothing that counts."
     _check_url(url)
@@ -183,9 +193,11 @@ def _member(archive, member, size, rar=False):
         raise ValueError(f"{member} unpacks to more than it should")
     return data
 
+# %% ../nbs/foundations/03_datasets.ipynb #effb6751
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, RuntimeError,
     subprocess.CalledProcessError) # what a broken archive raises
 
+# %% ../nbs/foundations/03_datasets.ipynb #f4bc5a0c
 def _unpack(name, url, folder):
     "Download the archive `url`, check each of its registered members, put those into `folder`, drop the archive."
     files = [f for f in _spec(name)["file"] if f.get("archive")==url]
@@ -199,6 +211,7 @@ def _unpack(name, url, folder):
         for f in files:
             _replace(_inside(folder, f["name"]), _registered(archive, f, rar))
 
+# %% ../nbs/foundations/03_datasets.ipynb #d3426608
 def _registered(archive, f, rar):
     "The checked bytes of the registry's file `f`."
     fix = "Fix: the home has changed: get the file elsewhere and set RECBOOK_MIRROR"
@@ -213,6 +226,7 @@ def _registered(archive, f, rar):
         f"{f['member']} in {f['archive']}: expected sha256 {f['sha256']}, got {got}.\n{fix}")
     return data
 
+# %% ../nbs/foundations/03_datasets.ipynb #2f79a6bf
 def _inside(folder, name):
     "`folder/name`, refused if that leads out of the cache by '..', by an absolute name or through a link."
     _check_name(name, "the registry")
@@ -225,6 +239,8 @@ def _inside(folder, name):
 
 # %% ../nbs/foundations/03_datasets.ipynb #4ac3c197
 _shown = set()
+
+# %% ../nbs/foundations/03_datasets.ipynb #ecbf7206
 def _show_terms(spec):
     "Say once, before the first use, whose data this is."
     mark = cache_dir()/".terms"/spec["name"]
@@ -234,6 +250,7 @@ def _show_terms(spec):
     _shown.add(spec["name"])
     _remember(mark)
 
+# %% ../nbs/foundations/03_datasets.ipynb #bd529366
 def _find(name, f):
     "Where the file is on disk, unchecked: mirror, then cache; None when it must be downloaded."
     _check_name(name, "the registry")
@@ -244,6 +261,7 @@ def _find(name, f):
         None,
     )
 
+# %% ../nbs/foundations/03_datasets.ipynb #fef86856
 def _get(name, f):
     "The path of one registered file, checked."
     if p := _find(name, f):
@@ -273,6 +291,7 @@ def fetch(
     _show_terms(spec)
     return {n: _get(name, f) for n,f in known.items() if files is None or n in files}
 
+# %% ../nbs/foundations/03_datasets.ipynb #ec0f36d3
 def verify(
     name:str, # a set of the registry
 ) -> pd.DataFrame: # file, bytes, status: ok, wrong, missing
@@ -284,6 +303,8 @@ def verify(
 
 # %% ../nbs/foundations/03_datasets.ipynb #c56a77d6
 _loaders = {}
+
+# %% ../nbs/foundations/03_datasets.ipynb #019e33ce
 def _loader(*names): # a set, or set/part
     def deco(f):
         _loaders.update(dict.fromkeys(names, f))
@@ -293,6 +314,7 @@ def _loader(*names): # a set, or set/part
 def _parts_frame(parts): # {"train": frame, ...} -> one frame with a split column
     return pd.concat([df.assign(split=s) for s,df in parts.items()], ignore_index=True)
 
+# %% ../nbs/foundations/03_datasets.ipynb #8654c933
 @_loader("movielens-100k")
 def _ml100k(get):
     cols = ["user","item","rating","time"]
@@ -337,6 +359,7 @@ def _gowalla(get):
     )
     return Interactions(df, n, 40981, name="gowalla")
 
+# %% ../nbs/foundations/03_datasets.ipynb #e1bb64ef
 @_loader("coat")
 def _coat(get):
     "366 pairs are rated in both parts: they are dropped from test, so no test pair was seen."
@@ -346,6 +369,7 @@ def _coat(get):
     feats = np.array(_lines(get("user_item_features/item_features.ascii"), _ints))
     return Interactions(df, 290, 300, pd.DataFrame(feats).add_prefix("f"), name="coat")
 
+# %% ../nbs/foundations/03_datasets.ipynb #38b8dac5
 @_loader("coat/propensities")
 def _coat_propensities(get):
     "The authors' estimate of the chance that a pair is rated in train: user, item, propensity."
@@ -353,6 +377,7 @@ def _coat_propensities(get):
     u,i = np.indices(P.shape)
     return pd.DataFrame(dict(user=u.ravel(), item=i.ravel(), propensity=P.ravel()))
 
+# %% ../nbs/foundations/03_datasets.ipynb #1948698e
 @_loader("movielens-1m-diffrec")
 def _diffrec(get):
     "Rows are in time order within a user and part, as its authors state; `time` is that position."
@@ -362,6 +387,7 @@ def _diffrec(get):
     df["time"] = df.groupby("user").cumcount().astype(float)
     return Interactions(df, 5949, 2810, name="movielens-1m-diffrec")
 
+# %% ../nbs/foundations/03_datasets.ipynb #64a05a67
 @_loader("amazon-beauty")
 def _beauty(get):
     "Sequences of 1-based ids; items carry their ASIN, attribute ids and textual id (word pieces)."
@@ -377,6 +403,7 @@ def _beauty(get):
     users = pd.DataFrame([(s[0], r[0]) for s,r in zip(seqs, raw)], columns=["user","reviewer"])
     return Interactions.from_frame(df, time="time", items=items, users=users, name="amazon-beauty")
 
+# %% ../nbs/foundations/03_datasets.ipynb #832d156b
 @_loader("microlens-50k")
 def _microlens(get):
     seqs = [(u, _ints(s)) for u,s in _lines(get("MicroLens-50k_pairs.tsv"), _fields("\t", int, str))]
@@ -384,6 +411,7 @@ def _microlens(get):
     df = _long([s for _,s in seqs], [u for u,_ in seqs])
     return Interactions.from_frame(df, time="time", items=titles.assign(text=titles.title), name="microlens-50k")
 
+# %% ../nbs/foundations/03_datasets.ipynb #0c3b2e32
 @_loader("nbpo-amazon")
 def _nbpo(get):
     read = lambda f: _long(json.loads(get(f"{f}_data.json").read_text())).drop(columns="time")
@@ -398,11 +426,13 @@ def _filmtrust(get):
     df = pd.DataFrame(rows, columns=["user","item","rating"])
     return Interactions.from_frame(df, rating="rating", duplicates="last", name="filmtrust")
 
+# %% ../nbs/foundations/03_datasets.ipynb #3d51e816
 @_loader("filmtrust/trust")
 def _trust(get):
     "Directed trust between original user ids: src trusts dst; some of them rated nothing."
     return pd.DataFrame(_lines(get("trust.txt"), _fields(" ", int, int, float)), columns=["src","dst","weight"])
 
+# %% ../nbs/foundations/03_datasets.ipynb #834cfcbd
 @_loader("foursquare-sg")
 def _foursquare(get):
     "Visit counts as rating; places carry latitude and longitude in degrees."
@@ -418,6 +448,7 @@ def _foursquare(get):
     )
     return Interactions.from_frame(df, rating="rating", split="split", items=places, name="foursquare-sg")
 
+# %% ../nbs/foundations/03_datasets.ipynb #f3b97533
 @_loader("movielens-latest-small")
 def _ml_small(get):
     "Only the rated films; their free tags are joined into the text."
@@ -437,12 +468,14 @@ def _ml_kg(get):
         _lines(get("ml-100k.kg"), _fields("\t", str, str, str), skip=1), columns=["head", "relation", "tail"]
     )
 
+# %% ../nbs/foundations/03_datasets.ipynb #54773972
 @_loader("movielens-100k/link")
 def _ml_link(get):
     "Which entity of movielens-100k/kg a film is; `item` is the 0-based id."
     df = pd.DataFrame(_lines(get("ml-100k.link"), _fields("\t", int, str), skip=1), columns=["item","entity"])
     return df.assign(item=df["item"]-1)
 
+# %% ../nbs/foundations/03_datasets.ipynb #c63c1e79
 @_loader("influence-graphs/nethept")
 def _nethept(get):
     "Directed edges, weight = activation probability (weighted cascade)."
@@ -450,6 +483,7 @@ def _nethept(get):
         _lines(get("NetHEPT.txt"), _fields(" ", int, int, float), skip=1), columns=["src", "dst", "weight"]
     )
 
+# %% ../nbs/foundations/03_datasets.ipynb #8dd08e48
 @_loader("influence-graphs/higgs")
 def _higgs(get):
     "src mentioned dst, weight = how often."
@@ -457,19 +491,24 @@ def _higgs(get):
         _check_room(path, [z.infolist()[0].file_size])
         return pd.read_csv(z.open(z.namelist()[0]), sep=" ", names=["src","dst","weight"])
 
+# %% ../nbs/foundations/03_datasets.ipynb #0d26484a
 @_loader("citation-graphs")
 def _cora(get):
     with np.load(get("cora.npz"), allow_pickle=False) as z:
         A = sp.csr_matrix((z["adj_data"], z["adj_indices"], z["adj_indptr"]), z["adj_shape"]).tocoo()
     return pd.DataFrame(dict(src=A.row, dst=A.col)).astype("int64")
 
+# %% ../nbs/foundations/03_datasets.ipynb #aaa03b44
 @_loader("citation-graphs/nodes")
 def _cora_nodes(get):
     "Class and the ids of the words (of 1,433) of each node."
     with np.load(get("cora.npz"), allow_pickle=False) as z:
         return pd.DataFrame(dict(label=z["labels"], words=np.split(z["attr_indices"], z["attr_indptr"][1:-1])))
 
+# %% ../nbs/foundations/03_datasets.ipynb #12a7dc85
 _kgs = dict(fb15k237="FB15k-237", wn18rr="WN18RR", umls="umls", kinship="kinship")
+
+# %% ../nbs/foundations/03_datasets.ipynb #98e5d655
 def _triples(get, file):
     "Triples of one graph with their split."
     with tarfile.open(path := get(f"{file}.tar.gz")) as t:
@@ -480,9 +519,12 @@ def _triples(get, file):
         [l.split("\t") for l in files[f"{s}.txt"].splitlines()], columns=["head", "relation", "tail"]
     )
     return _parts_frame({s: read(s) for s in _parts})
+
+# %% ../nbs/foundations/03_datasets.ipynb #0282bb5b
 for _k,_f in _kgs.items():
     _loaders[f"kg-link-prediction/{_k}"] = functools.partial(_triples, file=_f)
 
+# %% ../nbs/foundations/03_datasets.ipynb #98918e1d
 @_loader("tallrec")
 def _tallrec(get):
     read = lambda s: pd.DataFrame(json.loads(get(f"movie/{s}.json").read_text(encoding="utf-8")))
@@ -491,12 +533,14 @@ def _tallrec(get):
 @_loader("goodreads-sprec")
 def _goodreads(get): return pd.DataFrame(json.loads(get("train.json").read_text(encoding="utf-8")))
 
+# %% ../nbs/foundations/03_datasets.ipynb #d6d993c2
 @_loader("text-classification")
 def _sst2(get):
     "SST-2 sentences: text, label (1 positive), split."
     read = lambda f: pd.read_csv(get(f"sst2/{f}.tsv"), sep="\t", names=["text","label"], quoting=3)
     return _parts_frame({s: read(f) for s,f in zip(_parts, ("train","dev","test"))})
 
+# %% ../nbs/foundations/03_datasets.ipynb #e74dc352
 def _records(get, name): return pd.DataFrame(json.loads(get(name).read_text(encoding="utf-8")))
 
 @_loader("knowedit/zsre")
@@ -505,6 +549,7 @@ def _zsre(get): return _records(get, "ZsRE/ZsRE-test-all.json")
 @_loader("knowedit/counterfact")
 def _counterfact(get): return _records(get, "wiki_counterfact/train_cf.json")
 
+# %% ../nbs/foundations/03_datasets.ipynb #92176a6b
 @_loader("knowedit/wikibio")
 def _wikibio(get):
     return pd.concat(

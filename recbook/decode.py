@@ -114,6 +114,7 @@ def subtrees(trie, most):
             now = set()
     return [torch.tensor(p) for p in [*parts, sorted(now)] if p]
 
+# %% ../nbs/foundations/13_decode.ipynb #66ee2329
 def path(trie, n):
     "The nodes from below the root to node `n`."
     out = []
@@ -122,6 +123,7 @@ def path(trie, n):
         n = int(trie.parent[n])
     return out[::-1]
 
+# %% ../nbs/foundations/13_decode.ipynb #dd8f603b
 def prompts_for(model, tok, prompts, trie):
     "Token ids of prompts that titles will follow, after a look at length and border."
     ids, limit = prompt_ids(tok, prompts), context_limit(model)
@@ -139,6 +141,7 @@ def prompts_for(model, tok, prompts, trie):
             "let no prompt end in a blank, and give the trie the blank as its prefix")
     return ids
 
+# %% ../nbs/foundations/13_decode.ipynb #705ffe98
 def read_prompts(model, tok, ids):
     """Keys and values of left-padded prompts (None if the model keeps nothing of that kind), their mask (n, P), and
     log-probabilities of the next token (n, vocab)."""
@@ -147,6 +150,7 @@ def read_prompts(model, tok, ids):
     out = model(**tokens_only(x), position_ids=(mask.cumsum(1)-1).clamp(min=0), use_cache=True)
     return out.past_key_values, mask, out.logits[:, -1].float().log_softmax(-1)
 
+# %% ../nbs/foundations/13_decode.ipynb #99b0670c
 def reads_on(model):
     "May tokens be added behind a left-padded prompt with keys and values kept, their positions given?"
     own = whole_model(model)
@@ -155,11 +159,13 @@ def reads_on(model):
         return False
     return keeps_only(own, DynamicLayer, DynamicSlidingWindowLayer)
 
+# %% ../nbs/foundations/13_decode.ipynb #35c3102e
 def keeps_only(own, *kinds):
     "Does the model keep keys and values in layers of these kinds alone?"
     text = own.config.get_text_config(decoder=True)
     return not own._is_stateful and all(type(l) in kinds for l in DynamicCache(config=text).layers)
 
+# %% ../nbs/foundations/13_decode.ipynb #f05d7bae
 def reads_trees(model):
     """May a whole trie be read at once behind a prompt, and taken back? Not behind windows, and not where attention
     knows no free mask."""
@@ -181,6 +187,7 @@ def node_logprobs(model, tok, prompts, trie, most=1024):
     ids = prompts_for(model, tok, prompts, trie)
     return (tree_logprobs if reads_trees(model) else path_logprobs)(model, tok, ids, trie, most)
 
+# %% ../nbs/foundations/13_decode.ipynb #e8768034
 @torch.no_grad()
 def tree_logprobs(model, tok, ids, trie, most):
     "`node_logprobs` with many nodes in one pass behind the kept prompt."
@@ -205,6 +212,7 @@ def tree_logprobs(model, tok, ids, trie, most):
         out[:, kids] = (lg[:, rows, trie.token[kids].to(dev)].float() - lg.float().logsumexp(-1)[:, rows]).cpu()
     return out
 
+# %% ../nbs/foundations/13_decode.ipynb #6e8d3c13
 @torch.no_grad()
 def path_logprobs(model, tok, ids, trie, most):
     "`node_logprobs` with a plain pass over prompt and title for each innermost node."
@@ -279,6 +287,7 @@ def beam_batch(model, tok, prompts, trie, k):
         lp = step((src + torch.arange(B)[:, None]*(len(lp)//B)).flatten(), trie.token[node].flatten().clamp(min=0))
     return torch.where(score > -torch.inf, trie.item[node], -1), score
 
+# %% ../nbs/foundations/13_decode.ipynb #9ef1f00e
 def kept_prompts(model, tok, ids):
     """Log-probabilities of the next token, and a function (rows, their next tokens) -> those of the one after; keys and
     values are kept."""
@@ -298,6 +307,7 @@ def kept_prompts(model, tok, ids):
         return out.logits[:, -1].float().log_softmax(-1)
     return lp, step
 
+# %% ../nbs/foundations/13_decode.ipynb #2d7e222f
 def plain_prompts(model, tok, ids):
     "The same, for models that keep nothing of use: all is read again."
     def read(): return last_logits(model, padded(tok, ids).to(model.device)).float().log_softmax(-1)
@@ -307,6 +317,7 @@ def plain_prompts(model, tok, ids):
         return read()
     return read(), step
 
+# %% ../nbs/foundations/13_decode.ipynb #45a6ac0d
 def extend(trie, node, score, lp, k):
     """Best k children of the beams `node, score` (B, b), given next-token log-probabilities (B, b, vocab); a finished
     beam is its own child."""
@@ -360,6 +371,7 @@ def generated(
         y = model.generate(**tokens_only(x), **kw)
     return y[:, x["input_ids"].shape[1]:]
 
+# %% ../nbs/foundations/13_decode.ipynb #8e0bb667
 @contextmanager
 def own_settings_aside(model, plain=None):
     """Inside the block the model generates by `plain` settings (transformers' defaults but for its end marks if None)

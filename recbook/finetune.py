@@ -50,6 +50,7 @@ def active_adapter(model) -> dict[str, nn.Parameter]:  # in the order of named_p
         add(model.prompt_encoder, [model.active_adapter])
     return {k: p for k, p in model.named_parameters() if id(p) in found}
 
+# %% ../nbs/foundations/14_finetune.ipynb #9864187f
 def merge(model):
     "The model with its adapters added into the weights; a plain model as it is."
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model

@@ -24,6 +24,7 @@ def sort_of(v):
     known = dict(text=str, number=Real, time=(date, np.datetime64))
     return next((k for k, t in known.items() if isinstance(v, t)), "other")
 
+# %% ../nbs/foundations/02_frames.ipynb #cb52ae4d
 def id_faults(df, kind, col):
     "(bad rows, what is wrong, fix) for a column of ids."
     s, what = df[col], kind if kind == col else f"{kind} ({col!r})"
@@ -46,6 +47,7 @@ def seconds(s):
         return s.dt.total_seconds()
     return pd.to_numeric(s, errors="coerce")
 
+# %% ../nbs/foundations/02_frames.ipynb #5cf6e9c2
 def number_faults(df, kind, col):
     "(bad rows, what is wrong, fix) for a column of ratings or times."
     s, what = df[col], kind if kind == col else f"{kind} ({col!r})"
@@ -60,6 +62,7 @@ def number_faults(df, kind, col):
 # %% ../nbs/foundations/02_frames.ipynb #c044a952
 RULES = ("raise", "first", "last", "sum")
 
+# %% ../nbs/foundations/02_frames.ipynb #abfbdea5
 def faults(df, cols, duplicates):
     "All faults of a table, in the order of its columns; `cols` maps user, item, ... to the reader's columns."
     for kind, col in cols.items():
@@ -75,6 +78,7 @@ def faults(df, cols, duplicates):
         twice = ids.duplicated(keep=False) & df[pair].notna().all(axis=1)
         yield twice, "repeated (user, item) pairs", "choose duplicates='first', 'last' or 'sum'"
 
+# %% ../nbs/foundations/02_frames.ipynb #7c000903
 def told(df, cols, duplicates):
     "The faults as text, `` when there are none."
     found = [(bad, text, fix) for bad, text, fix in faults(df, cols, duplicates) if bad.any()]
@@ -100,6 +104,7 @@ def described(ids, tab, key, what):
     tab.insert(0, "id", ids)
     return tab
 
+# %% ../nbs/foundations/02_frames.ipynb #61e3e8e9
 def merged(df, duplicates):
     "`df` with one row per (user, item) pair, by the rule `duplicates`."
     if duplicates=="raise" or not df.duplicated(["user","item"]).any() and duplicates!="sum":
@@ -142,6 +147,7 @@ def from_frame(
     about = described(ids["item"], items, item, "items"), described(ids["user"], users, user, "users")
     return Interactions(merged(new, duplicates), len(ids["user"]), len(ids["item"]), *about, name)
 
+# %% ../nbs/foundations/02_frames.ipynb #c880dd22
 def check_columns(df, cols, duplicates):
     "`cols`, when the table has them and they hold what they should."
     if duplicates not in RULES:
@@ -173,6 +179,7 @@ def number_of(
         raise ValueError(f"no {of[:-1]} {gone!r}" + (f". Did you mean {near[0]!r}?" if near else ""))
     return at
 
+# %% ../nbs/foundations/02_frames.ipynb #4edaee15
 def id_of(
     x:Interactions, # from `from_frame`
     numbers, # as in `x.user` or `x.item`
@@ -199,6 +206,7 @@ def recommend(
     best = best[np.isfinite(s[best])]
     return pd.DataFrame(dict(item=id_of(x, best, "items"), score=s[best]))
 
+# %% ../nbs/foundations/02_frames.ipynb #b0e729c6
 def forget(
     x:Interactions, # all that is known
     user, # ids of your table

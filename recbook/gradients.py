@@ -45,10 +45,12 @@ def params_of(
         raise ValueError("no parameters chosen: none requires a gradient or none fits the rule")
     return {k: p for k, p in have.items() if k in keep}
 
+# %% ../nbs/foundations/09_gradients.ipynb #9f6cd98e
 def flatten(params:dict[str, Tensor]) -> Tensor: # (p,)
     "All coordinates in one vector."
     return torch.cat([v.reshape(-1) for v in params.values()])
 
+# %% ../nbs/foundations/09_gradients.ipynb #693289df
 def unflatten(
     v:Tensor, # (p,) or (n, p)
     params:dict[str, Tensor], # shapes and order
@@ -59,6 +61,7 @@ def unflatten(
     parts = v.split([x.numel() for x in params.values()], -1)
     return {k: part.reshape(*v.shape[:-1], *x.shape) for (k, x), part in zip(params.items(), parts)}
 
+# %% ../nbs/foundations/09_gradients.ipynb #bcee8aa4
 def add_(
     params:dict[str, nn.Parameter],
     delta:Tensor, # (p,)
@@ -78,6 +81,7 @@ class OwnRows(TorchFunctionMode):
             "track running statistics, or use LayerNorm")
         return func(*args, **kwargs)
 
+# %% ../nbs/foundations/09_gradients.ipynb #cd041c88
 @contextmanager
 def as_function(
     model:nn.Module,
@@ -92,6 +96,7 @@ def as_function(
         raise ValueError("model or loss drew random numbers in evaluation mode, e.g. F.dropout without "
         "`training=self.training`: gradients would be those of another model each time; switch it off")
 
+# %% ../nbs/foundations/09_gradients.ipynb #59201a32
 def chosen(model, params):
     "`params`, or all of the model's if None."
     if params is None:
@@ -114,6 +119,7 @@ def grad_of(
         g = torch.autograd.grad(l, list(params.values()), create_graph=create_graph, materialize_grads=True)
     return flatten(dict(zip(params, g)))
 
+# %% ../nbs/foundations/09_gradients.ipynb #3bf9ddb3
 @contextmanager
 def differentiable(params:dict[str, nn.Parameter]):
     "Inside, gradients are on for `params`, frozen too, and attention can be differentiated twice; then as before."
@@ -127,6 +133,7 @@ def differentiable(params:dict[str, nn.Parameter]):
         for p, r in zip(params.values(), held):
             p.requires_grad_(r)
 
+# %% ../nbs/foundations/09_gradients.ipynb #92a42c85
 def per_sample_grads(
     model:nn.Module,
     loss:Callable, # (model, batch) -> mean of the rows' losses; must treat rows alone
@@ -176,6 +183,7 @@ def hvp(
         )
     return flatten(dict(zip(params, Hv))).detach()
 
+# %% ../nbs/foundations/09_gradients.ipynb #3fb7c238
 def dense(
     matvec:Callable, # (p,) -> (p,)
     like:Tensor, # (p,), for size and dtype
@@ -249,6 +257,7 @@ class Task(NamedTuple):
     def losses(self, model, batch): return row_losses(self.outputs(model, batch), self.targets(batch), self.kind)
     def mean(self, model, batch): return self.losses(model, batch).mean()
 
+# %% ../nbs/foundations/09_gradients.ipynb #c6c4e6b4
 def row_losses(
     y:Tensor, # outputs, (n, [T,] C) or (n, [d])
     t:Tensor, # targets, (n, [T]) or (n, [d])
@@ -276,6 +285,7 @@ def ggn_products(
         u = (p*u - p*(p*u).sum(-1, keepdim=True))*(task.targets(batch) >= 0)[..., None]
     return torch.cat([g.reshape(len(V), -1) for g in vmap(pull)(u)[0].values()], 1).detach()/len(batch[0])
 
+# %% ../nbs/foundations/09_gradients.ipynb #04a94710
 def ggn_matrix(model:nn.Module, task:Task, batch, params:dict[str, nn.Parameter]) -> Tensor: # (p, p)
     "The exact Gauss-Newton matrix of a small model."
     unit = torch.eye(len(flatten(params))).to(flatten(params)).detach()
@@ -290,18 +300,21 @@ def check_damping(damping):
         return damping
     raise ValueError(f"damping={damping!r}: must be a finite number, 0 or more, or None")
 
+# %% ../nbs/foundations/09_gradients.ipynb #9088d36e
 def tenth_of_mean(product, p, like, probes=16):
     "A tenth of the mean eigenvalue of a (p, p) matrix: E v'Av = trace A for random signs v (Hutchinson 1989)."
     g = torch.Generator().manual_seed(0)
     V = (2*torch.randint(2, (probes, p), generator=g) - 1).to(like)
     return .1*float(torch.stack([v @ product(v) for v in V]).mean())/p
 
+# %% ../nbs/foundations/09_gradients.ipynb #02566724
 def blocks(params):
     "0/1 matrix (p, p): are two coordinates in the same layer?"
     layers = [k.rpartition(".")[0] for k in params]
     layer = torch.cat([torch.full((p.numel(),), layers.index(l)) for l, p in zip(layers, params.values())])
     return layer[:, None] == layer
 
+# %% ../nbs/foundations/09_gradients.ipynb #6755e5fa
 def solved(C, B):
     "Rows X with C X^T = B^T for a symmetric C; one without an inverse at its precision is refused."
     from scipy.linalg import LinAlgError, LinAlgWarning, solve
@@ -353,6 +366,7 @@ def linear_layers(
         raise ValueError("no linear layer chosen: methods 'ggn' and 'hessian' take any parameters")
     return {k: have[k] for k in have if k in set(modules)}
 
+# %% ../nbs/foundations/09_gradients.ipynb #12fb309b
 def is_linear(module):
     "Is it nn.Linear, or the Conv1D of transformers, the same with its weight transposed?"
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" and hasattr(module, "nf")
@@ -423,6 +437,7 @@ def layer_grads(
             s = torch.autograd.grad(l.sum(), [o for _, o in seen.values()], retain_graph=True)
             yield {k: (a[k], tokens(d)) for k, d in zip(seen, s)}
 
+# %% ../nbs/foundations/09_gradients.ipynb #befa8b0a
 def weight_grads(pair):
     "Gradient of each row for the weight (bias as last column) of one layer, (n, d_out, d_in)."
     a, s = pair
@@ -438,6 +453,7 @@ def leave_one_out(
     before, rows = np.asarray(retrain(np.ones(n, bool))), np.arange(n) if which is None else np.asarray(which)
     return np.stack([np.asarray(retrain(np.arange(n) != i)) - before for i in rows])
 
+# %% ../nbs/foundations/09_gradients.ipynb #6a883f2f
 def removal_curve(
     scores, # (n, q)
     retrain:Callable, # as in `leave_one_out`
@@ -457,6 +473,7 @@ def removal_curve(
     rise = lambda j, k: float(retrain(place[:, j] >= k)[j] - before[j])
     return pd.DataFrame([dict(query=j, k=k, rise=rise(j, k)) for j in range(q) for k in ks])
 
+# %% ../nbs/foundations/09_gradients.ipynb #2cba15dd
 def agreement(
     scores, truth, # (n, q) each
     kind:str="pearson", # or "spearman"

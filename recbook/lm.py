@@ -129,6 +129,7 @@ def pretrain(
 # %% ../nbs/foundations/11_lm.ipynb #3b475e23
 RECIPE = 1 # raise it when a change of this code changes the weights
 
+# %% ../nbs/foundations/11_lm.ipynb #494e0526
 def cached(
     kind:str, # "causal" or "masked"
     docs:Sequence[str], # what is read
@@ -163,6 +164,7 @@ def digests(folder):
         if f.is_file() and f.name != "sha256.json"
     }
 
+# %% ../nbs/foundations/11_lm.ipynb #75209b23
 def whole(folder):
     "Are all files there as they were written?"
     try:
@@ -172,6 +174,7 @@ def whole(folder):
         return False
     return isinstance(want, dict) and bool(want) and all(have.get(f) == h for f, h in want.items())
 
+# %% ../nbs/foundations/11_lm.ipynb #f14aa904
 def rebuild(home, key, build):
     "Build the model in a temporary folder, then give it its name; the caller holds the lock."
     sweep(home, key)
@@ -182,6 +185,7 @@ def rebuild(home, key, build):
             os.replace(home/key, Path(tmp)/"broken")
         os.replace(new, home/key)
 
+# %% ../nbs/foundations/11_lm.ipynb #87d902e8
 def sweep(home, mine):
     """Remove temporary folders of processes that died: nobody holds their lock any more. The caller holds that of
     `mine`."""
@@ -196,6 +200,7 @@ def sweep(home, mine):
         except Timeout:
             pass # somebody is at work there
 
+# %% ../nbs/foundations/11_lm.ipynb #6c9bcd75
 def cannot_write(e):
     "Does this error say that the disk is full or not ours to write on? Libraries in Rust tell it in words alone."
     text = str(e).lower()
@@ -240,12 +245,14 @@ def safely(
             ) from None
         raise OSError(unreachable(name, e)) from e
 
+# %% ../nbs/foundations/11_lm.ipynb #9626ff50
 def has_code(name):
     "Does a folder name Python code of its own? Of a hub name nobody knows: assume so."
     if not Path(name).is_dir():
         return True
     return any("auto_map" in read_json(f) for f in Path(name).glob("*config.json"))
 
+# %% ../nbs/foundations/11_lm.ipynb #1bf11e08
 def read_json(file):
     "The dictionary in a file; empty if there is none."
     try:
@@ -254,6 +261,7 @@ def read_json(file):
         return {}
     return x if isinstance(x, dict) else {}
 
+# %% ../nbs/foundations/11_lm.ipynb #21fe192f
 def only_safetensors(name):
     "Refuse a folder whose weights, or those of the model that its adapter belongs to, are not safetensors."
     home = Path(name)
@@ -274,6 +282,7 @@ def only_safetensors(name):
     if base and Path(base) != home:
         only_safetensors(base)
 
+# %% ../nbs/foundations/11_lm.ipynb #b4d171de
 def unreachable(name, why=None):
     "What to do when a model does not load."
     home = Path(name)
@@ -316,6 +325,7 @@ def nano_lm(
 # %% ../nbs/foundations/11_lm.ipynb #ee4ed60d
 LEAST = dict(hidden_size=2, n_layers=1, intermediate_size=1, steps=2, seed=0, vocab_size=1, max_length=2, batch_size=1)
 
+# %% ../nbs/foundations/11_lm.ipynb #7fbc5fa1
 def reading_plan(wide, **s):
     "The settings of a nano model, checked; MLPs are `wide` times hidden_size if not said otherwise."
     if s["intermediate_size"] is None:
@@ -355,10 +365,12 @@ def read_causal(
         return m, lambda x: next_token_loss(m(x).logits, x, tok.pad_token_id, mark)
     read(docs, to, build, steps//4, steps, seed, vocab_size, max_length, lr, batch_size)
 
+# %% ../nbs/foundations/11_lm.ipynb #632e72f9
 def mark_ids(tok):
     "Ids of the tokenizer's special tokens, as a model's configuration names them."
     return dict(pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id)
 
+# %% ../nbs/foundations/11_lm.ipynb #65629b0f
 def read(docs, to, build, facts, steps, seed, vocab_size, max_length, lr, batch_size):
     """Tokenizer, model and loss from `build`, training (first `facts` steps on facts), saving; the caller's random
     state stays as it was."""

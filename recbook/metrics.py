@@ -47,6 +47,7 @@ def best_columns(S, k, width=64):
     v, at = S.gather(1, cols).topk(k)
     return v, cols.gather(1, at)
 
+# %% ../nbs/foundations/06_metrics.ipynb #c4e0b3f0
 def first_of_ties(S, v, k):
     "Columns above the threshold `v`, filled up to k with the first columns equal to it."
     above, equal = S > v, S == v
@@ -56,6 +57,7 @@ def first_of_ties(S, v, k):
 # %% ../nbs/foundations/06_metrics.ipynb #14109971
 Scorer = Callable[[Tensor], Tensor] # user numbers (b,) -> scores (b, n_items)
 
+# %% ../nbs/foundations/06_metrics.ipynb #ae786cf3
 def dot(
     U:Tensor, # (n_users, d)
     I:Tensor, # (n_items, d)
@@ -70,11 +72,13 @@ def dot(
     )  # flat products: numpy's BLAS takes half the time of torch's on AMD
     return fresh(lambda u: torch.from_numpy(P[np.asarray(u)] @ Q))
 
+# %% ../nbs/foundations/06_metrics.ipynb #60b6e1f3
 def fresh(score:Scorer) -> Scorer:
     "Mark a scorer whose answers nobody else holds, so that they may be written over."
     score.fresh = score # a wrapper that copies attributes is not marked by it
     return score
 
+# %% ../nbs/foundations/06_metrics.ipynb #c3c39d78
 def table(
     S, # (n_users, n_items) array, tensor or scipy sparse matrix
     ) -> Scorer:
@@ -97,6 +101,7 @@ def user_numbers(users, n=None):
         raise ValueError(f"users {bad} are not in 0..{'' if n is None else n-1}")
     return users.astype(int)
 
+# %% ../nbs/foundations/06_metrics.ipynb #6a615740
 def scores_of(score, u, n_items=None):
     "The scores of users `u` in a floating type that tells apart all that the scorer tells apart."
     S = torch.as_tensor(score(torch.as_tensor(u)))
@@ -113,12 +118,14 @@ def scores_of(score, u, n_items=None):
         raise ValueError("whole numbers above 2^53 as scores: subtract a constant, or they tie")
     return S.double()
 
+# %% ../nbs/foundations/06_metrics.ipynb #52520a64
 def mask_of(seen, device):
     "The entries of the sparse `seen` as a bool tensor."
     M = torch.zeros(seen.shape, dtype=torch.bool, device=device)
     M[tuple(torch.from_numpy(a.astype(np.int64)) for a in seen.nonzero())] = True
     return M
 
+# %% ../nbs/foundations/06_metrics.ipynb #2a3ff1a6
 def hide(S, seen, own):
     "`S` with the entries of the sparse `seen` at minus infinity; in place when the scores are our `own`."
     S = S if own else S.clone()
@@ -126,6 +133,7 @@ def hide(S, seen, own):
     S[tuple(torch.from_numpy(a.astype(np.int64)).to(S.device) for a in (rows, seen.indices))] = -torch.inf
     return S
 
+# %% ../nbs/foundations/06_metrics.ipynb #d2f0181c
 def seen_last(S, M, k):
     """Best k columns of rows with less than k scores above minus infinity: then unseen ones in order of column, seen
     ones (M) never."""
@@ -215,6 +223,7 @@ def cutoffs(k):
         raise ValueError(f"k={k}: give at least one cut-off")
     return ks
 
+# %% ../nbs/foundations/06_metrics.ipynb #e133047b
 def check_reachable(T, seen):
     "Held-out items that are masked as seen can never be hit."
     if T.shape != seen.shape:
@@ -259,6 +268,7 @@ def labelled(y, p):
         raise ValueError(f"{np.isnan(p).sum()} predictions are NaN: check the model")
     return y, p
 
+# %% ../nbs/foundations/06_metrics.ipynb #e42698fb
 def probabilities(p):
     "`p`, refused outside 0..1."
     if p.min() < 0 or p.max() > 1:
@@ -279,6 +289,7 @@ def auc(
         raise ValueError(f"all labels are {y[0]:g}: AUC needs both classes")
     return float(roc_auc_score(y, p))
 
+# %% ../nbs/foundations/06_metrics.ipynb #bdeb4288
 def gauc(
     y, p, # (n,) 0/1 and scores
     groups, # (n,) e.g. users; groups with one class only are left out
@@ -305,6 +316,7 @@ def logloss(
     p = probabilities(p).clip(eps, 1-eps)
     return float(-(y*np.log(p) + (1-y)*np.log1p(-p)).mean())
 
+# %% ../nbs/foundations/06_metrics.ipynb #7fe94754
 def ece(
     y, p, # (n,) 0/1 and probabilities
     bins:int=15, # equal-width bins on 0..1
@@ -338,6 +350,7 @@ def coverage(top, n_items:int) -> float:
     "Share of the catalogue that is recommended to anyone."
     return float((exposures(top, n_items) > 0).mean())
 
+# %% ../nbs/foundations/06_metrics.ipynb #2503c2de
 def gini(
     x, # (n,) non-negative amounts, e.g. exposures of items or utilities of users
     ) -> float:
@@ -346,6 +359,7 @@ def gini(
     n = len(x)
     return float((2*np.arange(1, n+1) - n - 1) @ x/(n*x.sum()))
 
+# %% ../nbs/foundations/06_metrics.ipynb #83713237
 def entropy(
     x, # (n,) non-negative amounts
     ) -> float:
@@ -367,6 +381,7 @@ def diversity(
     L = V[items_of(top, len(V))]
     return 1 - ((L.sum(1)**2).sum(-1) - (L**2).sum((1, 2)))/(k*(k-1))
 
+# %% ../nbs/foundations/06_metrics.ipynb #02a0b95f
 def mean_popularity(
     top, # (n, k)
     counts, # (n_items,) training interactions of each item
@@ -374,6 +389,7 @@ def mean_popularity(
     "Average recommendation popularity of each list, in interactions (Yin et al. 2012)."
     return np.asarray(counts, float)[items_of(top, len(counts))].mean(1)
 
+# %% ../nbs/foundations/06_metrics.ipynb #3a5475a4
 def individual_unfairness(
     utility, # (n,) what each user gets, e.g. ndcg
     X, # (n, d) user features: who counts as alike

@@ -64,6 +64,7 @@ def need(df, *columns):
     if missing := [c for c in columns if c and c not in df]:
         raise ValueError(f"no column {missing} in the table; it has {list(df.columns)}")
 
+# %% ../nbs/foundations/04_plots.ipynb #f2552876
 def t_interval(v):
     "95 % Student t interval of the mean of `v` for seaborn's `errorbar`; the point itself when there is one value."
     from scipy.stats import t
@@ -94,6 +95,7 @@ def pareto(
     worse = (c[:, None] >= c) & (g[:, None] <= g) & ((c[:, None] > c) | (g[:, None] < g))
     return ~worse.any(1)
 
+# %% ../nbs/foundations/04_plots.ipynb #c739af57
 def tradeoff(
     df:pd.DataFrame, # one row a method
     cost:str, gain:str, # columns: smaller cost and larger gain are better

@@ -73,6 +73,7 @@ class Module:
 # %% ../nbs/foundations/16_provenance.ipynb #0f7e200c
 def named(node): return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
 
+# %% ../nbs/foundations/16_provenance.ipynb #efceff7d
 def words(node):
     """All names that `node` mentions, annotations in quotation marks included; imports inside functions as
     `module:name`."""
@@ -87,6 +88,7 @@ def words(node):
             )
     return out
 
+# %% ../nbs/foundations/16_provenance.ipynb #53c673e3
 def defined(node):
     "The module-level names that a statement defines."
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -100,6 +102,7 @@ def defined(node):
         }
     return {node.target.id} if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) else set()
 
+# %% ../nbs/foundations/16_provenance.ipynb #22299189
 def touched(node):
     "The names of other things that a statement changes."
     if isinstance(node, ast.ClassDef):
@@ -119,11 +122,13 @@ def touched(node):
 # %% ../nbs/foundations/16_provenance.ipynb #0c05925b
 PACKAGE = "recbook"
 
+# %% ../nbs/foundations/16_provenance.ipynb #e18e1e2d
 @functools.cache
 def read_module(name:str, path:str, stamp:float) -> Module:
     "`Module` of a file; read again when the file has changed (`stamp`)."
     return Module(name, Path(path).read_text(encoding="utf-8"))
 
+# %% ../nbs/foundations/16_provenance.ipynb #15eff6ad
 def module_of(name:str) -> Module|None: # None for what is no module of the package
     "The parsed module called `name`."
     if name.split(".")[0] != PACKAGE:
@@ -155,6 +160,7 @@ def reach(
             todo += [(module, n) for n in m.code]
     return found
 
+# %% ../nbs/foundations/16_provenance.ipynb #b0541d5f
 def imported(module, word):
     """Where an import inside a function leads: `.metrics:evaluate` seen in `recbook.training` is `recbook.metrics`,
     `evaluate`."""
@@ -169,6 +175,7 @@ def digest(
     "A digest of `x` and of all code and values it can reach; equal digests mean that nothing has changed."
     return Digest().of(x)
 
+# %% ../nbs/foundations/16_provenance.ipynb #6ea1ca3b
 class Digest:
     "One walk over everything reachable; what is met again is not walked again, what contains itself is named."
     def __init__(self): self.done, self.open = {}, {}
@@ -264,6 +271,7 @@ class Digest:
 # %% ../nbs/foundations/16_provenance.ipynb #44d6532d
 def mix(parts): return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
+# %% ../nbs/foundations/16_provenance.ipynb #c7eb6b5a
 def content(x):
     "Arrays, tensors, frames and sparse matrices by what they hold; None for anything else."
     if isinstance(x, np.generic):
@@ -286,6 +294,7 @@ def content(x):
         return ["tensor", str(x.dtype), str(tuple(x.shape)), joblib.hash(exact_array(x))]
     return None
 
+# %% ../nbs/foundations/16_provenance.ipynb #5a89e047
 def exact_array(x):
     "A tensor as an array that tells apart all that it tells apart; types numpy lacks fit into float32."
     x = x.detach().cpu().resolve_conj()
@@ -294,12 +303,14 @@ def exact_array(x):
     except TypeError:
         return x.float().numpy()
 
+# %% ../nbs/foundations/16_provenance.ipynb #e8d62020
 def names_in(code):
     "Global names a code object looks up, nested functions included; attributes are no globals."
     inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
     own = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     return own.union(*map(names_in, inner))
 
+# %% ../nbs/foundations/16_provenance.ipynb #e7109f17
 def imports_in(code):
     "(module, name) of every import inside a code object, nested functions included."
     out, module = [], None
@@ -311,6 +322,7 @@ def imports_in(code):
             out = [o for o in out if o != (module, "*")] + [(module, i.argval)]
     return out + [o for c in code.co_consts if isinstance(c, types.CodeType) for o in imports_in(c)]
 
+# %% ../nbs/foundations/16_provenance.ipynb #b1652576
 def bytecode(code, doc=None):
     "What a code object does: instructions, constants (docstring aside), names."
     kept = code.co_consts[1:] if code.co_consts[:1] == (doc,) else code.co_consts # the docstring, or None in its place
@@ -336,11 +348,13 @@ def distribution(top): # top-level module -> "name version"
     found = metadata.packages_distributions().get(top)
     return f"{found[0]} {metadata.version(found[0])}" if found else f"{top} {sys.version_info[:2]}"
 
+# %% ../nbs/foundations/16_provenance.ipynb #f1036655
 def library(module): # module name -> [its name and version]; [] for the package
     "Digest parts for a library."
     top = module.split(".")[0]
     return [] if top == PACKAGE else [module, distribution(top)]
 
+# %% ../nbs/foundations/16_provenance.ipynb #7339482b
 def module_code(name, thing):
     """Digest parts of a module's definition `thing` (`*`: all): of the package, of a file that lies beside the
     notebook, or a library's version."""
@@ -350,6 +364,7 @@ def module_code(name, thing):
     own = f and not any(map(Path(f).resolve().is_relative_to, library_folders()))
     return [name, hashlib.sha256(Path(f).read_bytes()).hexdigest()] if own else library(name)
 
+# %% ../nbs/foundations/16_provenance.ipynb #6832d1c8
 def written_here(x):
     "Is this a notebook's or a script's own definition, neither of a library nor of the package?"
     if x.__module__ in ("__main__", "__mp_main__"):
@@ -361,6 +376,7 @@ def written_here(x):
         and not any(map(Path(f).resolve().is_relative_to, library_folders()))
     )
 
+# %% ../nbs/foundations/16_provenance.ipynb #6937e55f
 @functools.cache
 def library_folders():
     "Where this Python keeps its own modules and what was installed."
@@ -409,6 +425,7 @@ def notebook_code(
     start = [(mod, n) for mod, n in m.imports.values()]
     return mix([bare(m.tree), *package_code(start)])
 
+# %% ../nbs/foundations/16_provenance.ipynb #4b32b2e0
 def python(source):
     "A cell's code as a module can hold it: without magics; cells that are not Python count as text."
     lines = [l for l in source.splitlines() if not l.lstrip().startswith(("%", "!"))]

@@ -29,6 +29,7 @@ def bib_entry(
         ]
     return f"@misc{{{p['id']},\n  " + ",\n  ".join(rows) + "\n}\n"
 
+# %% ../nbs/workshop/04_publish.ipynb #d79c399d
 def bibliography(
     root:Path|None=None # the book's folder
 ) -> str: # BibTeX, in the order of the areas
@@ -53,12 +54,14 @@ def lesson(
     kinds = [isinstance(t, (ast.Import, ast.ImportFrom)) for t in tree]
     return any(isinstance(n, (ast.Import, ast.ImportFrom)) for t in tree for n in ast.walk(t)) and not all(kinds)
 
+# %% ../nbs/workshop/04_publish.ipynb #6c00ce0d
 def show_source(code): return re.sub(r"^#\|\s*export[ \t]*$", "#| exports", code, flags=re.M)
 
 # %% ../nbs/workshop/04_publish.ipynb #8995ce80
 REPO = "recbook/recbook" # on GitHub
 BADGE = re.compile(r"^\[!\[Open in Colab\]\([^)]*\)\]\([^)]*\)[ \t]*$", re.M)
 
+# %% ../nbs/workshop/04_publish.ipynb #1e63ab26
 def links_line(
     rel:str # like trust/01_unlearning.ipynb, below nbs/
 ) -> str: # markdown
@@ -67,6 +70,7 @@ def links_line(
     badge = f"[![Open in Colab]({colab}/assets/colab-badge.svg){{.nolightbox}}]({colab}/github/{place})"
     return f"{badge} · [notebook on GitHub](https://github.com/{place})"
 
+# %% ../nbs/workshop/04_publish.ipynb #b76f8c52
 def add_links_line(cells, rel):
     "The links in place of the page's badge; below the title, when there is none."
     from fastcore.nbio import mk_cell
@@ -94,6 +98,7 @@ def _short_number(text):
     x = float(text)
     return f"{x:,.0f}" if 1e4 <= abs(x) < 1e15 else f"{x:.4g}"
 
+# %% ../nbs/workshop/04_publish.ipynb #b59e3ed1
 def as_markdown(
     out:dict # an output, changed in place
 ):
@@ -153,6 +158,7 @@ def book_page(
         _tidy(c, i+1)
     return d
 
+# %% ../nbs/workshop/04_publish.ipynb #6ae9c778
 def _tidy(cell, i):
     "`cell` in the form Quarto and Pandoc accept: lines as a list, numbers on results, no marks of nbdev's."
     cell.pop("has_sd", None)
@@ -193,6 +199,7 @@ def prepare(
     shutil.rmtree(to/".runs", ignore_errors=True)
     return to
 
+# %% ../nbs/workshop/04_publish.ipynb #7c1ae7c4
 @contextmanager
 def _inside(folder):
     "Work in `folder`, where nbdev finds its configuration; its shell must not count as a notebook's."

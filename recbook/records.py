@@ -46,8 +46,10 @@ CLAIM = dict(
 )
 VERDICTS = ["supported", "refuted", "negligible", "inconclusive", "exact"]
 
+# %% ../nbs/workshop/02_records.ipynb #850e4824
 def numeric(x) -> bool: return isinstance(x, (int, float)) and not isinstance(x, bool)
 
+# %% ../nbs/workshop/02_records.ipynb #217b0cf8
 def unsound(
     rec:dict # a record
 ) -> str: # what is wrong with it, "" when nothing is
@@ -72,6 +74,7 @@ def unsound(
             return f"claim {c.get('id', i+1)}: {', '.join(bad)} missing or wrong"
     return ""
 
+# %% ../nbs/workshop/02_records.ipynb #692c0c56
 def records(
     root:Path|None=None, # the book's folder
     profile:str|None=None, # only this one
@@ -104,9 +107,9 @@ def commit(
         return _version("recbook") or "unknown"
     return head.stdout.strip() + ("+dirty" if edited(git("status", "--porcelain", "--untracked-files=normal")) else "")
 
+# %% ../nbs/workshop/02_records.ipynb #42912821
 def edited(status):
     return status.returncode != 0 or bool(status.stdout.strip())  # a tree that can't be looked at is not clean
-
 
 def _version(name):
     try:
@@ -125,6 +128,7 @@ def _cpu():
     )
     return (names or [platform.processor() or platform.machine()])[0]
 
+# %% ../nbs/workshop/02_records.ipynb #0fc4da04
 def _gpu():
     "The GPUs' names, or None."
     if not shutil.which("nvidia-smi"):
@@ -134,6 +138,7 @@ def _gpu():
     ).stdout.split("\n")
     return ", ".join(n.strip() for n in names if n.strip()) or None
 
+# %% ../nbs/workshop/02_records.ipynb #2898296e
 def cores() -> int: # processors this process may use
     "How many cores we have."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -155,6 +160,7 @@ PACKAGES = [
     "nbdev",
 ]
 
+# %% ../nbs/workshop/02_records.ipynb #e31373e7
 @lru_cache
 def machine() -> dict: # cpu, cores, memory in GiB, gpu or None, platform
     "What we run on, without anything that names the host."
@@ -164,6 +170,7 @@ def machine() -> dict: # cpu, cores, memory in GiB, gpu or None, platform
         cpu=_cpu(), cores=cores(), memory_gb=memory, gpu=_gpu(), platform=f"{platform.system()} {platform.machine()}"
     )
 
+# %% ../nbs/workshop/02_records.ipynb #8157a628
 def versions(
     names:Iterable[str]=PACKAGES # distributions
 ) -> dict[str, str]: # Python first; what is not installed is left out
@@ -203,6 +210,7 @@ def package(
         return root/"recbook"
     return Path(next(iter(util.find_spec("recbook").submodule_search_locations)))
 
+# %% ../nbs/workshop/02_records.ipynb #39b549bb
 def fingerprint(
     ch:Chapter, # what runs
     params:dict, # what is injected

@@ -39,6 +39,7 @@ FOLDED = re.compile(r"<details\b.*?</details>", re.S | re.I)
 FENCED = re.compile(r"^```python *\n(.*?)^``` *$", re.S | re.M)
 OPENED = re.compile(r"^[ \t]*(?:`{3,}|~{3,}) *\{?\.?py", re.M)
 
+# %% ../nbs/workshop/03_run.ipynb #fdd55cfd
 def with_solutions(
     nb:dict # a notebook as JSON
 ) -> dict: # a copy with a cell, tagged `solution`, behind each folded solution
@@ -60,6 +61,7 @@ def with_solutions(
             cells.append(own | (dict(id=f"{c['id'][:50]}-s{k}") if "id" in c else {}))
     return nb | dict(cells=cells)
 
+# %% ../nbs/workshop/03_run.ipynb #e5ce5be0
 def extra(cell) -> bool: # injected parameters and solutions are not in the source
     "Was the cell added for the run?"
     return bool({"injected-parameters", "solution"} & set(cell["metadata"].get("tags", [])))
@@ -128,6 +130,7 @@ def alive(
     except psutil.Error:
         return True
 
+# %% ../nbs/workshop/03_run.ipynb #fadc85aa
 def sweep(
     folder:Path, # of runs, notebooks or records
     areas:Iterable[str] # chapters; the files of others are left alone
@@ -160,8 +163,10 @@ class Quiet:
     def cell(self, ch:Chapter, i:int, n:int, text:str): "Cell `i` of `n` begins."
     def done(self, res:Result): "A chapter has ended."
 
+# %% ../nbs/workshop/03_run.ipynb #7639865e
 def counts(verdicts): return ", ".join(f"{verdicts.count(v)} {v}" for v in VERDICTS if v in verdicts)
 
+# %% ../nbs/workshop/03_run.ipynb #32299ec9
 def summary(
     res:Result # of one chapter
 ) -> str: # one line
@@ -173,6 +178,7 @@ def summary(
     how = "unchanged, skipped" if res.skipped else f"{res.record['wall_s']:.1f} s"
     return f"✓ {res.chapter.area}: {how}; " + (f"claims: {count}" if count else "no claims")
 
+# %% ../nbs/workshop/03_run.ipynb #3b063058
 def mute():
     """Nobody reads on, as behind `| head -1`, or the disk that takes our output is full: print into nothing, the run is
     worth more."""
@@ -187,6 +193,7 @@ def say(text:str):
     except OSError:
         mute()
 
+# %% ../nbs/workshop/03_run.ipynb #cc352aed
 class Lines(Quiet):
     "One line for each heading reached, for logs."
     def start(self, ch, n): say(f"▶ {ch.area}: {ch.title} ({n} cells)")
@@ -261,6 +268,7 @@ def claims_of(
     "The claims that count for this chapter."
     return walk([c for c in harvest(nb) if c.get("area", area) == area], finite)
 
+# %% ../nbs/workshop/03_run.ipynb #2027bd30
 def unchanged(
     to:Path, # the executed notebook
     rec:dict, # what a new record would begin with
@@ -320,6 +328,7 @@ def run_one(
     to.with_suffix(".failed.json").unlink(missing_ok=True)
     return Result(ch, to, read_json(write_json(to.with_suffix(".json"), rec)))
 
+# %% ../nbs/workshop/03_run.ipynb #aea2fc7a
 class Place:
     "The cell that is running, and its number in the source notebook, where cells added for the run do not count."
     def __init__(self): self.cell, self.number, self.added = None, 0, set()
@@ -351,6 +360,7 @@ def user_home() -> str|None: # None for a user without one
     except (RuntimeError, KeyError):
         return None
 
+# %% ../nbs/workshop/03_run.ipynb #2e6cb7c6
 @contextmanager
 def kernel_env(
     root:Path, # the book's folder, put first on the import path
@@ -401,6 +411,7 @@ def check_place(
     except OSError as e:
         raise UsageError(f"Can't write into {folder} ({e.strerror}): {fix}.") from None
 
+# %% ../nbs/workshop/03_run.ipynb #61b890d7
 def ready(
     todo:list, # of `plan`
     profile:str, # section of settings.ini
@@ -506,6 +517,7 @@ def outputs_into(
         c["outputs"] = [_images_apart(o, clean) for o in run[key].get("outputs", [])]
     return nb
 
+# %% ../nbs/workshop/03_run.ipynb #efe8a657
 def _images_apart(out, f):
     "`out` with `f` on its strings, binary images left as they are."
     data = {k: v if k.startswith("image/") and "svg" not in k else walk(v, f) for k,v in out.get("data", {}).items()}

@@ -42,8 +42,10 @@ def published(
     "What `data/results` holds, without the foundations."
     return [r for r in results(home=Path(root or home())) if r["claims"]]
 
+# %% ../nbs/workshop/05_scaffold.ipynb #0d2ca00e
 COUNTED = ("supported", "refuted", "negligible", "inconclusive")
 
+# %% ../nbs/workshop/05_scaffold.ipynb #306a37d1
 def scores(
     records:list[dict] # of `published`
 ) -> str: # markdown
@@ -126,6 +128,7 @@ def _png(nb):
     pngs = [o["data"]["image/png"] for c in nb.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
     return base64.b64decode("".join(pngs[0])) if pngs else None
 
+# %% ../nbs/workshop/05_scaffold.ipynb #6becba5a
 def _alt(nb): return next((m[1] for c in nb.cells if (m := re.search(r'#\| fig-alt: "(.*)"', c.source))), "Results")
 
 def _links(text):
@@ -336,6 +339,7 @@ theirs = "random"
 smallest = 0.01 # effects below it are negligible; written before the first run
 '''
 
+# %% ../nbs/workshop/05_scaffold.ipynb #aa0526f6
 def _catalogue(area, root):
     "The text of `data/papers/<area>.toml` with at least one claim."
     path = root/f"data/papers/{area}.toml"
@@ -364,6 +368,7 @@ TITLES = dict(
     workshop="Workshop",
 )
 
+# %% ../nbs/workshop/05_scaffold.ipynb #f76d6e5d
 def _contents(
     text:str, # of _quarto.yml
     part:str, # folder
@@ -396,6 +401,7 @@ def _notebook(text):
     kernel = dict(display_name="Python 3 (ipykernel)", language="python", name="python3")
     return _clean(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=kernel)))
 
+# %% ../nbs/workshop/05_scaffold.ipynb #4439da1b
 def _clean(nb):
     "The text of `nb` as `nbdev-clean` leaves it."
     from nbdev.clean import clean_nb
@@ -404,6 +410,7 @@ def _clean(nb):
     clean_nb(nb, allowed_cell_metadata_keys=["tags"])
     return nb2str(nb)
 
+# %% ../nbs/workshop/05_scaffold.ipynb #c71eb39c
 def _check(area, part, root):
     "Raise a `UsageError` when the chapter can't be made."
     if not is_checkout(root):
@@ -452,6 +459,7 @@ def new(
     bibliography(root) # nothing is written where a catalogue file is broken
     return _write_all(files, root/"nbs/references.bib", root)
 
+# %% ../nbs/workshop/05_scaffold.ipynb #8e1bfe44
 def _write_all(files, bib, root):
     "Write `files` and the bibliography that follows from them, all or nothing."
     before = {f: f.read_bytes() if f.is_file() else None for f in [*files, bib]}

@@ -48,6 +48,7 @@ def tfidf_vectors(texts, dim, seed):
     T = TfidfVectorizer(sublinear_tf=True).fit_transform(texts)
     return T.toarray() if min(T.shape) <= dim else TruncatedSVD(dim, random_state=seed).fit_transform(T)
 
+# %% ../nbs/foundations/15_text.ipynb #49bab3b3
 @torch.no_grad()
 def pooled(model, tok, texts, batch_size=64, how="mean"):
     "Last hidden states, averaged over the tokens of each text, or those of the first token (`cls`)."
@@ -61,10 +62,12 @@ def pooled(model, tok, texts, batch_size=64, how="mean"):
             out.append(h[:, 0] if how == "cls" else (h*w).sum(1)/w.sum(1))
     return torch.cat(out).cpu().numpy()
 
+# %% ../nbs/foundations/15_text.ipynb #9963c4eb
 def load_encoder(name):
     "Encoder and tokenizer through transformers alone."
     return safely(AutoModel, name).eval(), safely(AutoTokenizer, name)
 
+# %% ../nbs/foundations/15_text.ipynb #29759c02
 def pooling_of(name):
     "How a sentence-transformers folder pools (`1_Pooling/config.json`); `mean` if it does not say."
     from huggingface_hub import try_to_load_from_cache

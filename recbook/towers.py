@@ -182,6 +182,7 @@ def start(self:ProductQuantizer,
     for m, P in enumerate(self.parts(t)):
         self.C[m] = torch.from_numpy(kmeans(P.cpu().numpy(), self.C.shape[1], seed))
 
+# %% ../nbs/foundations/10_towers.ipynb #3f485b24
 @patch
 @torch.no_grad()
 def watch(self:ProductQuantizer, z, t):
@@ -193,6 +194,7 @@ def watch(self:ProductQuantizer, z, t):
         self.C[m, n] = self.parts(t)[m, torch.randint(len(t), ())]
         self.used[m, n] = .1
 
+# %% ../nbs/foundations/10_towers.ipynb #812b83a5
 @patch
 def perplexity(self:ProductQuantizer,
     t:Tensor, # (n, d)

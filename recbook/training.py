@@ -50,6 +50,7 @@ class Rows(Dataset):
         batch = tuple(a[idx] for a in self.arrays)
         return self.sample(*batch) if self.sample else batch
 
+# %% ../nbs/foundations/07_training.ipynb #85958ecc
 def batches(
     *arrays, # arrays or tensors of n rows each
     batch_size:int=1024,
@@ -69,6 +70,7 @@ def batches(
     order = RandomSampler(rows, generator=torch.Generator().manual_seed(seed))
     return DataLoader(rows, batch_sampler=BatchSampler(order, batch_size, drop_last), collate_fn=as_is)
 
+# %% ../nbs/foundations/07_training.ipynb #1908d489
 def as_is(batch): return batch
 
 # %% ../nbs/foundations/07_training.ipynb #1d00dfab
@@ -175,6 +177,7 @@ def one_step(acc, objective, optim, batch):
     optim.step()
     return l.detach()
 
+# %% ../nbs/foundations/07_training.ipynb #74098dbe
 def mean_loss(acc, losses, step):
     "Mean of this epoch's losses over all processes; stops a run that has diverged."
     m = acc.reduce(torch.stack(losses).mean(), "mean").item()
@@ -182,6 +185,7 @@ def mean_loss(acc, losses, step):
         raise FloatingPointError(f"the loss is {m} after {step} steps: lower the learning rate or look at the batches")
     return m
 
+# %% ../nbs/foundations/07_training.ipynb #ca96bd89
 def keep_best(best, model, row, monitor):
     "The best weights so far, and how many evaluations ago they were seen."
     if monitor not in row:
@@ -196,6 +200,7 @@ def keep_best(best, model, row, monitor):
         return best | dict(waited=best["waited"]+1)
     return dict(value=value, waited=0, state={k: v.detach().clone() for k, v in model.state_dict().items()})
 
+# %% ../nbs/foundations/07_training.ipynb #20c014f1
 def restore(best, model, monitor):
     "Give `model` the best weights seen; an error if no evaluation gave a finite number."
     if best["state"] is None:

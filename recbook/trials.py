@@ -31,8 +31,10 @@ class Outcome:
     valid:float|None = None # validation value, larger is better: the only thing tuning sees
     curve:Sequence[float] = () # validation values during training, in order, equally spaced
 
+# %% ../nbs/foundations/17_trials.ipynb #7a06b27a
 ROLES = ("method", "rival", "placebo", "ablation", "oracle")
 
+# %% ../nbs/foundations/17_trials.ipynb #b9958e00
 @dataclass(frozen=True)
 class Method:
     "Something to compare: how to run it, what to try, and which part it plays."
@@ -65,6 +67,7 @@ def check_axis(name, key, tried):
     if any(isinstance(v, float) and not math.isfinite(v) for v in tried):
         raise ValueError(f"{name}: {key}={list(tried)} must be finite")
 
+# %% ../nbs/foundations/17_trials.ipynb #4f5b4db4
 def settings(
     grid:Mapping, # setting -> values
     ) -> list[dict]:
@@ -83,6 +86,7 @@ class Case:
 # %% ../nbs/foundations/17_trials.ipynb #8b05a06d
 LIBRARIES = ("torch", "numpy", "scipy", "sklearn", "transformers", "peft", "trl", "lightgbm")
 
+# %% ../nbs/foundations/17_trials.ipynb #2ab894b6
 def trial_key(method:Method, case:Case, seed:int, setting:dict) -> str:  # 64 hexadecimal digits
     """The digest under which a trial is kept: code of method and case, data sets named there, setting, seed, library
     versions."""
@@ -92,6 +96,7 @@ def trial_key(method:Method, case:Case, seed:int, setting:dict) -> str:  # 64 he
         [method.run, case.make, case.name, data, int(seed), sorted(setting.items()), *map(distribution, LIBRARIES)]
     )
 
+# %% ../nbs/foundations/17_trials.ipynb #e7cf9f58
 def names_of(f):
     "Text constants a case's maker is bound to: `partial(load, 'gowalla')`, or a constant in its code."
     if isinstance(f, partial):
@@ -117,11 +122,13 @@ def run_trial(method, case, seed, setting):
         raise ValueError(f"{method.name} on {case.name}, seed {seed}, {setting}: valid is {out.valid}")
     return Outcome(values, out.valid, np.asarray(out.curve, float))
 
+# %% ../nbs/foundations/17_trials.ipynb #c8889493
 def pack(out):
     return {f"value/{k}": v for k, v in out.values.items()} | dict(
         valid=np.array(np.nan if out.valid is None else out.valid), curve=out.curve
     )
 
+# %% ../nbs/foundations/17_trials.ipynb #c84bdcc8
 def unpack(d):
     valid = float(d["valid"])
     return Outcome(
@@ -147,6 +154,7 @@ def run_all(
         store.put(k, pack(out))
     return [found[k] for k in keys]
 
+# %% ../nbs/foundations/17_trials.ipynb #cd4312b2
 def in_turn(todo, jobs):
     """(key, outcome) of each trial as it is finished, on `jobs` processes; `joblib.parallel_config(backend='ray')`
     takes them to a cluster."""
@@ -157,6 +165,7 @@ def in_turn(todo, jobs):
     else:
         yield from spread(todo, jobs)
 
+# %% ../nbs/foundations/17_trials.ipynb #058e40d2
 def spread(todo, jobs):
     "The trials side by side: as they finish where the backend can say so, else all at the end."
     from joblib import Parallel, delayed
@@ -167,6 +176,7 @@ def spread(todo, jobs):
         warnings.filterwarnings("ignore", message="A worker stopped")
         yield from Parallel(n_jobs=jobs, return_as="generator_unordered" if soon else "list")(work)
 
+# %% ../nbs/foundations/17_trials.ipynb #b14ee819
 def keyed(key, t): return key, run_trial(*t)
 
 # %% ../nbs/foundations/17_trials.ipynb #d6fc8f16
@@ -227,6 +237,7 @@ def check_names(methods, cases):
                 f"{m.name}: like={m.like!r} is none of {sorted(known)}, the methods with settings of their own"
             )
 
+# %% ../nbs/foundations/17_trials.ipynb #26af5f34
 def check_seeds(seeds):
     "Whole numbers, each once: a seed is one replication."
     if odd := [s for s in seeds if isinstance(s, bool) or not isinstance(s, Integral)]:
@@ -234,6 +245,7 @@ def check_seeds(seeds):
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds {list(seeds)} repeat one")
 
+# %% ../nbs/foundations/17_trials.ipynb #90b54d3d
 def check_alike(methods, seeds):
     "Equal numbers of settings for all that have any; enough distinct seeds."
     sizes = {m.name: len(settings(m.grid)) for m in methods if m.grid}
@@ -245,10 +257,11 @@ def check_alike(methods, seeds):
     if len(seeds) < 2:
         raise ValueError(f"one tuning seed {list(seeds)}. Fix: at least two, or a tie and chance decide")
 
+# %% ../nbs/foundations/17_trials.ipynb #8ac02811
 def limits_of(methods, key): return next(m.limits for m in methods if m.name == key[1])
-
 def text(setting): return json.dumps(setting, sort_keys=True, default=str)
 
+# %% ../nbs/foundations/17_trials.ipynb #e6ab5027
 def score_all(fresh, methods, cases, seeds, scores, jobs, store):
     "Run the fresh settings on all tuning seeds and write their mean validation values into `scores`."
     find = {m.name: m for m in methods} | {c.name: c for c in cases}
@@ -263,6 +276,7 @@ def score_all(fresh, methods, cases, seeds, scores, jobs, store):
 # %% ../nbs/foundations/17_trials.ipynb #88215818
 def best_of(scores): return max(scores.values(), key=lambda r: r[0])
 
+# %% ../nbs/foundations/17_trials.ipynb #cf21c526
 def edges(setting, grid, limits):
     "Numeric axes of two values or more on whose end `setting` lies, and the direction: -1 low, +1 high."
     out = {}
@@ -276,6 +290,7 @@ def edges(setting, grid, limits):
             out[k] = 1
     return out
 
+# %% ../nbs/foundations/17_trials.ipynb #ebcee2a0
 def beyond(tried, side, limits=(-math.inf, math.inf)):
     """The next value of an axis: the same ratio further (the same step where values are not all positive), inside the
     limits."""
@@ -294,6 +309,7 @@ def beyond(tried, side, limits=(-math.inf, math.inf)):
         else type(v[0])(end)
     )
 
+# %% ../nbs/foundations/17_trials.ipynb #5c9c6e40
 def widened(scores, grid, limits):
     "New settings beyond the edges where the best one lies; the grid grows in place."
     best, more = best_of(scores)[2], []
@@ -305,6 +321,7 @@ def widened(scores, grid, limits):
         more.append(best | {k: new})
     return more
 
+# %% ../nbs/foundations/17_trials.ipynb #1d1ee33c
 def choice(case, m, scores, grid):
     "The row of `Tuned.chosen` for a method that was tuned, or that has one setting only."
     row = dict(dataset=case.name, method=m.name)
@@ -318,6 +335,7 @@ def choice(case, m, scores, grid):
     caveats = [f"edge: {k}={setting[k]:g}" for k in at] + ["tie"]*tied + ["unfinished"]*unfinished
     return row | dict(setting=setting, valid=valid, n_settings=len(scores), caveats=tuple(caveats))
 
+# %% ../nbs/foundations/17_trials.ipynb #ce6249d4
 def follow(case, m, chosen):
     "The row for a method that takes another's setting."
     r = next(r for r in chosen if r["dataset"] == case.name and r["method"] == m.like)
@@ -361,6 +379,7 @@ def over_seeds(
     ]
     return pd.concat(frames, ignore_index=True)
 
+# %% ../nbs/foundations/17_trials.ipynb #ee568f7d
 def rows_of(m, c, setting, seed, out, caveats, unfinished):
     "The rows of one trial."
     caveats = tuple(dict.fromkeys((*caveats, *["unfinished"]*unfinished)))
@@ -418,6 +437,7 @@ def values(
         return wide.iloc[:, 0].to_numpy()
     return common.to_numpy() if common.shape[1] >= .5*wide.shape[1] else wide.mean(axis=1).to_numpy()
 
+# %% ../nbs/foundations/17_trials.ipynb #94fae9ba
 def same_units(
     df:pd.DataFrame, # of `over_seeds`, one data set
     a:str, b:str, # two methods
@@ -435,6 +455,7 @@ def same_units(
         )
     return df[~df.method.isin([a, b]) | df.unit.isin(common | {-1})]
 
+# %% ../nbs/foundations/17_trials.ipynb #bd097801
 def per_seed(
     df:pd.DataFrame, # of `over_seeds`
     ) -> pd.DataFrame: # a row for each dataset, method and seed
@@ -443,6 +464,7 @@ def per_seed(
     ys = [c for c in df if c not in (*head, "unit", "shares")]
     return df.groupby([h for h in head if h in df], sort=False, as_index=False)[ys].mean()
 
+# %% ../nbs/foundations/17_trials.ipynb #f632a2e9
 def derive(
     df:pd.DataFrame, # of `over_seeds`
     name:str, # of the new method
@@ -478,9 +500,11 @@ def best_rival(
     means = rows.groupby("method")[y].mean()
     return str(means.idxmin() if lower else means.idxmax())
 
+# %% ../nbs/foundations/17_trials.ipynb #efef05b6
 class NotAlive(ValueError):
     "A system that does not work cannot be compared."
 
+# %% ../nbs/foundations/17_trials.ipynb #0c684d12
 def alive(
     value, # what a system reached: a number, or one a seed
     chance:float, # what guessing reaches

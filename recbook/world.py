@@ -62,6 +62,7 @@ def finite(name, value):
     if isinstance(value, bool) or not isinstance(value, Real) or not np.isfinite(value):
         raise ValueError(f"{name}={value!r}: must be a finite number")
 
+# %% ../nbs/foundations/05_world.ipynb #627fce40
 class World:
     """A synthetic universe of users and items with known relevance, exposure and text; every aspect is lazy and fixed
     by the seed."""
@@ -109,6 +110,7 @@ class World:
 # %% ../nbs/foundations/05_world.ipynb #99ccfd81
 ASPECTS = {} # name of an aspect -> the module that defines it
 
+# %% ../nbs/foundations/05_world.ipynb #22e55141
 def aspect(f):
     "Make the method `f(self, rng)` an aspect: built once per world from the random stream that bears its name."
     other = ASPECTS.setdefault(f.__name__, f.__module__)
@@ -186,12 +188,14 @@ def affinity(self:World, rng) -> np.ndarray:
     parts = [L[p+"_user"] @ L[p+"_item"].T for p in ("said", "hidden")]
     return (self.rho**.5*parts[0] + (1-self.rho)**.5*parts[1]).astype(np.float32)
 
+# %% ../nbs/foundations/05_world.ipynb #16ac9498
 @patch(as_prop=True)
 @aspect
 def quality(self:World, rng) -> np.ndarray:
     "Item quality $b_i$, (n_items,): what everybody agrees on."
     return rng.normal(0, .5, self.n_items)
 
+# %% ../nbs/foundations/05_world.ipynb #70d6d8b3
 @patch(as_prop=True)
 @aspect
 def relevance(self:World, rng) -> np.ndarray:
@@ -209,6 +213,7 @@ def policy(self:World, rng) -> np.ndarray:
     pop = -self.zipf*np.log(rng.permutation(self.n_items)+1.) + .5*self.quality
     return np.exp(log_softmax(pop + self.kappa*self.affinity, axis=1)).astype(np.float32)
 
+# %% ../nbs/foundations/05_world.ipynb #e7cc144e
 @patch(as_prop=True)
 @aspect
 def exposure(self:World, rng) -> np.ndarray:
@@ -218,6 +223,7 @@ def exposure(self:World, rng) -> np.ndarray:
     gap = lambda scale: (theta(scale)*self.relevance).sum(1).mean() - self.clicks_per_user
     return theta(brentq(gap, -5, 25)).astype(np.float32)
 
+# %% ../nbs/foundations/05_world.ipynb #e99d312e
 @patch(as_prop=True)
 def click_probability(self:World) -> np.ndarray:
     "$P(\\text{click})=\\theta_{ui}\\gamma_{ui}$, (n_users, n_items)."
@@ -241,6 +247,7 @@ def impressions(self:World, rng) -> pd.DataFrame:
         )
     )
 
+# %% ../nbs/foundations/05_world.ipynb #f1b0d896
 @patch(as_prop=True)
 @aspect
 def events(self:World, rng) -> pd.DataFrame:
@@ -262,6 +269,7 @@ def events(self:World, rng) -> pd.DataFrame:
     df["time"] = total - np.repeat(start, np.diff(np.append(new_user.nonzero()[0], len(df))))
     return df
 
+# %% ../nbs/foundations/05_world.ipynb #8e8f36d9
 @patch(as_prop=True)
 @aspect
 def interactions(self:World, rng) -> Interactions:
@@ -339,6 +347,7 @@ def exercises(r, rng):
 REQUEST = dict(taste=16, occasion=8, age=6, place=6) # fields of a request and how many values each has
 ITEM = ("genre", "mood", "era", "setting") # the item attribute each of them acts on
 
+# %% ../nbs/foundations/05_world.ipynb #53e70a61
 @patch(as_prop=True)
 @aspect
 def requests(self:World, rng) -> dict[str, np.ndarray]:
@@ -375,6 +384,7 @@ def item_fields(self:World, rng) -> pd.DataFrame:
             out[f"{a}{k+1}"] = noisy_copy(truth, n_values, noise, rng)
     return pd.DataFrame(out | dict(id=np.arange(self.n_items)))
 
+# %% ../nbs/foundations/05_world.ipynb #66a22797
 def noisy_copy(truth, n_values, noise, rng):
     "Codes renamed, each to one of two names, and a share `noise` of them drawn at random."
     names = rng.integers(n_values, size=(truth.max()+1, 2))
