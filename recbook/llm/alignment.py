@@ -4,7 +4,7 @@
 
 # %% ../../nbs/llm/01_alignment.ipynb #00000004
 from __future__ import annotations
-import copy, tempfile, warnings, zlib
+import copy, gc, tempfile, warnings, zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -233,14 +233,16 @@ def fresh_copy(model):
 
 @contextmanager
 def quietly():
-    "No warnings and no progress bars inside the block; the random state stays as it was."
+    "No warnings, no progress bars; the random state stays; collecting garbage, as trainers do, skips what was there before."
     bars = is_progress_bar_enabled()
     disable_progress_bars()
+    gc.freeze()
     try:
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        gc.unfreeze()
         if bars:
             enable_progress_bars()
 
@@ -863,8 +865,9 @@ class Crowd:
     def by_group(self, requests:Sequence[str], answers) -> np.ndarray: # n words, (n, 3) words -> (n, 5 groups, 5 stars)
         "Share of each star among the judges of each group."
         a = np.asarray(answers)
-        fit = [self.suits.loc[r, list(words)].sum() for r, words in zip(requests, a)]
-        mean = 3 + np.array(fit)[:, None] + sum(self.effects[a[:, j]].to_numpy().T for j in range(3))
+        row, column = self.suits.index.get_indexer(requests), self.suits.columns.get_indexer(a.ravel()).reshape(a.shape)
+        fit = self.suits.to_numpy()[row[:, None], column].sum(1)
+        mean = 3 + fit[:, None] + self.effects.to_numpy()[:, column].sum(2).T
         below = norm.cdf((np.arange(1.5, 5) - mean[..., None])/.4) # (n, judges, 4)
         return np.diff(below, axis=2, prepend=0, append=1).reshape(len(a), 5, -1, 5).mean(2)
 
