@@ -29,17 +29,18 @@ from ..training import eval_mode
 from ..world import CUES, World, aspect
 
 # %% auto #0
-__all__ = ['TASTES', 'OCCASIONS', 'world_sequences', 'history_prompt', 'next_item_rows', 'catalogue_policy', 'draw_items',
-           'times_made', 'div_ratio', 'or_ratio', 'genre_gaps', 'mgu', 'dgu', 'PairCollator', 'PairTrainer', 'trl_args',
-           'fresh_copy', 'quietly', 'train_with', 'check_fit', 'check_positive', 'check_row', 'check_pairs',
-           'check_knobs', 'Watch', 'without_dropout', 'align', 'pairs_of', 'sft', 'check_shares', 'dpo_population',
-           'dpo_optimum', 'uniform_rejected', 'own_rejected', 'play_round', 'self_play', 'SDPOTrainer', 'SimPOTrainer',
-           'RosePOTrainer', 'scores_of', 'flip_probability', 'fit_tau', 'semantic_rejected', 'popular_rejected',
-           'AlphaDPOTrainer', 'spoken', 'writer_prompt', 'profile_users_of', 'mentions', 'judge_prompt', 'answers_loss',
-           'task_lm', 'check_lengths', 'explore_profiles', 'distinct', 'truth_of', 'profile_success', 'profile_pairs',
-           'BayesianUpdater', 'ot_loss', 'sinkhorn', 'soft_ce', 'majority_ce', 'mean_mse', 'ot', 'CrowdTrainer',
-           'apart', 'ended', 'head_of', 'fit_crowd', 'fit_pairs', 'outputs', 'expected_reward', 'prefers',
-           'group_weights', 'Crowd', 'reward_function', 'grpo']
+__all__ = ['TASTES', 'OCCASIONS', 'world_sequences', 'history_prompt', 'check_sequences', 'next_item_rows', 'catalogue_policy',
+           'draw_items', 'times_made', 'div_ratio', 'or_ratio', 'genre_gaps', 'mgu', 'dgu', 'PairCollator',
+           'PairTrainer', 'trl_args', 'fresh_copy', 'quietly', 'train_with', 'check_fit', 'check_positive', 'check_row',
+           'check_pairs', 'check_knobs', 'Watch', 'without_dropout', 'align', 'pairs_of', 'rows_of', 'sft',
+           'check_shares', 'dpo_population', 'dpo_optimum', 'uniform_rejected', 'own_rejected', 'play_round',
+           'self_play', 'SDPOTrainer', 'SimPOTrainer', 'RosePOTrainer', 'scores_of', 'flip_probability', 'fit_tau',
+           'semantic_rejected', 'popular_rejected', 'AlphaDPOTrainer', 'spoken', 'writer_prompt', 'profile_users_of',
+           'targets_of', 'mentions', 'judge_prompt', 'answers_loss', 'small_llama', 'task_lm', 'check_lengths',
+           'explore_profiles', 'sampled_texts', 'distinct', 'truth_of', 'profile_success', 'profile_pairs', 'by_rank',
+           'BayesianUpdater', 'ot_loss', 'check_cost', 'sinkhorn', 'soft_ce', 'majority_ce', 'mean_mse', 'ot',
+           'CrowdTrainer', 'apart', 'ended', 'head_of', 'fit_crowd', 'fit_pairs', 'outputs', 'expected_reward',
+           'prefers', 'group_weights', 'Crowd', 'reward_function', 'grpo']
 
 # %% ../../nbs/llm/01_alignment.ipynb #00000007
 def world_sequences(
@@ -57,16 +58,21 @@ def history_prompt(titles:Sequence[str]) -> str: # what the user liked, oldest f
     "The one prompt of this chapter, for training and for ranking; a completion is a space and a title."
     return f"Liked: {'; '.join(titles)}. Next:"
 
-def next_item_rows(
-    sequences:Sequence[Sequence[int]], titles:Sequence[str], # items of each user, oldest first; item i is titles[i]
-    history:int=4) -> pd.DataFrame: # items shown in a prompt; user, item, seen (item numbers), prompt, completion, split
-    "One row for each next item; a user's last item is for testing, the one before for validation."
+def check_sequences(sequences, n_items, history):
+    "Refuse items that have no title, and prompts that show none."
     if history < 1:
         raise ValueError(f"history={history}: a prompt shows at least one item")
+    for u, s in enumerate(sequences):
+        if odd := [int(i) for i in s if not 0 <= i < n_items]:
+            raise ValueError(f"user {u} has item {odd[0]}: items are numbers from 0 to {n_items-1}, as in titles")
+
+def next_item_rows(
+    sequences:Sequence[Sequence[int]], titles:Sequence[str], # items of each user, oldest first; item i is titles[i]
+    history:int=4) -> pd.DataFrame: # items shown in a prompt -> user, item, seen, prompt, completion, split
+    "One row for each next item; a user's last item is for testing, the one before for validation."
+    check_sequences(sequences, len(titles), history)
     rows = []
     for u, s in enumerate([int(i) for i in s] for s in sequences):
-        if odd := [i for i in s if not 0 <= i < len(titles)]:
-            raise ValueError(f"user {u} has item {odd[0]}: items are numbers from 0 to {len(titles)-1}, as in titles")
         for t in range(1, len(s)):
             prompt = history_prompt([titles[i] for i in s[max(0, t-history):t]])
             part = {len(s)-1: "test", len(s)-2: "valid"}.get(t, "train")
@@ -75,7 +81,7 @@ def next_item_rows(
 
 # %% ../../nbs/llm/01_alignment.ipynb #0000000e
 def catalogue_policy(model, tok, prompts:Sequence[str], trie:ItemTrie, batch_size:int=32) -> tuple[Tensor, Tensor]:
-    "The model as an exact distribution over the catalogue: log-probabilities (n, n_items); probability (n,) of any title."
+    "The model as an exact distribution over titles: log-probabilities (n, n_items), probability (n,) of any title."
     lp = rank_items(model, tok, prompts, trie, batch_size).double()
     return lp.log_softmax(1), lp.exp().sum(1)
 
@@ -117,7 +123,7 @@ def or_ratio(top, most:int=3, weight=None) -> float: # (n, k) recommended items,
     return float(made[-most:].sum()/made.sum())
 
 # %% ../../nbs/llm/01_alignment.ipynb #9ad7059c
-def genre_gaps(top, history, G, weight=None) -> np.ndarray: # items, ragged items, (n_items, n_genres) 0/1 -> (n_genres,)
+def genre_gaps(top, history, G, weight=None) -> np.ndarray: # items, ragged items, (n_items, n_genres) -> (n_genres,)
     "Share of each genre among recommendations minus its share in the histories."
     G, old = np.asarray(G, float), np.concatenate([np.ravel(h) for h in history])
     made, was = times_made(top, weight), G[old].sum(0)
@@ -135,7 +141,7 @@ def dgu(gaps) -> float:
 # %% ../../nbs/llm/01_alignment.ipynb #b75cf760
 @dataclass
 class PairCollator(DataCollatorForPreference):
-    "trl's collator, plus float columns (`extra`), plus several rejected answers: the chosen block, then a block for each."
+    "trl's collator, plus float columns (`extra`), plus lists of rejected answers: the chosen block, then one for each."
     extra:tuple = ()
     def torch_call(self, examples):
         first = examples[0]["rejected_ids"]
@@ -150,7 +156,7 @@ class PairCollator(DataCollatorForPreference):
 class PairTrainer(DPOTrainer):
     "trl's DPO trainer with a loss in one short method; as it stands it is DPO (Rafailov et al. 2023, eq. 7)."
     extra, ranges, knobs = (), {}, {} # float columns that the loss needs, their ranges; hyperparameters, with defaults
-    reference, several, n_rejected = True, False, 1 # is there a reference model; may `rejected` be lists; answers in them
+    reference, several, n_rejected = True, False, 1 # is there a reference; may `rejected` be lists; answers in them
     def __init__(self, *args, **kw):
         for k, v in self.knobs.items():
             setattr(self, k, kw.pop(k, v))
@@ -166,7 +172,7 @@ class PairTrainer(DPOTrainer):
     def _precompute_ref_logps(self, dataset, name, batch_size):
         return super()._precompute_ref_logps(dataset, name, batch_size) if self.reference else dataset
 
-    def pair_loss(self, b): # b.w, b.l, b.rw, b.rl: log-probabilities of both under policy and reference; b.nw, b.nl: tokens
+    def pair_loss(self, b): # b.w, b.l, b.rw, b.rl: log-probabilities of both, also by the reference; b.nw, b.nl: tokens
         "(B,) losses; with K rejected answers a row `b.l, b.rl, b.nl` are (K, B)."
         return -F.logsigmoid(self.beta*((b.w - b.rw) - (b.l - b.rl)))
 
@@ -179,14 +185,19 @@ def _prepare_dataset(self:PairTrainer, dataset, tok, args, name):
     many = isinstance(rejected, list) and isinstance(rejected[0], str)
     if not many and not isinstance(dataset[0].get("prompt"), str):
         return DPOTrainer._prepare_dataset(self, dataset, tok, args, name) # chats: trl's own way
-    if many and not self.several:
-        raise ValueError(f"{type(self).__name__} takes one rejected answer a row: SDPOTrainer takes lists")
-    if many and args.precompute_ref_log_probs:
-        raise ValueError("precompute_ref_log_probs=True works with one rejected answer a row only: leave it off")
     self.n_rejected, lists = (len(rejected), zip(*dataset["rejected"])) if many else (1, [dataset["rejected"]])
+    if many:
+        self.check_lists(args)
     P, chosen, *ids = token_columns(tok, dataset["prompt"], dataset["chosen"], *lists)
     columns = dict(prompt_ids=P, chosen_ids=chosen, rejected_ids=[list(r) for r in zip(*ids)] if many else ids[0])
     return Dataset.from_dict({c: dataset[c] for c in self.extra} | columns)
+
+@patch
+def check_lists(self:PairTrainer, args):
+    if not self.several:
+        raise ValueError(f"{type(self).__name__} takes one rejected answer a row: SDPOTrainer takes lists")
+    if args.precompute_ref_log_probs:
+        raise ValueError("precompute_ref_log_probs=True works with one rejected answer a row only: leave it off")
 
 # %% ../../nbs/llm/01_alignment.ipynb #a1124022
 @patch
@@ -194,27 +205,35 @@ def reference_logps(self:PairTrainer, model, x):
     "(rows,) log-probabilities under the reference; zeros where the loss does not look."
     if not self.reference:
         return torch.zeros(len(x["input_ids"]), device=x["input_ids"].device)
-    known = self.precompute_ref_logps
-    return torch.cat([x["ref_chosen_logps"], x["ref_rejected_logps"]] if known else self.compute_ref_log_probs(self.ref_model or model, x))
+    if self.precompute_ref_logps:
+        return torch.cat([x["ref_chosen_logps"], x["ref_rejected_logps"]])
+    return torch.cat(self.compute_ref_log_probs(self.ref_model or model, x))
+
+@patch
+def parts_of(self:PairTrainer, values, name, B):
+    "Chosen and rejected part of a batch's values, under the names that `pair_loss` reads."
+    rejected = values[B:] if self.n_rejected == 1 else values[B:].view(-1, B)
+    return {name + "w": values[:B], name + "l": rejected}
 
 @patch
 def _compute_loss(self:PairTrainer, model, inputs, return_outputs=False):
-    extra, mask = {k: inputs.pop(k) for k in self.extra}, inputs["completion_mask"]
+    b, mask = SimpleNamespace(**{k: inputs.pop(k) for k in self.extra}), inputs["completion_mask"]
     x = {k: inputs[k] for k in ("input_ids", "attention_mask")} | dict(use_cache=False, fused_lm_head=True)
     lp = model(**x, labels=inputs["input_ids"].masked_fill(mask == 0, -100)).log_probs.sum(1)
-    B = len(lp)//(1 + self.n_rejected)
-    both = dict(w=lp, rw=self.reference_logps(model, inputs), nw=mask[:, 1:].sum(1))
-    rejected = {k[:-1] + "l": v[B:] if self.n_rejected == 1 else v[B:].view(-1, B) for k, v in both.items()}
-    loss = self.pair_loss(SimpleNamespace(**{k: v[:B] for k, v in both.items()}, **rejected, **extra)).mean()
+    all_of = {"": lp, "r": self.reference_logps(model, inputs), "n": mask[:, 1:].sum(1)}
+    for name, values in all_of.items():
+        vars(b).update(self.parts_of(values, name, len(lp)//(1 + self.n_rejected)))
+    loss = self.pair_loss(b).mean()
     return (loss, None) if return_outputs else loss
 
 # %% ../../nbs/llm/01_alignment.ipynb #d9cdc728
-def trl_args(Config, steps:int, lr:float, batch_size:int=32, seed:int=0, **kw): # a config class of trl; kw: what else it knows
-    "A configuration for a short quiet run. trl turns bf16 and gradient checkpointing on unless told; on a CPU both are wrong."
+def trl_args(Config, steps:int, lr:float, batch_size:int=32, seed:int=0, **kw): # kw: what else the config class knows
+    "A configuration for a short quiet run. trl turns bf16 and gradient checkpointing on unless told, wrongly on a CPU."
     gpu = torch.cuda.is_available()
-    where = dict(output_dir=str(Path(tempfile.gettempdir())/"recbook-trl"), use_cpu=not gpu, lr_scheduler_type="constant")
+    where = dict(output_dir=f"{tempfile.gettempdir()}/recbook-trl", use_cpu=not gpu, gradient_checkpointing=False)
+    where["bf16"] = gpu and torch.cuda.is_bf16_supported()
     run = dict(max_steps=steps, learning_rate=lr, per_device_train_batch_size=batch_size, seed=seed)
-    run |= dict(bf16=gpu and torch.cuda.is_bf16_supported(), gradient_checkpointing=False)
+    run["lr_scheduler_type"] = "constant"
     quiet = dict(save_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True)
     whole = dict(max_length=None) if "max_length" in Config.__dataclass_fields__ else {} # never cut silently
     with warnings.catch_warnings():
@@ -233,7 +252,7 @@ def fresh_copy(model):
 
 @contextmanager
 def quietly():
-    "No warnings, no progress bars; the random state stays; collecting garbage, as trainers do, skips what was there before."
+    "No warnings, no progress bars; the random state stays; garbage collection, which trainers start, is short."
     bars = is_progress_bar_enabled()
     disable_progress_bars()
     gc.freeze()
@@ -247,7 +266,7 @@ def quietly():
             enable_progress_bars()
 
 def train_with(Trainer, model, data:Dataset, tok, args, **kw) -> list[float]: # a trainer class of trl or transformers
-    "Train the model in place; it comes back without the trainer's `forward`, in evaluation mode. The losses of the steps."
+    "Train the model in place; it comes back without the trainer's `forward`, in evaluation mode. Losses of the steps."
     with quietly():
         t = Trainer(model=model, args=args, train_dataset=data, processing_class=tok, **kw)
         t.remove_callback(PrinterCallback)
@@ -326,7 +345,7 @@ class Watch(TrainerCallback):
 
 @contextmanager
 def without_dropout(*models, off=True):
-    "Inside the block no module drops anything, not even one that keeps its rate as a number (OPT); then all is as it was."
+    "Inside the block no module drops anything, not even one that keeps its rate as a number (OPT)."
     layer, parts = torch.nn.modules.dropout._DropoutNd, [m for model in models for m in model.modules()]*off
     drops = lambda m, k, v: isinstance(v, float) and ("drop" in k or k == "p" and isinstance(m, layer))
     rates = [(m, k, v) for m in parts for k, v in vars(m).items() if drops(m, k, v)]
@@ -359,7 +378,7 @@ def align(
         train_with(Trainer, new, data, tok, args, ref_model=ref, callbacks=watched, **knobs)
     return new
 
-def pairs_of(rows:pd.DataFrame, rejected, titles:Sequence[str], **columns) -> pd.DataFrame: # prompt, item; (n,) or (n, K) items
+def pairs_of(rows:pd.DataFrame, rejected, titles:Sequence[str], **columns) -> pd.DataFrame: # prompt, item; items
     "Preference pairs of next-item rows; where nothing is rejected (-1), or what was chosen, the row is left out."
     table = np.asarray(rejected).reshape(len(rows), -1)
     ok = ((table != rows.item.to_numpy()[:, None]) & (table >= 0)).all(1)
@@ -370,13 +389,18 @@ def pairs_of(rows:pd.DataFrame, rejected, titles:Sequence[str], **columns) -> pd
     return df[ok].reset_index(drop=True)
 
 # %% ../../nbs/llm/01_alignment.ipynb #99c25c5d
-def sft(model, tok, rows:pd.DataFrame, steps:int=32, lr:float=5e-4, batch_size:int=32, seed:int=0, **kw): # prompt, completion
-    "A copy of the model after supervised fine-tuning on the completions."
+def rows_of(rows, *columns): # DataFrame or Dataset
+    "The rows as a DataFrame; refuses missing columns and no rows."
     rows = rows.to_pandas() if isinstance(rows, Dataset) else rows
-    if missing := {"prompt", "completion"} - set(rows):
+    if missing := set(columns) - set(rows):
         raise ValueError(f"no column(s) {sorted(missing)}; the rows have {list(rows)}")
     if not len(rows):
         raise ValueError("no rows: nothing to learn from")
+    return rows
+
+def sft(model, tok, rows:pd.DataFrame, steps:int=32, lr:float=5e-4, batch_size:int=32, seed:int=0, **kw):
+    "A copy of the model after supervised fine-tuning on the completions of rows (prompt, completion)."
+    rows = rows_of(rows, "prompt", "completion")
     check_positive(steps=steps, lr=lr)
     new, (P, A) = fresh_copy(model), token_columns(tok, rows.prompt, rows.completion)
     check_fit(model, P, A)
@@ -392,8 +416,9 @@ def check_shares(tol=2e-3, **shares):
         x = p.detach() if isinstance(p, Tensor) else torch.as_tensor(np.asarray(p, float))
         total, near = x.float().sum(-1), tol if x.dtype.itemsize > 2 else 3e-2
         if not (x >= 0).all() or not ((total - 1).abs() <= near).all():
-            raise ValueError(f"{name} is no distribution: its smallest share is {x.min().item():.3g}, its sums run from "
-                             f"{total.min().item():.3g} to {total.max().item():.3g}; divide each row by its sum")
+            low, least, most = (v.item() for v in (x.min(), total.min(), total.max()))
+            raise ValueError(f"{name} is no distribution: its smallest share is {low:.3g}, its sums run from "
+                             f"{least:.3g} to {most:.3g}; divide each row by its sum")
 
 def dpo_population(logits:Tensor, ref:Tensor, p:Tensor, q:Tensor, beta:float) -> Tensor: # tables (..., n) -> scalar
     "Expected DPO loss when chosen ~ p and rejected ~ q are drawn independently."
@@ -420,8 +445,8 @@ def own_rejected(model, tok, rows, trie, seed, greedy=False): # -> (n,) items
     return draw_items(model, tok, rows.prompt.tolist(), trie, greedy, seed)
 
 # %% ../../nbs/llm/01_alignment.ipynb #8af306d0
-def play_round(model, tok, rows:pd.DataFrame, trie:ItemTrie, rejected=own_rejected, sft_steps:int=8, dpo_steps:int=16, **kw):
-    "A round of SPRec: the model writes what is rejected, then some SFT, then some DPO from there; 0 steps leave a part out."
+def play_round(model, tok, rows:pd.DataFrame, trie:ItemTrie, rejected=own_rejected, sft_steps=8, dpo_steps=16, **kw):
+    "A round of SPRec: the model writes what is rejected, then comes SFT, then DPO from there; either may have 0 steps."
     bad = rejected(model, tok, rows, trie, kw.get("seed", 0)) if dpo_steps else None
     if sft_steps:
         model = sft(model, tok, rows, sft_steps, **{k: v for k, v in kw.items() if k != "beta"})
@@ -445,7 +470,7 @@ def self_play(
 
 # %% ../../nbs/llm/01_alignment.ipynb #a6fb54dc
 class SDPOTrainer(PairTrainer):
-    "S-DPO (Chen et al. 2024, eq. 9): one chosen answer against all rejected ones at once; `rejected` is a list of texts."
+    "S-DPO (Chen et al. 2024, eq. 9): one chosen answer against all rejected ones at once; `rejected` holds lists."
     several = True
     def pair_loss(self, b):
         gap = self.beta*((b.l - b.rl).view(self.n_rejected, -1) - (b.w - b.rw)) # (K, B)
@@ -459,7 +484,7 @@ class SimPOTrainer(PairTrainer):
 
 # %% ../../nbs/llm/01_alignment.ipynb #7bd55b6f
 class RosePOTrainer(PairTrainer):
-    "RosePO: DPO smoothed by the probability `epsilon` of each pair that its label is wrong; a constant epsilon is cDPO."
+    "RosePO: DPO smoothed by the probability `epsilon` of each pair that its label is wrong; a constant one is cDPO."
     extra, ranges = ("epsilon",), dict(epsilon=(0, 1))
     def pair_loss(self, b):
         h = self.beta*((b.w - b.rw) - (b.l - b.rl))
@@ -494,7 +519,7 @@ def fit_tau(f_pos, f_neg) -> float: # (n,) the oracle's scores of held-out likes
     return float(grid[np.argmax([np.log(expit(t*(f_pos - f_neg))).mean() for t in grid])])
 
 # %% ../../nbs/llm/01_alignment.ipynb #05fd7c76
-def semantic_rejected(rows:pd.DataFrame, titles:Sequence[str], V=None) -> np.ndarray: # vectors of the titles; tf-idf if None
+def semantic_rejected(rows:pd.DataFrame, titles:Sequence[str], V=None) -> np.ndarray: # vectors of titles; None: tf-idf
     "RosePO, semantic-similar: the item whose title is closest to the chosen one's, among those not in `seen`."
     V = text_vectors(titles, "tfidf", dim=10**6) if V is None else np.asarray(V)
     near = (V @ V.T)[rows.item]
@@ -502,7 +527,7 @@ def semantic_rejected(rows:pd.DataFrame, titles:Sequence[str], V=None) -> np.nda
         s[[i, *seen]] = -np.inf
     return near.argmax(1)
 
-def popular_rejected(rows:pd.DataFrame, counts, seed:int=0) -> np.ndarray: # item, and seen: all that the user is known to like
+def popular_rejected(rows:pd.DataFrame, counts, seed:int=0) -> np.ndarray: # item, seen: all known likes
     "RosePO, popularity-aware: drawn in proportion to popularity, among those not in `seen`."
     rng, q = np.random.default_rng(seed), np.tile(np.asarray(counts, float), (len(rows), 1))
     for row, i, seen in zip(q, rows.item, rows.seen):
@@ -511,7 +536,7 @@ def popular_rejected(rows:pd.DataFrame, counts, seed:int=0) -> np.ndarray: # ite
 
 # %% ../../nbs/llm/01_alignment.ipynb #4df491fa
 class AlphaDPOTrainer(PairTrainer):
-    "alpha-DPO: SimPO whose margin grows with how far the policy has already separated the pair, seen from the reference."
+    "alpha-DPO: SimPO whose margin grows with how far the policy has separated the pair, seen from the reference."
     knobs = dict(gamma=1., alpha=.1, momentum=.9, normalise=True, stop=True)
     mean = spread = None # running statistics of the gap M
 
@@ -568,18 +593,20 @@ def profile_users_of(
     w:World, rng:np.random.Generator, n_targets:int=8, # scoring targets a user, and as many test targets
     n_long:int=14, n_recent:int=3, # items in the long and the recent history
     strong:float=.3) -> pd.DataFrame: # a target's probability of a like is at least this far from 1/2
-    "user, likes (n_items,), long, recent, prompt, score, test: disjoint items; users with few strong opinions are left out."
+    "user, likes (n_items,), long, recent, prompt, score, test: disjoint; users with few strong opinions are left out."
     if n_targets < 2 or n_targets % 2:
         raise ValueError(f"n_targets={n_targets}: must be even and at least 2, half of them liked")
-    P, words, k = w.opinions, w.item_words, n_targets//2
-    users = [dict(user=u, likes=y) for u, y in enumerate(rng.random(P.shape) < P)]
-    for r in users:
+    P, words, rows = w.opinions, w.item_words, []
+    for u, y in enumerate(rng.random(P.shape) < P):
         long, recent, rest = np.split(rng.permutation(w.n_items), [n_long, n_long + n_recent])
-        rest = rest[abs(P[r["user"], rest] - .5) > strong]
-        yes, no = rest[r["likes"][rest]], rest[~r["likes"][rest]]
-        r |= dict(long=long, recent=recent, prompt=writer_prompt(words[long], r["likes"][long]))
-        r |= dict(score=np.r_[yes[:k], no[:k]], test=np.r_[yes[k:2*k], no[k:2*k]])
-    return pd.DataFrame([r for r in users if len(r["test"]) == n_targets]).reset_index(drop=True)
+        rest = rest[abs(P[u, rest] - .5) > strong]
+        r = dict(user=u, likes=y, long=long, recent=recent, prompt=writer_prompt(words[long], y[long]))
+        rows.append(r | targets_of(rest[y[rest]], rest[~y[rest]], n_targets//2))
+    return pd.DataFrame([r for r in rows if len(r["test"]) == n_targets]).reset_index(drop=True)
+
+def targets_of(yes, no, k):
+    "k liked and k disliked items to score profiles, and other ones to test; fewer where there are not enough."
+    return dict(score=np.r_[yes[:k], no[:k]], test=np.r_[yes[k:2*k], no[k:2*k]])
 
 # %% ../../nbs/llm/01_alignment.ipynb #7a683574
 @lru_cache(100_000) # a profile is quoted for many items
@@ -599,16 +626,18 @@ def answers_loss(model, x, mark, pad):
     on = (past[:, :-1] == past[:, -1:]) & (x[:, 1:] != pad)
     return F.cross_entropy(model(x).logits[:, :-1][on], x[:, 1:][on])
 
+def small_llama(tok, hidden, layers):
+    size = dict(vocab_size=len(tok), hidden_size=hidden, intermediate_size=2*hidden, max_position_embeddings=256)
+    size |= dict(num_attention_heads=hidden//32, num_key_value_heads=hidden//32, num_hidden_layers=layers)
+    return LlamaForCausalLM(LlamaConfig(**size, tie_word_embeddings=True, initializer_range=.1, **mark_ids(tok)))
+
 def task_lm(
     docs:Callable, key:Sequence[str], # () -> texts that end with ' : ' and the answer; a sample of them for the cache
     hidden:int=64, layers:int=2, steps:int=500, lr:float=.002, seed:int=0):
     "A small Llama that has learned to answer, and its tokenizer; cached."
     s = dict(task_lm=3, hidden=hidden, layers=layers, steps=steps, lr=lr, seed=seed)
     def build(tok):
-        size = dict(vocab_size=len(tok), hidden_size=hidden, intermediate_size=2*hidden, max_position_embeddings=256)
-        size |= dict(num_attention_heads=hidden//32, num_key_value_heads=hidden//32, num_hidden_layers=layers)
-        m = LlamaForCausalLM(LlamaConfig(**size, tie_word_embeddings=True, initializer_range=.1, **mark_ids(tok)))
-        mark = tok(" :", add_special_tokens=False).input_ids[-1]
+        m, mark = small_llama(tok, hidden, layers), tok(" :", add_special_tokens=False).input_ids[-1]
         return m, lambda x: answers_loss(m, x, mark, tok.pad_token_id)
     return load_lm(cached("causal", key, s, lambda to: read(docs(), to, build, 0, steps, seed, 600, 256, lr, 32)))
 
@@ -632,15 +661,19 @@ def explore_profiles(
         raise ValueError(f"temperature={temperature}: must be 0 or more")
     if not writers or n < len(writers):
         raise ValueError(f"n={n} profiles for {len(writers)} writers: every writer needs one")
-    out, ends = [], np.linspace(0, n, len(writers)+1).astype(int)
-    for (name, m), k in zip(writers.items(), np.diff(ends) if temperature else np.ones(len(writers))):
+    out, shares = [], np.diff(np.linspace(0, n, len(writers)+1).astype(int)).tolist()
+    for (name, m), k in zip(writers.items(), shares if temperature else [1]*len(writers)):
         check_lengths(m, tok, prompts, max_new_tokens)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + zlib.crc32(name.encode()) % 1000)
-            how = dict(greedy=not temperature, temperature=temperature or 1., num_return_sequences=int(k))
-            y = generated(m, tok, prompt_ids(tok, prompts), max_new_tokens, **how)
-        out += [(j//int(k), name, t) for j, t in enumerate(tok.batch_decode(y, skip_special_tokens=True))]
+        how = dict(greedy=not temperature, temperature=temperature or 1., num_return_sequences=k)
+        texts = sampled_texts(m, tok, prompts, max_new_tokens, seed + zlib.crc32(name.encode()) % 1000, **how)
+        out += [(j//k, name, t) for j, t in enumerate(texts)]
     return pd.DataFrame(out, columns=["row", "writer", "profile"])
+
+def sampled_texts(model, tok, prompts, n, seed, **how):
+    "What the model writes behind the prompts."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return tok.batch_decode(generated(model, tok, prompt_ids(tok, prompts), n, **how), skip_special_tokens=True)
 
 # %% ../../nbs/llm/01_alignment.ipynb #072aba5f
 def distinct(texts:Sequence[str], n:int=2) -> float:
@@ -676,19 +709,22 @@ def profile_pairs(
     margin:float=.1, # least difference of success
     per_row:int=5) -> tuple[Dataset, float]: # most pairs a user -> pairs in trl's format, share of users that gave any
     "Pairs of a better and a worse profile of the same user (LettinGo, stage 3; pairing by rank is ours)."
-    told = profiles[profiles.profile.str.strip() != ""].drop_duplicates(["row", "profile"])
-    by_row = told.sort_values("success", kind="stable").groupby("row")
-    both = [(r, g.iloc[-1-k], g.iloc[k]) for r, g in by_row for k in range(min(per_row, len(g)//2))]
-    both = [(r, good, bad) for r, good, bad in both if good.success - bad.success >= margin]
+    both = [p for p in by_rank(profiles, per_row) if p[1].success - p[2].success >= margin]
     if not both:
         raise ValueError(f"no pair differs by margin={margin}: explore more profiles, or score them on more targets")
     rows = [dict(prompt=prompts[r], chosen=good.profile, rejected=bad.profile) for r, good, bad in both]
     return Dataset.from_list(rows), len({r for r, *_ in both})/profiles.row.nunique()
 
+def by_rank(profiles, per_row):
+    "(row, better, worse): each user's best profile with the worst, the second best with the second worst, ..."
+    told = profiles[profiles.profile.str.strip() != ""].drop_duplicates(["row", "profile"])
+    groups = told.sort_values("success", kind="stable").groupby("row")
+    return [(r, g.iloc[-1-k], g.iloc[k]) for r, g in groups for k in range(min(per_row, len(g)//2))]
+
 # %% ../../nbs/llm/01_alignment.ipynb #029807ca
 class BayesianUpdater:
-    "Dirichlet belief about the crowd's preference distribution of each row; for d = 2 the Beta of the paper's first version."
-    def __init__(self, prior, n:int|None=None, rho:float=1.): # (n, d), or (d,) for n rows; share of old counts that survives
+    "Dirichlet belief about the crowd's preference distribution of each row; for d = 2 the Beta of version 1."
+    def __init__(self, prior, n:int|None=None, rho:float=1.): # (n, d), or (d,) for n rows; share of counts that stays
         alpha = np.array(prior, float)
         alpha = np.tile(alpha, (n or 1, 1)) if alpha.ndim == 1 else alpha
         if alpha.ndim != 2 or alpha.shape[1] < 2 or not (alpha > 0).all():
@@ -712,7 +748,7 @@ class BayesianUpdater:
 
 # %% ../../nbs/llm/01_alignment.ipynb #2974f9d4
 def ot_loss(
-    p_hat:Tensor, p:Tensor, c:Tensor, # (b, d) prediction and target over ordered categories, (d,) their utilities, increasing
+    p_hat:Tensor, p:Tensor, c:Tensor, # (b, d) prediction and target over ordered categories; (d,) increasing utilities
     kind:str="abs", delta:float=.05) -> Tensor: # "abs"; "huber", rounded within delta; "cramer", squared -> (b,)
     "Optimal transport on a line with cost |c_i - c_j|: area between the two cumulative distributions (DPRM's loss)."
     if p_hat.shape != p.shape or p.shape[-1] != len(c):
@@ -727,14 +763,18 @@ def ot_loss(
     return (c.diff()*forms[kind]).sum(-1)
 
 # %% ../../nbs/llm/01_alignment.ipynb #b07a7409
-def sinkhorn(p:Tensor, q:Tensor, C:Tensor, eps:float=.01, steps:int=200) -> Tensor: # (b, d), (b, k), any cost (d, k) -> (b,)
-    "Optimal transport for a general cost by Sinkhorn's iterations in the log domain; eps: entropy, relative to the dearest."
+def check_cost(p, q, C):
+    "Refuse a cost matrix that does not fit, or is negative or infinite."
     if p.shape[-1:] + q.shape[-1:] != C.shape:
         raise ValueError(f"{p.shape[-1]} and {q.shape[-1]} categories: a cost of shape {tuple(C.shape)} does not fit")
-    check_shares(p=p, q=q)
-    check_positive(eps=eps, steps=steps)
     if not (C >= 0).all() or not C.isfinite().all():
         raise ValueError(f"costs from {C.min().item()} to {C.max().item()}: must be finite and at least 0")
+
+def sinkhorn(p:Tensor, q:Tensor, C:Tensor, eps:float=.01, steps:int=200) -> Tensor: # (b, d), (b, k), (d, k) -> (b,)
+    "Optimal transport for any cost by Sinkhorn's iterations in the log domain; eps: entropy, relative to the dearest."
+    check_shares(p=p, q=q)
+    check_cost(p, q, C)
+    check_positive(eps=eps, steps=steps)
     K, (a, b) = -C/(eps*C.max().clamp(min=1e-12)), (x.clamp(min=1e-12).log() for x in (p, q))
     v = torch.zeros_like(b)
     for _ in range(steps):
@@ -761,8 +801,8 @@ def ot(kind:str="abs") -> Callable: # a loss (logits, p, c) -> (b,)
 
 # %% ../../nbs/llm/01_alignment.ipynb #6321f4de
 class CrowdTrainer(Trainer):
-    "`transformers.Trainer` whose labels are distributions over ordered categories; only the loss differs between methods."
-    def __init__(self, *args, loss:Callable, utilities, **kwargs): # (logits (b, d), targets (b, d), utilities (d,)) -> (b,)
+    "`transformers.Trainer` whose labels are distributions over ordered categories; methods differ in the loss alone."
+    def __init__(self, *args, loss:Callable, utilities, **kwargs): # loss of logits, targets (b, d), utilities (d,)
         super().__init__(*args, **kwargs)
         self.loss, self.utilities = loss, torch.as_tensor(utilities, dtype=torch.float32)
 
@@ -806,8 +846,8 @@ def fit_crowd(model, tok, texts:Sequence[str], targets, loss:Callable, utilities
     train_with(CrowdTrainer, model, rows, tok, trl_args(TrainingArguments, steps, lr, **kw), **more)
     return model
 
-def fit_pairs(model, tok, chosen:Sequence[str], rejected:Sequence[str], steps:int=100, lr:float=1e-3, **kw): # full texts
-    "Bradley-Terry in place with trl's stock `RewardTrainer`."
+def fit_pairs(model, tok, chosen:Sequence[str], rejected:Sequence[str], steps:int=100, lr:float=1e-3, **kw):
+    "Bradley-Terry in place, on full texts, with trl's stock `RewardTrainer`."
     check_lengths(model, tok, [*chosen, *rejected], 1)
     rows = Dataset.from_dict(dict(chosen_ids=ended(tok, chosen), rejected_ids=ended(tok, rejected)))
     train_with(RewardTrainer, model, rows, apart(tok), trl_args(RewardConfig, steps, lr, **kw))
@@ -831,7 +871,7 @@ def expected_reward(model, tok, texts, utilities) -> Tensor: # (n,)
 
 # %% ../../nbs/llm/01_alignment.ipynb #f01bc7bf
 def prefers(p1, p2) -> np.ndarray: # (n, d) distributions over ordered categories -> (n,)
-    "Probability that a random judge of the first answer is happier than a random judge of the second; a tie counts half."
+    "Probability that a random judge of the first answer is happier than one of the second; a tie counts half."
     p1, p2 = np.asarray(p1, float), np.asarray(p2, float)
     if p1.shape != p2.shape or p1.ndim != 2:
         raise ValueError(f"distributions of shape {p1.shape} and {p2.shape}: need two of the same shape (n, d)")
@@ -873,7 +913,8 @@ class Crowd:
 
     def population(self, requests, answers, shares=None) -> np.ndarray: # (n, 5)
         "Share of each star in the population, or under other group shares."
-        return np.einsum("ngk,g->nk", self.by_group(requests, answers), self.shares if shares is None else np.asarray(shares))
+        shares = self.shares if shares is None else np.asarray(shares)
+        return np.einsum("ngk,g->nk", self.by_group(requests, answers), shares)
 
     def labels(self, requests, answers, n:int, rng, panel=None) -> np.ndarray: # (rows, 5 groups, 5 stars) counts
         "n judges a row, their groups drawn from the panel's shares."
