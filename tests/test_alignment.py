@@ -1,5 +1,5 @@
 "alignment: losses against hand-computed values and trl's own, gradients, the theorem, decoding inside the catalogue, profiles, crowds and transport, bad input."
-import copy
+import copy, gc
 from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, scipy.stats, torch
 import torch.nn.functional as F
@@ -433,6 +433,17 @@ def test_align_leaves_its_model_alone_and_raises_the_winner(model, tok, pairs):
     assert gap(new) > gap(model) + .1
     again = align(model, tok, Dataset.from_pandas(pairs), steps=15, lr=3e-3, batch_size=20, beta=.5)
     assert torch.equal(vector(again), vector(new)), "same seed, same model; a Dataset is as good as a table"
+
+
+def test_a_training_can_be_watched_and_leaves_nothing_frozen(model, tok, pairs):
+    seen, frozen = [], gc.get_freeze_count()
+    align(model, tok, pairs, steps=10, batch_size=8, watch=lambda t, m: seen.append((t, vector(m))))
+    assert [t for t, _ in seen] == [0, 2, 4, 6, 8, 10] and torch.equal(seen[0][1], vector(model))
+    assert not torch.equal(seen[0][1], seen[1][1]) and gc.get_freeze_count() == frozen
+
+
+def test_a_weight_counts_like_a_repetition():
+    assert or_ratio([0, 1, 2, 3], 1, weight=[3, 1, 1, 1]) == or_ratio([0, 0, 0, 1, 2, 3], 1) == .5
 
 
 def test_arguments_have_cpu_settings():

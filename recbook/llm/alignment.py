@@ -253,15 +253,17 @@ def fresh_copy(model):
 @contextmanager
 def quietly():
     "No warnings, no progress bars; the random state stays; garbage collection, which trainers start, is short."
-    bars = is_progress_bar_enabled()
+    bars, frozen = is_progress_bar_enabled(), gc.get_freeze_count()
     disable_progress_bars()
-    gc.freeze()
+    if not frozen:
+        gc.freeze()
     try:
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()
         if bars:
             enable_progress_bars()
 
