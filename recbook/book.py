@@ -81,7 +81,8 @@ def is_checkout(
     return (root/"settings.ini").is_file() and (root/"nbs").is_dir() and (root/"recbook").is_dir()
 
 def home() -> Path:  # the book's folder
-    "The folder that holds `nbs/`, `data/` and `settings.ini`: `recbook.data.root`, without importing pandas when you are in a checkout."
+    """The folder that holds `nbs/`, `data/` and `settings.ini`: `recbook.data.root`, without importing pandas when you
+    are in a checkout."""
     here = Path.cwd().resolve()
     for p in (here, *here.parents):
         if is_checkout(p):
@@ -453,7 +454,8 @@ def plan(
     sets:dict|None=None, # values set by hand, for every chapter that declares the name
     root:Path|None=None # the book's folder
 ) -> list[tuple[Chapter, dict]]:  # each chapter with what will be injected
-    "What a run will do; every mistake in names and values shows here, before anything runs. A broken notebook fails when its turn comes."
+    """What a run will do; every mistake in names and values shows here, before anything runs. A broken notebook fails
+    when its turn comes."""
     todo, sets = pick(areas, root), sets or {}
     known = {c.area: _declared(c.path) for c in todo}
     every = {k for d in known.values() for k in d or {}}

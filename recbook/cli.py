@@ -25,7 +25,7 @@ from rich.table import Table
 from .book import OPENING, UsageError, chapters, home, is_checkout, pairs, pick, profiles, read_json, read_papers
 from .book import reading, unknown
 from .publish import complaints, prepare, render
-from .records import PACKAGES, Result, machine, records, versions
+from .records import PACKAGES, Result, machine, versions
 from .run import Bars, Lines, counts, mute, run_chapters, runs_dir, scrub
 
 # %% ../nbs/workshop/06_cli.ipynb #7334f0e6
@@ -246,19 +246,19 @@ def list_():
 @app.command("claims")
 def claims_(areas: Areas = None, profile: Annotated[str | None, typer.Option(help="Only this profile.")] = None):
     "Show the scoreboard: every published claim and its verdict."
-    from recbook.claims import is_stale, ledger
+    from recbook.claims import ledger, results
     with usage():
         root = home()
         chosen = {c.area for c in pick(areas or ["all"], root)}
         known = {s for s in profiles(root) if "." not in s} | {f.name for f in (root/"data/results").glob("*/")}
         if profile not in (None, *known):
             raise unknown("profile", profile, sorted(known))
-        found = [r for r in records(root, profile, warn) if r["area"] in chosen and r["claims"]]
+        found = [r for r in results(profile, root, warn) if r["area"] in chosen and r["claims"]]
     rows = [
         x
         for r in found
         for x in ledger(r["claims"])
-        .assign(area=r["area"], profile=r["profile"], stale=is_stale(r, root))
+        .assign(area=r["area"], profile=r["profile"], stale=r["stale"])
         .to_dict("records")
     ]
     if not rows:
@@ -274,7 +274,8 @@ def claims_(areas: Areas = None, profile: Annotated[str | None, typer.Option(hel
 def score_table(
     rows:Iterable[dict] # of `recbook.claims.scoreboard`
 ) -> Table:  # one row per claim, data set and profile
-    "The scoreboard; a star marks a verdict that does not survive Holm's correction, `stale` one whose code has changed since."
+    """The scoreboard; a star marks a verdict that does not survive Holm's correction, `stale` one whose code has
+    changed since."""
     def row(r):
         what = [escape(str(r[k])) for k in ("area", "profile", "claim", "metric", "dataset", "ours", "theirs")]
         ci = escape(f"[{number(r['low'])}, {number(r['high'])}]")
@@ -307,7 +308,7 @@ Names = Annotated[list[str] | None, typer.Argument(metavar="[NAME]...")]
 def registry() -> list[dict]: # what each data set is, how large, on what terms
     "The data sets of the book's registry; a broken one is named."
     with reading(home()/"data/datasets.toml"):
-        from recbook.data import datasets_list
+        from recbook.datasets import datasets_list
         return datasets_list().to_dict("records")
 
 def names_or_all(names):
@@ -331,7 +332,7 @@ def look(
     name:str # a data set
 ) -> tuple[dict, str]: # how many files are ok, wrong, missing; the wrong ones with the fix
     "Read the files of a data set again."
-    from recbook.data import _find, _spec, verify
+    from recbook.datasets import _find, _spec, verify
     states = verify(name).set_index("file")["status"].to_dict()
     wrong = [str(_find(name, f)) for f in _spec(name)["file"] if states[f["name"]] == "wrong"]
     count = {v: n for v in ("ok", "wrong", "missing") if (n := [*states.values()].count(v))}
@@ -343,7 +344,7 @@ def look(
 @data_app.command("get")
 def data_get(names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Data sets, or `all`.")]):
     "Take data sets from the mirror or download them, and check every file."
-    from recbook.data import fetch
+    from recbook.datasets import fetch
     failed = 0
     with usage():
         names = names_or_all(names)
@@ -385,7 +386,8 @@ def book_(out: Annotated[Path | None, typer.Option(help="Where the site goes; de
         proj, out = prepare(root), Path(out or root/"_book").resolve()
         if not shutil.which("quarto"):
             raise UsageError(
-                f"{_short(proj)}/ is prepared, but Quarto is missing: install it from https://quarto.org/docs/get-started, then run recbook book again."
+                f"{_short(proj)}/ is prepared, but Quarto is missing: install it from "
+                f"https://quarto.org/docs/get-started, then run recbook book again."
             )
     code, log = render(proj)
     wrong = complaints(log)
@@ -492,7 +494,7 @@ def _folders():
     )
 
 def _datasets():
-    from recbook.data import _find, _registry
+    from recbook.datasets import _find, _registry
     have = [n for n,d in _registry().items() if all(_find(n, f) for f in d["file"])]
     detail = (
         f"{len(have)} of {len(_registry())} on disk: {', '.join(have)}"

@@ -212,7 +212,8 @@ def complaints(
     log:str # what Quarto printed
 ) -> list[str]: # the lines that mean a broken page
     "References, citations, links and files that Quarto could not find."
-    bad = r"Unable to resolve|[Cc]itation\W.*not found|^\W*ERROR|Could not fetch resource|Unclosed|reference to a missing|not found in document"
+    bad = (r"Unable to resolve|[Cc]itation\W.*not found|^\W*ERROR|Could not fetch resource|Unclosed"
+        r"|reference to a missing|not found in document")
     return [l.strip() for l in re.sub(r"\x1b\[[0-9;]*m", "", log).splitlines() if re.search(bad, l)]
 
 # %% ../nbs/workshop/04_publish.ipynb #8c015d7f

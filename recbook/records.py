@@ -104,7 +104,9 @@ def commit(
         return _version("recbook") or "unknown"
     return head.stdout.strip() + ("+dirty" if edited(git("status", "--porcelain", "--untracked-files=normal")) else "")
 
-def edited(status): return status.returncode != 0 or bool(status.stdout.strip()) # a tree that can't be looked at is not clean
+def edited(status):
+    return status.returncode != 0 or bool(status.stdout.strip())  # a tree that can't be looked at is not clean
+
 
 def _version(name):
     try:
@@ -172,7 +174,8 @@ def versions(
 def true_device(
     asked:str="auto" # what the chapter was asked for
 ) -> str:  # cpu, cuda, cuda:0, mps
-    "Where a chapter computes; a `UsageError` when there is no such device. PyTorch is loaded only if there may be more than a processor."
+    """Where a chapter computes; a `UsageError` when there is no such device. PyTorch is loaded only if there may be
+    more than a processor."""
     if (
         asked == "cpu"
         or asked == "auto"

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FOLDED', 'FENCED', 'OPENED', 'with_solutions', 'extra', 'execute', 'alive', 'sweep', 'label', 'Quiet', 'counts',
            'summary', 'mute', 'say', 'Lines', 'Bars', 'failure', 'header', 'claims_of', 'unchanged', 'run_one', 'Place',
-           'threads_of', 'user_home', 'kernel_env', 'runs_dir', 'check_place', 'ready', 'run_chapters', 'scrub',
-           'outputs_into', 'say_profile', 'publish']
+           'slowest', 'threads_of', 'user_home', 'kernel_env', 'runs_dir', 'check_place', 'ready', 'run_chapters',
+           'scrub', 'outputs_into', 'say_profile', 'publish']
 
 # %% ../nbs/workshop/03_run.ipynb #45fe51a9
 import contextlib, json, os, re, shutil, sys, tempfile, time
@@ -18,7 +18,19 @@ from pathlib import Path
 from textwrap import shorten
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from .book import OPENING, PARSING, Chapter, UsageError, declared, finite, home, is_checkout, pairs, plan, read_json
+from recbook.book import (
+    OPENING,
+    PARSING,
+    Chapter,
+    UsageError,
+    declared,
+    finite,
+    home,
+    is_checkout,
+    pairs,
+    plan,
+    read_json,
+)
 from .book import read_notebook, read_papers, source, value, walk, write_json, write_text
 from .records import VERDICTS, Result, commit, fingerprint, harvest, machine, true_device, unsound, versions
 
@@ -38,7 +50,8 @@ def with_solutions(
         codes = FENCED.findall("\n".join(FOLDED.findall(text)))
         if "<details" in text.lower() and len(codes) != len(OPENED.findall(text)):
             raise UsageError(
-                f"A folded solution can't be read: {shorten(text, 80)!r}. Fix: <details>, ```python, code, ```, </details>, each on a line"
+                f"A folded solution can't be read: {shorten(text, 80)!r}. Fix: <details>, ```python, code, ```, "
+                f"</details>, each on a line"
             )
         for k, code in enumerate(codes):
             own = dict(
@@ -59,7 +72,8 @@ def execute(
     cwd:Path, # working directory of the kernel
     on_cell:Callable|None=None # called with (cell, cell_index) before each cell
 ):
-    "The executed notebook, saved as `to`; when a cell fails, `to` stays as it was, `<name>.failed.ipynb` appears and the error is raised."
+    """The executed notebook, saved as `to`; when a cell fails, `to` stays as it was, `<name>.failed.ipynb` appears and
+    the error is raised."""
     import nbformat, papermill
     from traitlets.config import Config
     papermill.log.logger.setLevel("ERROR") # it complains about defaults that hold a `=`
@@ -120,7 +134,8 @@ def sweep(
 ):
     "Remove what dead processes have left of these chapters: half notebooks, half records, connection files of kernels."
     name = re.compile(
-        rf"\.(?:\d+_)?(?:{'|'.join(map(re.escape, areas))})(?:\.failed)?(?:\.json|\.ipynb)?\.(\d+)(?:\.ipynb|\.source\.ipynb|\.kernel\.json)?"
+        rf"\.(?:\d+_)?(?:{'|'.join(map(re.escape, areas))})(?:\.failed)?(?:\.json|\.ipynb)?"
+        r"\.(\d+)(?:\.ipynb|\.source\.ipynb|\.kernel\.json)?"
     )
     for f in folder.glob(".*"):
         with contextlib.suppress(OSError):
@@ -159,7 +174,8 @@ def summary(
     return f"✓ {res.chapter.area}: {how}; " + (f"claims: {count}" if count else "no claims")
 
 def mute():
-    "Nobody reads on, as behind `| head -1`, or the disk that takes our output is full: print into nothing, the run is worth more."
+    """Nobody reads on, as behind `| head -1`, or the disk that takes our output is full: print into nothing, the run is
+    worth more."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, sys.stdout.fileno())
     os.close(null)
@@ -186,7 +202,9 @@ class Bars(Quiet):
         self.bars = Progress(TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("{task.fields[text]}"))
         self.ids = {}
-    def __enter__(self): self.bars.start(); return self
+    def __enter__(self):
+        self.bars.start()
+        return self
     def __exit__(self, *exc): self.bars.stop()
     def start(self, ch, n): self.ids[ch.area] = self.bars.add_task(ch.area, total=n, text="")
     def cell(self, ch, i, n, text): self.bars.update(self.ids[ch.area], completed=i-1, text=escape(text))
@@ -309,6 +327,15 @@ class Place:
         if extra(cell):
             self.added.add(index)
         self.cell, self.number = cell, index + 1 - len([i for i in self.added if i <= index])
+
+# %% ../nbs/workshop/03_run.ipynb #e5cf05ed
+def slowest(
+    nb, # an executed notebook
+    n:int=5 # how many cells
+) -> list[tuple[float, str]]: # seconds and name, the slowest first
+    "The cells that took longest."
+    took = [(c["metadata"].get("papermill", {}).get("duration") or 0., label(c)) for c in nb["cells"]]
+    return sorted(took, key=lambda t: -t[0])[:n]
 
 # %% ../nbs/workshop/03_run.ipynb #169a3e85
 def threads_of(

@@ -8,10 +8,9 @@ import base64, keyword, re, sys
 from collections import Counter
 from pathlib import Path
 import nbformat
-from .claims import COLORS, is_stale
+from .claims import COLORS, results
 from .book import PARTS, UsageError, chapters, home, is_checkout, read_json, read_papers, unknown, write_text
 from .publish import bibliography
-from .records import records
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -41,8 +40,7 @@ def published(
     root:Path|None=None # the book's folder
 ) -> list[dict]: # run records that measured claims, profiles and areas in alphabetical order
     "What `data/results` holds, without the foundations."
-    home_ = Path(root or home())
-    return [r | dict(stale=is_stale(r, home_)) for r in records(root) if r["claims"]]
+    return [r for r in results(home=Path(root or home())) if r["claims"]]
 
 COUNTED = ("supported", "refuted", "negligible", "inconclusive")
 
@@ -90,7 +88,8 @@ def picture(
     records:list[dict], # of `published`
     n:int=30 # rows at most, spread over the papers
 ):
-    "Relative effects with their 95 % intervals as a matplotlib Axes, coloured by verdict; None when nothing is published."
+    """Relative effects with their 95 % intervals as a matplotlib Axes, coloured by verdict; None when nothing is
+    published."""
     turn, rows = Counter(), []
     for c in (c for r in records for c in r["claims"]):
         for row in relative([c]):
@@ -238,7 +237,8 @@ A few items have many clicks. Say here what your papers make of that.
 
 ## NAME: the idea in a few words {#sec-AREA-SLUG}
 
-Two or three sentences: what the papers before this one could not do, and what this one changes. Then the equation, with the symbols the code uses:
+Two or three sentences: what the papers before this one could not do, and what this one changes.
+Then the equation, with the symbols the code uses:
 
 $$s_{ui} = \frac{n_i}{n_i+\lambda}$$ {#eq-AREA-SLUG}
 @@
@@ -257,7 +257,8 @@ test_eq(popularity(train)[0].sum(), len(train.df))
 @@ md
 ## Side by side {#sec-AREA-compare}
 
-A method is a function of a case, a seed and settings ([how to compare fairly](../foundations/11_trials.ipynb)). Give each as many settings, and a rival that is as simple as can be.
+A method is a function of a case, a seed and settings ([how to compare fairly](../foundations/17_trials.ipynb)).
+Give each as many settings, and a rival that is as simple as can be.
 @@
 def world_split(s):
     "Each seed is another world with its own split."
@@ -269,7 +270,10 @@ def random(split, s):
     "Anything works better than this, or it does not work."
     return ranked(table(np.random.default_rng(s).random((n_users, n_items), dtype=np.float32)), split)
 @@
-methods = [Method("popular", popular, dict(shrink=shrinkage), limits=dict(shrink=(0, np.inf))), Method("random", random, role="rival")]
+methods = [
+    Method("popular", popular, dict(shrink=shrinkage), limits=dict(shrink=(0, np.inf))),
+    Method("random", random, role="rival"),
+]
 world, seeds = Case("world", world_split), list(range(seed, seed+n_seeds))
 tuned = tune(methods, [world], [1000+s for s in range(n_tuning_seeds)], jobs=jobs)
 df = over_seeds(methods, [world], seeds, tuned, jobs=jobs)
@@ -336,7 +340,8 @@ def _catalogue(area, root):
     "The text of `data/papers/<area>.toml` with at least one claim."
     path = root/f"data/papers/{area}.toml"
     if not path.is_file():
-        text = f'# Papers of the chapter {area}; each paper\'s claims stand below it as [[paper.claim]].\n\n[[paper]]\nid = "{area}_example"\n'
+        text = f"# Papers of the chapter {area}; each paper's claims stand below it as [[paper.claim]].\n\n"
+        text += f'[[paper]]\nid = "{area}_example"\n'
         text += 'name = "Example"\ntitle = "An example to replace"\nkind = "system"\n'
     else:
         read_papers(path)
@@ -419,7 +424,8 @@ def new(
     part:str, # folder it belongs to, like "trust"
     root:Path|None=None # the book's folder, a checkout
 ) -> list[Path]:  # the files written or changed, the notebook first
-    "Make the skeleton of a chapter: notebook, catalogue entry, test, lines in the table of contents and the bibliography."
+    """Make the skeleton of a chapter: notebook, catalogue entry, test, lines in the table of contents and the
+    bibliography."""
     root = Path(root or home()).resolve()
     _check(area, part, root)
     last = max((int(f.name.split("_")[0]) for f in root.glob(f"nbs/{part}/[0-9]*_*.ipynb")), default=0)

@@ -1,4 +1,6 @@
-"""Does the prepared book hold together? Each page goes through Pandoc as Quarto would send it: one markdown document made of the cells and their outputs.
+"""Does the prepared book hold together?
+
+Each page goes through Pandoc as Quarto would send it: one markdown document made of the cells and their outputs.
 What Quarto only warns about (or passes over in silence) comes back here as a list of problems."""
 import html, json, re, subprocess
 from functools import cache
@@ -65,7 +67,8 @@ def shown(nb):
 
 
 def talking(nb):
-    "The labels of figure cells that print, too: Quarto would make a composite figure of them and give the caption to the print."
+    """The labels of figure cells that print, too: Quarto would make a composite figure of them and give the caption to
+    the print."""
     lone = lambda o: o["output_type"] == "stream" or not any(k.startswith("image/") for k in o.get("data", {}))
     return [
         l
@@ -216,7 +219,8 @@ def problems(folder, bib=None):
 
 
 KATEX = """const katex = require("katex"), all = JSON.parse(require("fs").readFileSync(0, "utf8"));
-const bad = all.map(([at, tex, displayMode]) => { try { katex.renderToString(tex, {displayMode, strict: "error", throwOnError: true}) }
+const how = {strict: "error", throwOnError: true}
+const bad = all.map(([at, tex, displayMode]) => { try { katex.renderToString(tex, {displayMode, ...how}) }
 catch (e) { return at + ": equation: " + e.message } }).filter(x => x); console.log(JSON.stringify(bad))"""
 
 def equations(folder, home):

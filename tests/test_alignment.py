@@ -7,16 +7,10 @@ from datasets import Dataset
 from scipy.optimize import linprog
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
-from recbook.lm import (
-    ItemTrie,
-    answer_logits,
-    completion_ids,
-    lora,
-    mark_ids,
-    nano_tokenizer,
-    rank_items,
-    sequence_logprob,
-)
+from recbook.lm import mark_ids, nano_tokenizer
+from recbook.answers import answer_logits, completion_ids, sequence_logprob
+from recbook.decode import ItemTrie, rank_items
+from recbook.finetune import lora
 from recbook.llm.alignment import (
     AlphaDPOTrainer,
     BayesianUpdater,

@@ -160,7 +160,7 @@ def test_outputs_are_for_readers(book, page):
 
 
 # chapters that print in a figure's cell and are still to be run again
-TALKING = {"collaborative/01_graph_cf.ipynb", "llm/01_alignment.ipynb", "trust/01_influence.ipynb"}
+TALKING = {"llm/01_alignment.ipynb", "trust/01_influence.ipynb"}
 
 @pytest.mark.parametrize("page", NBS)
 def test_figure_cells_print_nothing(page):
@@ -333,7 +333,10 @@ def test_a_planted_equation_is_found(tmp_path, katex):
 
 def test_quarto_messages_are_read():
     assert complaints("[ 1/11] index.ipynb\nOutput created: _book/index.html\n") == []
-    log = "[WARNING] Citeproc: citation foo not found\n\x1b[33mWARN: Unable to resolve crossref @fig-x\x1b[39m\nWARN: Unable to resolve link target: gone.ipynb\nERROR: boom"
+    log = (
+        "[WARNING] Citeproc: citation foo not found\n\x1b[33mWARN: Unable to resolve crossref @fig-x\x1b[39m\n"
+        "WARN: Unable to resolve link target: gone.ipynb\nERROR: boom"
+    )
     assert len(complaints(log)) == 4
 
 

@@ -3,11 +3,13 @@ import re
 import nbformat, pytest
 from recbook.claims import papers
 from recbook.data import root
-from recbook.book import chapters
+from recbook.book import chapters, read_notebook
 from recbook.records import VERDICTS
-from recbook.run import run_chapters
+from recbook.run import run_chapters, slowest
 
 ALL = chapters(root())
+BUDGET = 120 # s: 40 s on two idle cores; here two chapters and other tests share them
+TRAINING = dict(lm=600, alignment=500, unlearning=400, editing=900) # s: their language models are trained on the way
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +23,13 @@ def test_runs_in_the_smoke_profile(smoke, area):
     r = smoke[area]
     assert r.ok, f"{area}: {r.error}"
     assert r.record["wall_s"] > 0 and r.record["profile"] == "smoke"
+
+
+@pytest.mark.parametrize("area", [c.area for c in ALL])
+def test_smoke_keeps_its_budget(smoke, area):
+    took, most = smoke[area].record.get("wall_s", 0), TRAINING.get(area, BUDGET)
+    lines = [f"{s:.0f} s  {name}" for s, name in slowest(read_notebook(smoke[area].notebook))]
+    assert took <= most, f"{area}: {took:.0f} s, budget {most} s; its slowest cells:\n" + "\n".join(lines)
 
 
 @pytest.mark.parametrize("area", [c.area for c in ALL])

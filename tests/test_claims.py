@@ -124,7 +124,7 @@ def test_users_and_thresholds():
     rng = np.random.default_rng(4)
     r = claim("lightgcn.1", rng.normal(1, .1, (4, 100)), rng.normal(0, .1, (4, 100)))
     assert len(r["ours"]) == 4 and r["verdict"] == "supported"
-    assert claim("gte.3", [.01, .011, .012], 1/20)["verdict"] == "supported"
+    assert claim("lsm-gnn.1", [.01, .011, .012], 1/20)["verdict"] == "supported"
 
 
 def test_a_star_marks_verdicts_that_do_not_survive_holm():
@@ -310,10 +310,11 @@ def test_a_record_is_stale_when_its_code_has_changed(monkeypatch, tmp_path):
     home = tmp_path/"book"
     (home/"nbs/foundations").mkdir(parents=True)
     (home/"data/results/cpu").mkdir(parents=True)
-    nb = home/"nbs/foundations/04_metrics.ipynb"
+    nb = home/"nbs/foundations/06_metrics.ipynb"
     shutil.copy(next((claims.root()/"nbs/foundations").glob("*_metrics.ipynb")), nb)
     monkeypatch.setattr(claims, "root", lambda: home)
-    put = lambda **r: (home/"data/results/cpu/metrics.json").write_text(json.dumps(dict(area="metrics", claims=[]) | r))
+    record = dict(area="metrics", profile="cpu", claims=[])
+    put = lambda **r: (home/"data/results/cpu/metrics.json").write_text(json.dumps(record | r))
     put(code=notebook_code(nb))
     assert results()[0]["stale"] is False
     nb.write_text(nb.read_text().replace("recommend(", "recommend( ", 1))
@@ -364,7 +365,8 @@ def test_systems_are_paired_by_user_not_by_position(monkeypatch):
     assert r["effect"] == 0 and r["units"] == 36
     ms = [Method("A", partial(run, skip=list(range(39)), shift=0.)), Method("B", partial(run, skip=[], shift=0.))]
     df = over_seeds(ms, [Case("set", float, same_units=True)], range(4), store=Store("/nonexistent/x"))
-    with pytest.raises(ValueError, match="1 in common"): measure(df, "x.1", "set")
+    with pytest.raises(ValueError, match="1 in common"):
+        measure(df, "x.1", "set")
 
 
 def test_a_caveat_counts_in_whatever_row_it_stands(monkeypatch):
@@ -376,4 +378,5 @@ def test_a_caveat_counts_in_whatever_row_it_stands(monkeypatch):
 
 def test_the_best_rival_needs_a_direction(monkeypatch):
     catalogue(monkeypatch, theirs="best rival", direction="equal", margin=.1)
-    with pytest.raises(ValueError, match="needs a direction"): measure(trial_frame(A=.3, r1=.2), "x.1", "set")
+    with pytest.raises(ValueError, match="needs a direction"):
+        measure(trial_frame(A=.3, r1=.2), "x.1", "set")

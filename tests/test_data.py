@@ -2,7 +2,7 @@
 import functools, hashlib, http.server, io, os, platform, subprocess, sys, threading, zipfile
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
-from recbook import data
+from recbook import data, datasets
 from recbook.data import (
     Interactions,
     cache_dir,
@@ -34,7 +34,7 @@ SPLITS = [
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("RECBOOK_CACHE", str(tmp_path/"cache"))
-    monkeypatch.setattr(data, "_shown", set())
+    monkeypatch.setattr(datasets, "_shown", set())
     return tmp_path/"cache"
 
 
@@ -393,14 +393,14 @@ def test_registry_is_complete():
     df = datasets_list()
     assert df.name.is_unique and len(df) >= 15 and df[["what","grade","terms","cite","home"]].notna().all(axis=None)
     for name in df.name:
-        for f in data._spec(name)["file"]:
+        for f in datasets._spec(name)["file"]:
             assert (
                 len(f["sha256"]) == 64
                 and f["bytes"] > 0
                 and ("url" in f) != ("archive" in f)
                 and not f["name"].startswith("/")
             )
-        assert any(n.split("/")[0]==name for n in data._loaders)
+        assert any(n.split("/")[0]==name for n in datasets._loaders)
 
 
 def test_unknown_names():
@@ -466,10 +466,10 @@ def home(no_mirror, monkeypatch):
            spec("changed", url=f"{url}/a.bin", sha256="0"*64),
            spec("changed-zip", archive=f"{url}/a.zip", member="in/a.bin", sha256="0"*64),
            spec("rar", archive=f"{url}/a.rar", member="in/a.bin")]
-    monkeypatch.setattr(data, "_registry", lambda: {d["name"]: d for d in reg})
+    monkeypatch.setattr(datasets, "_registry", lambda: {d["name"]: d for d in reg})
     import requests # the loopback server speaks http; that all else is refused has tests of its own
-    monkeypatch.setattr(data, "_check_url", lambda url: None)
-    monkeypatch.setattr(data, "_session", requests.Session)
+    monkeypatch.setattr(datasets, "_check_url", lambda url: None)
+    monkeypatch.setattr(datasets, "_session", requests.Session)
     srv.registry = reg
     yield srv
     srv.shutdown()
@@ -527,7 +527,7 @@ def test_mirror_is_used_in_place_and_checked_once(home, tmp_path, monkeypatch):
     f.write_bytes(BODY)
     monkeypatch.setenv("RECBOOK_MIRROR", str(m))
     assert fetch("plain")["sub/a.bin"]==f and Home.hits==0
-    monkeypatch.setattr(data, "_sha256", lambda p: pytest.fail("read again"))
+    monkeypatch.setattr(datasets, "_sha256", lambda p: pytest.fail("read again"))
     fetch("plain")
 
 
@@ -561,7 +561,7 @@ def test_read_only_cache(home, own_cache, monkeypatch):
 def test_terms_show_once(home, capsys):
     fetch("plain")
     assert "research only" in capsys.readouterr().err
-    data._shown.clear()
+    datasets._shown.clear()
     fetch("plain")
     assert capsys.readouterr().err==""
 
@@ -617,14 +617,14 @@ def test_links_do_not_lead_out_of_the_cache(home, own_cache, tmp_path, linked):
 )
 def test_only_https(no_mirror, monkeypatch, url):
     d = dict(name="x", title="", terms="", cite="", home="", file=[dict(name="a", sha256="0"*64, bytes=3, url=url)])
-    monkeypatch.setattr(data, "_registry", lambda: dict(x=d))
+    monkeypatch.setattr(datasets, "_registry", lambda: dict(x=d))
     with pytest.raises(ValueError, match="not an https address"):
         fetch("x")
 
 
 def test_a_redirect_to_http_is_not_followed():
     import requests
-    with data._session() as s, pytest.raises(requests.exceptions.InvalidSchema):
+    with datasets._session() as s, pytest.raises(requests.exceptions.InvalidSchema):
         s.get("http://127.0.0.1:1/a")
 
 
@@ -657,7 +657,7 @@ def test_a_zip_bomb_is_refused_before_it_unfolds(home, own_cache, monkeypatch, l
     home.RequestHandlerClass = Bomb
     home.registry[1]["file"][0]["bytes"] = 10
     with pytest.raises(ValueError, match="unpacks to|whole archive|expected sha256"):
-        data._unpack("zipped", home.registry[1]["file"][0]["archive"], own_cache/"zipped")
+        datasets._unpack("zipped", home.registry[1]["file"][0]["archive"], own_cache/"zipped")
     assert whole_files(own_cache)==[]
 
 
@@ -667,14 +667,14 @@ def test_members_never_exceed_their_size(tmp_path):
         z.writestr("a", bytes(30_000_000))
     tracemalloc.start()
     with pytest.raises(ValueError, match="unpacks to 30000000 bytes"):
-        data._member(tmp_path/"b.zip", "a", 10)
+        datasets._member(tmp_path/"b.zip", "a", 10)
     assert tracemalloc.get_traced_memory()[1] < 1_000_000
     tracemalloc.stop()
 
 
 def test_an_archive_is_hashed_before_it_is_opened(home, monkeypatch):
     home.registry[1]["file"][0]["archive_sha256"] = "0"*64
-    monkeypatch.setattr(data, "_member", lambda *a: pytest.fail("opened"))
+    monkeypatch.setattr(datasets, "_member", lambda *a: pytest.fail("opened"))
     with pytest.raises(ValueError, match="0000"):
         fetch("zipped")
 
@@ -693,7 +693,7 @@ def test_planted_pickles_do_not_run(tmp_path, name):
             f, adj_data=evil, adj_indices=evil, adj_indptr=evil, adj_shape=evil, data=evil, format=evil, shape=evil
         )
     with pytest.raises(ValueError, match="pickle"):
-        data._loaders[dict(cora="citation-graphs", gowalla="gowalla", diffrec="movielens-1m-diffrec")[name]](
+        datasets._loaders[dict(cora="citation-graphs", gowalla="gowalla", diffrec="movielens-1m-diffrec")[name]](
             lambda n: f
         )
     assert not (tmp_path/"ran").exists()
@@ -711,7 +711,10 @@ def test_data_archives_have_a_limit(tmp_path):
             m = tarfile.TarInfo(n)
             m.size = 6
             t.addfile(m, io.BytesIO(b"a\tb\tc\n"))
-    assert len(data._triples(lambda f: tmp_path/"x.tar.gz", "umls"))==3 and not (tmp_path.parent/"train.txt").exists()
+    assert (
+        len(datasets._triples(lambda f: tmp_path / "x.tar.gz", "umls")) == 3
+        and not (tmp_path.parent / "train.txt").exists()
+    )
 
 
 def test_bit_rot_with_the_old_time_is_noticed(home, tmp_path):
@@ -765,7 +768,7 @@ def test_a_full_disk_is_told(home, own_cache, monkeypatch):
     ],
 )
 def test_a_missing_or_broken_registry_is_named(tmp_path, monkeypatch, text, says):
-    monkeypatch.setattr(data, "root", lambda: tmp_path)
+    monkeypatch.setattr(datasets, "root", lambda: tmp_path)
     (tmp_path/"data").mkdir()
     if text is not None:
         (tmp_path/"data"/"datasets.toml").write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -905,5 +908,6 @@ def test_all_files_of_the_mirror(mirror):
 def test_import_is_light():
     import subprocess, sys
 
-    code = "import sys, recbook.data; print([m for m in ('torch','transformers','datasets','matplotlib') if m in sys.modules])"
+    heavy = ('torch', 'transformers', 'datasets', 'matplotlib')
+    code = f"import sys, recbook.data; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()=="[]"

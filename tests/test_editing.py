@@ -3,7 +3,8 @@ import copy
 from itertools import islice
 import numpy as np, pandas as pd, pytest, torch
 from transformers import GPT2Config, GPT2LMHeadModel
-from recbook.lm import completion_ids, encode, load_lm, mark_ids, nano_tokenizer, prompt_ids
+from recbook.lm import load_lm, mark_ids, nano_tokenizer
+from recbook.answers import completion_ids, encode, prompt_ids
 from recbook.trust import editing as E
 
 torch.set_num_threads(1)
@@ -397,8 +398,17 @@ def test_bad_memory_and_world(facts):
         E.causal_trace(None, None, "a prompt", "nobody", "x")
 
 
-@pytest.mark.parametrize("text, subject, at", [("Fans of C++ and C", "C", 16), ("Ann-Marie saw Ann", "Ann", 14), ("Cafe\u0301 and Cafe", "Cafe", 10), ("Ann-Marie", "Ann", 0),
-    ("carpet", "pet", 3), ("Ann's hat", "Ann", 0)])
+@pytest.mark.parametrize(
+    "text, subject, at",
+    [
+        ("Fans of C++ and C", "C", 16),
+        ("Ann-Marie saw Ann", "Ann", 14),
+        ("Cafe\u0301 and Cafe", "Cafe", 10),
+        ("Ann-Marie", "Ann", 0),
+        ("carpet", "pet", 3),
+        ("Ann's hat", "Ann", 0),
+    ],
+)
 def test_a_subject_is_found_as_the_whole_name(text, subject, at):
     from recbook.trust.editing import place_in
     assert place_in(text, subject) == at

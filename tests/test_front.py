@@ -123,7 +123,7 @@ def test_ten_steps():
 # --- the package ---
 
 def test_import_is_light():
-    code = "import sys, recbook, recbook.cli; bad = {'torch', 'transformers', 'pandas', 'trl'} & set(sys.modules); assert not bad, bad"
+    code = "import sys, recbook, recbook.cli; assert not {'torch', 'transformers', 'pandas', 'trl'} & set(sys.modules)"
     sh(sys.executable, "-c", code, cwd=ROOT, env=ENV | dict(PYTHONPATH=str(ROOT)))
 
 @pytest.fixture(scope="session")

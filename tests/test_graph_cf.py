@@ -4,7 +4,19 @@ import networkx as nx
 import numpy as np, pandas as pd, pytest, scipy.sparse as sp, torch
 import torch.nn.functional as F
 from recbook.baselines import MF, bpr_loss, popularity, train_bpr, uniform_negatives
-from recbook.collaborative.graph_cf import NGCF, LightGCN, Smooth, SymMM, adjacency, closeness, drop_nodes, gte, path_weights, sparse_tensor, sym_norm
+from recbook.collaborative.graph_cf import (
+    NGCF,
+    LightGCN,
+    Smooth,
+    SymMM,
+    adjacency,
+    closeness,
+    drop_nodes,
+    gte,
+    path_weights,
+    sparse_tensor,
+    sym_norm,
+)
 from recbook.data import Interactions, ratio_split
 from recbook.metrics import dot, evaluate, recommend
 from recbook.training import set_seed
@@ -58,6 +70,14 @@ def test_single_uses_the_last_layer_only(A):
     assert torch.allclose(torch.cat(m()), torch.linalg.matrix_power(dense(A), 3) @ m.E0, atol=1e-5)
 
 
+def test_what_another_user_says_in_two_steps(train, A):
+    R = train.csr().toarray() # LightGCN, eq. 14
+    du, di = R.sum(1), R.sum(0)
+    for u, v in [(0, 1), (3, 7), (5, 2)]:
+        c = sum(1/di[i] for i in range(9) if R[u, i] and R[v, i])/np.sqrt(du[u]*du[v])
+        assert (A @ A)[u, v] == pytest.approx(c, abs=1e-6)
+
+
 def test_smoothing_gradients_numerically(A):
     S, X = sparse_tensor(A).to(torch.float64), torch.randn(21, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda X: Smooth.apply(S, X, 3), X) and torch.autograd.gradcheck(
@@ -82,14 +102,14 @@ def test_ngcf_message_by_message(train, A, transform, nonlinear, affinity):
     set_seed(2)
     m = NGCF(sparse_tensor(A), 12, dim=3, K=2, transform=transform, nonlinear=nonlinear, affinity=affinity).eval()
     with torch.no_grad():
-        for l in (*m.W1, *m.W2):
+        for l in (W for layer in m.layers for W in (layer.W1, layer.W2)):
             if transform:
                 l.bias.normal_()
     N = adjacency(train).toarray()
     d = N.sum(1)
     apply = lambda W, x: F.linear(x, W.weight, W.bias) if transform else x
     E, out = m.E0.detach(), [m.E0.detach()]
-    for W1, W2 in zip(m.W1, m.W2):
+    for W1, W2 in ((layer.W1, layer.W2) for layer in m.layers):
         rows = []
         for u in range(21): # both transforms act on the summed messages, so that a bias counts once
             nb = [v for v in range(21) if N[u, v]]
@@ -125,8 +145,8 @@ def test_gradients_under_node_dropout_are_those_of_the_dropped_graph(A):
     set_seed(5)
     D = drop_nodes(m.A, .5).to_dense()
     E, out = m.E0, [m.E0]
-    for W1, W2 in zip(m.W1, m.W2):
-        E = F.leaky_relu(W1(D @ E + E) + W2((D @ E)*E), .2)
+    for layer in m.layers:
+        E = F.leaky_relu(layer.W1(D @ E + E) + layer.W2((D @ E)*E), .2)
         out.append(F.normalize(E, dim=1))
     (torch.cat(out, 1)*G).sum().backward()
     assert torch.allclose(got, m.E0.grad, atol=1e-5)
@@ -141,6 +161,8 @@ def test_gradients_under_node_dropout_are_those_of_the_dropped_graph(A):
         *[(lambda A, p=p: NGCF(sparse_tensor(A), 12, node_dropout=p), "node_dropout") for p in (1, -0.1, np.nan)],
         (lambda A: NGCF(sparse_tensor(A), 12, message_dropout=1), "message_dropout=1"),
         (lambda A: drop_nodes(sparse_tensor(A), 1), "p=1"),
+        (lambda A: drop_nodes(sparse_tensor(A), -0.5), "p=-0.5"),
+        (lambda A: LightGCN(sparse_tensor(A)*np.nan, 12), "transpose"),
         (lambda A: LightGCN(sparse_tensor(sym_norm(A, 1, 0)), 12), "transpose"),
         (lambda A: NGCF(sparse_tensor(sym_norm(A, 1, 0)), 12), "transpose"),
         (lambda A: LightGCN(sparse_tensor(A[:12]), 12), "must be"),

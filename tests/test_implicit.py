@@ -1,4 +1,5 @@
-"Learning from implicit feedback: estimators against Monte Carlo and closed forms, samplers against their laws, gradients against autograd."
+"""Learning from implicit feedback: estimators against Monte Carlo and closed forms, samplers against their laws,
+gradients against autograd."""
 from functools import partial
 import numpy as np, pandas as pd, pytest, torch
 import torch.nn.functional as F
@@ -611,7 +612,8 @@ def test_dcg_sees_small_differences_refuses_nan_and_breaks_ties_by_item():
     from recbook.collaborative.implicit import dcg
     one = np.ones((1, 2))
     assert dcg(np.array([[1., 1 + 1e-9]]), np.array([[0, 1.]]), one, 1) == 1
-    with pytest.raises(ValueError, match="NaN"): dcg(np.full((1, 4), np.nan), np.eye(1, 4), np.ones((1, 4)), 1)
+    with pytest.raises(ValueError, match="NaN"):
+        dcg(np.full((1, 4), np.nan), np.eye(1, 4), np.ones((1, 4)), 1)
     assert dcg(np.zeros((1, 50)), np.eye(1, 50), np.ones((1, 50)), 1) == 1
 
 
@@ -625,10 +627,18 @@ def test_scoring_candidates_leaves_batch_statistics_alone_and_lists_belong_to_th
     class Normed(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.U, self.I, self.bn = torch.nn.Parameter(torch.randn(6, 4)), torch.nn.Parameter(torch.randn(9, 4)), torch.nn.BatchNorm1d(4)
+            self.U, self.I, self.bn = (
+                torch.nn.Parameter(torch.randn(6, 4)),
+                torch.nn.Parameter(torch.randn(9, 4)),
+                torch.nn.BatchNorm1d(4),
+            )
         def forward(self): return self.U, self.bn(self.I)
     m = Normed().train()
     pair_scores(m, torch.arange(6), torch.zeros(6, 2, dtype=torch.long))
     assert m.bn.num_batches_tracked == 0 and m.training and m.bn.training
-    lists, up, down = SortedFactors(20), lambda: (torch.ones(6, 1), torch.arange(9.)[:, None]), lambda: (torch.ones(6, 1), -torch.arange(9.)[:, None])
+    lists, up, down = (
+        SortedFactors(20),
+        lambda: (torch.ones(6, 1), torch.arange(9.0)[:, None]),
+        lambda: (torch.ones(6, 1), -torch.arange(9.0)[:, None]),
+    )
     assert lists(up)[1][0] == 8 and lists(down)[1][0] == 0

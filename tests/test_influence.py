@@ -8,6 +8,7 @@ from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
 from sklearn.ensemble import GradientBoostingClassifier, GradientBoostingRegressor
 from torch import nn
 from recbook.gradients import dense, flatten, ggn_vp, params_of, per_sample_grads, unflatten
+from recbook import gradients as G_
 from recbook.trust import influence as I
 
 light = dict(
@@ -64,7 +65,9 @@ def test_ridge_equals_retraining(method):
     loss = lambda w: .5*(X[:6] @ fit(w) - y[:6])[:, 0]**2
     e, one = 1e-4, torch.eye(50).double()
     real = torch.stack([(loss(1 - e*one[i]) - loss(1 + e*one[i]))/(2*e) for i in range(50)])
-    got = I.influence(lin, (X, y), (X[:6], y[:6]), I.Task(kind="squares"), method, damping=l2, labels="exact")
+    task = I.Task(kind="squares")
+    factors = I.ekfac_factors(lin, task, (X, y), labels="exact") if method == "ekfac" else None
+    got = I.influence(lin, (X, y), (X[:6], y[:6]), task, method, damping=l2, factors=factors)
     close(got, real, rtol=1e-4, atol=1e-8)
 
 
@@ -106,7 +109,7 @@ def test_gauss_newton_matrix(net, data, kind):
     close(I.ggn_matrix(net, task, batch, theta), G, atol=1e-10)
     V = double(4, len(G))
     close(I.ggn_products(net, task, batch, theta, V), V @ G, atol=1e-10)
-    B = I.blocks(theta)
+    B = G_.blocks(theta)
     assert B[:25, :25].all() and not B[:25, 25:].any() and B[25:, 25:].all()
 
 
@@ -126,7 +129,8 @@ def test_corrected_eigenvalues_are_the_diagonal_in_the_basis(net, data, layer):
     _, B = block(net, I.Task(), data, layer, "exact")
     turned = torch.einsum("oipj,oa,ib,pc,jd->abcd", B, f.Q_S, f.Q_A, f.Q_S, f.Q_A)
     close(torch.einsum("abab->ab", turned), f.Lambda, atol=1e-12)
-    close(torch.einsum("oioi->oi", B), f.diagonal, atol=1e-12)
+    plain = I.ekfac_factors(net, I.Task(), data, labels="exact", basis=False)[layer]
+    close(torch.einsum("oioi->oi", B), plain.Lambda, atol=1e-12)
     assert (f.Lambda - torch.outer(f.L_S, f.L_A)).abs().max() > 1e-3*f.Lambda.max()
     err = lambda L: (torch.diag(L.flatten()) - turned.flatten(2).flatten(0, 1)).norm()
     assert err(f.Lambda) < err(torch.outer(f.L_S, f.L_A)) # optimal in its basis
@@ -161,12 +165,13 @@ def test_squares_are_those_of_sequences_not_of_tokens():
     F = I.ekfac_factors(m, TAGS, batch, labels="data")
     theta = params_of(m)
     g = per_sample_grads(m, TAGS.mean, batch, theta)
-    close(F["up"].diagonal, unflatten(g, theta)["up.weight"].square().mean(0), atol=1e-10)
+    plain = I.ekfac_factors(m, TAGS, batch, labels="data", basis=False)["up"].Lambda
+    close(plain, unflatten(g, theta)["up.weight"].square().mean(0), atol=1e-10)
     R = unflatten(g, theta)["up.weight"]
     close(F["up"].Lambda, (F["up"].Q_S.T @ R @ F["up"].Q_A).square().mean(0), atol=1e-10)
     a, s = next(I.layer_grads(m, TAGS, batch, I.linear_layers(m)))["up"]
     by_token = torch.einsum("nto,nti->oi", s**2, a**2)/len(a)
-    assert (by_token - F["up"].diagonal).abs().max() > .05*by_token.max()
+    assert (by_token - plain).abs().max() > .05*by_token.max()
 
 
 def test_padding_changes_nothing():
@@ -183,8 +188,8 @@ def test_padding_changes_nothing():
 
 def test_drawn_labels_give_the_exact_factors_on_average(net, data):
     many = tuple(torch.cat([x]*400) for x in data)
-    exact, drawn = (I.ekfac_factors(net, I.Task(), many, labels=l, batch_size=4000)["0"] for l in ("exact", "model"))
-    close(drawn.diagonal, exact.diagonal, rtol=.15, atol=2e-3)
+    fit = lambda l: I.ekfac_factors(net, I.Task(), many, labels=l, batch_size=4000, basis=False)["0"].Lambda
+    close(fit("model"), fit("exact"), rtol=.15, atol=2e-3)
 
 
 # scores
@@ -192,13 +197,17 @@ def test_drawn_labels_give_the_exact_factors_on_average(net, data):
 def test_scores_split_and_compress():
     m, batch = tagger(), sequences()
     query = tuple(x[:4] for x in batch)
-    run = lambda **kw: I.influence(m, batch, query, TAGS, labels="data", **kw)
+    F = I.ekfac_factors(m, TAGS, batch, labels="data")
+    V = I.preconditioned(m, batch, query, TAGS, "ekfac", factors=F)
+    thin = {k: I.low_rank(v, min(v.shape[1:])) for k, v in V.items()}
+    run = lambda V=V, **kw: I.pair_scores(m, TAGS, batch, V, **kw)
     whole = run()
     assert whole.shape == (20, 4)
+    close(I.influence(m, batch, query, TAGS, factors=F)*20, whole, atol=1e-12)
     close(run(by="layer").sum(0), whole, atol=1e-12)
     close(run(by="token").sum(1), whole, atol=1e-12)
-    close(run(rank=6), whole, atol=1e-10)
-    close(run(rank=6, by="token").sum(1), whole, atol=1e-10)
+    close(run(thin), whole, atol=1e-10)
+    close(run(thin, by="token").sum(1), whole, atol=1e-10)
     close(run(batch_size=3), whole, atol=1e-10)
     g = lambda b: per_sample_grads(m, TAGS.mean, b).detach()
     close(I.influence(m, batch, query, TAGS, "dot"), g(batch) @ g(query).T/20, atol=1e-12)
@@ -211,13 +220,14 @@ def test_whole_matrix_methods_agree_with_dense_solves(net, data):
     exact = (g @ torch.linalg.solve(G + .05*torch.eye(len(G)).double(), g[:3].T)/30).numpy()
     query = tuple(x[:3] for x in data)
     close(I.influence(net, data, query, method="ggn", damping=.05), exact, atol=1e-10)
-    close(
-        I.influence(net, data, query, method="ggn", damping=0.05, dense_below=1), exact, atol=1e-5
-    )  # by conjugate gradients
-    got = I.influence(net, data, query, method="lissa", damping=.05, steps=800, batch_size=30)
+    cg = G_.solve_curvature(net, task, data, theta, g[:3], damping=.05, dense_below=1) # by conjugate gradients
+    close(g @ cg.T/30, exact, atol=1e-5)
+    got = g @ I.lissa(net, task, data, theta, g[:3], .05, steps=800).T
     assert I.agreement(got, exact).min() > .99
     only = I.influence(net, data, query, method="ggn", damping=.05, modules=["2"])
-    close(only, I.influence(net, data, query, method="ggn", damping=.05, params=["2.weight", "2.bias"]))
+    some = params_of(net, ["2.weight", "2.bias"])
+    s = per_sample_grads(net, task.mean, data, some)
+    close(only, s @ G_.solve_curvature(net, task, data, some, s[:3], damping=.05).T/30)
 
 
 def test_pbrf_is_the_brute_force_minimum_and_gauss_newton_its_derivative(net, data):
@@ -287,14 +297,16 @@ def kron(model, task, loss, train, query, tmp, mask=None, **kw):
 
 @pytest.mark.parametrize("which", ["rows", "sequences"])
 def test_equal_to_kronfluence(which, net, data, tmp_path):
-    "The library does not divide by the number of rows and cannot sum over all labels; with the data's labels all else is the same."
+    """The library does not divide by the number of rows and cannot sum over all labels; with the data's labels all else
+    is the same."""
     model, task, batch, mask = (
         (net, I.Task(), data, None) if which == "rows" else (tagger(), TAGS, sequences(pad=2), TAGS.mask)
     )
     query = tuple(x[:4] for x in batch)
     theirs = kron(model, task, lambda m, b: I.row_losses(m(b[0]), b[1]).sum(), batch, query, tmp_path, mask)
+    factors = I.ekfac_factors(model, task, batch, labels="data")
     close(
-        I.influence(model, batch, query, task, labels="data") * len(batch[0]),
+        len(batch[0])*I.influence(model, batch, query, task, factors=factors),
         theirs,
         rtol=2e-3,
         atol=2e-4 * np.abs(theirs).max(),
@@ -419,10 +431,10 @@ def test_trex_terms_sum_to_the_surrogates_prediction(name):
 def test_tree_similarity():
     _, b, r, (X, y) = opened("lightgbm binary")
     S = I.tree_sim(b, r, r)
-    close(np.diag(S), 1)
+    assert (np.diag(S) > 0).all()
     assert (np.sign(S)[S != 0] == np.where(y[:, None] == y, 1, -1)[S != 0]).all()
-    share = (r.L[4] == r.L[9]).mean()
-    close(abs(S[4, 9]), share)
+    count = np.bincount(r.L.ravel())
+    close(abs(S[4, 9]), (1/count[r.L[4]]**2)[r.L[4] == r.L[9]].sum())
 
 
 @pytest.mark.parametrize(
@@ -448,9 +460,6 @@ def test_harnesses():
     close(I.agreement(S, np.exp(S), "spearman"), 1)
     c = I.removal_curve(S, lambda keep: S[~keep].sum(0), [1, 5])
     close(c[(c["query"] == 2) & (c.k == 5)].rise, np.sort(S[:, 2])[-5:].sum())
-    bad = np.arange(40) < 8
-    d = I.detection(-np.arange(40), bad)
-    assert d["auc"] == d["ap"] == 1 and d["found@10%"] == .5 and d["found@20%"] == 1
 
 
 def test_no_row_is_its_own_influencer():
@@ -491,7 +500,6 @@ def test_silver_orders():
     far = int(np.argmax(np.where(gold, -1, X[:, 0])))
     wrong = np.where(np.arange(200) == far, 1 - y, y)
     assert I.silver_order(X, wrong, gold, .01, X[:30], y[:30])[0] == far
-    assert (I.reannotate(wrong, y, [far, 40], 1) == y).all()
 
 
 def test_completions_only():
@@ -505,7 +513,9 @@ def test_completions_only():
 
 class Shaky(nn.Module):
     "Dropout that no mode switches off, or normalisation by the batch."
-    def __init__(self, net, how="dropout"): super().__init__(); self.net,self.how = net,how
+    def __init__(self, net, how="dropout"):
+        super().__init__()
+        self.net,self.how = net,how
     def forward(self, x):
         y = self.net(x)
         return (
@@ -537,73 +547,45 @@ def test_modes_are_switched_inside_and_given_back(net, data, method):
 
 def test_default_damping_is_a_tenth_of_the_mean_eigenvalue(net, data):
     lam = .1*float(I.ggn_matrix(net, I.Task(), data, params_of(net)).diagonal().mean())
-    ask = lambda method, **kw: I.influence(net, data, data, method=method, **kw)
+    few = tuple(x[:4] for x in data)
+    ask = lambda method, **kw: I.influence(net, data, few, method=method, **kw)
     close(ask("ggn"), ask("ggn", damping=lam), rtol=1e-6, atol=1e-12)
     scale = np.abs(ask("ggn")).max()
-    for method, kw in (("ggn", dict(dense_below=1)), ("lissa", dict(steps=1000, batch_size=30))):
-        assert (
-            np.corrcoef(ask(method, **kw).ravel(), ask("ggn").ravel())[0, 1] > 0.99
-            and np.abs(ask(method, **kw)).max() < 2 * scale
-        )
+    theta = params_of(net)
+    g = per_sample_grads(net, I.Task().mean, data, theta)
+    cg = g @ G_.solve_curvature(net, I.Task(), data, theta, g[:4], dense_below=1).T/30
+    for got in (cg.numpy(), ask("lissa")):
+        assert np.corrcoef(got.ravel(), ask("ggn").ravel())[0, 1] > 0.95 and np.abs(got).max() < 2*scale
     est = I.tenth_of_mean(
         lambda v: I.ggn_products(net, I.Task(), data, params_of(net), v[None])[0], 43, double(1), 4000
     )
     assert est == pytest.approx(lam, rel=.05)
 
 
-@pytest.mark.parametrize(
-    "kw, says",
-    [
-        (dict(by="tokens"), "by='tokens'"),
-        (dict(dampning=0.1), "dampning"),
-        (dict(damping=-1), "damping=-1"),
-        (dict(damping=float("nan")), "damping=nan"),
-        (dict(damping="x"), "damping='x'"),
-        (dict(damping=True), "damping=True"),
-        (dict(rank=0), "rank=0"),
-        (dict(rank=1.5), "rank=1.5"),
-        (dict(batch_size=0), "batch_size=0"),
-        (dict(steps=5), "steps"),
-        (dict(params=["0.weight"]), "params"),
-        *[
-            (dict(method=m, **kw), s)
-            for m in ("ggn", "hessian", "block", "lissa")
-            for kw, s in (
-                (dict(by="layer"), "by"),
-                (dict(rank=2), "rank"),
-                (dict(damping=-1), "damping=-1"),
-                (dict(dampning=1), "dampning"),
-                (dict(params=["0.weight"], modules=["0"]), "modules"),
-            )
-        ],
-        (dict(method="ggn", steps=5), "steps"),
-        (dict(method="lissa", dense_below=5), "dense_below"),
-        (dict(method="lissa", steps=0), "steps=0"),
-    ],
-)
-def test_options_without_effect_or_sense_are_refused(net, data, kw, says):
-    with pytest.raises(ValueError, match=says):
-        I.influence(net, data, data, **kw)
+@pytest.mark.parametrize("damping", [-1, float("nan"), "x", True])
+@pytest.mark.parametrize("method", ["ekfac", "dot", "ggn", "hessian", "block", "lissa"])
+def test_dampings_without_sense_are_refused(net, data, method, damping):
+    with pytest.raises(ValueError, match=f"damping={damping!r}"):
+        I.influence(net, data, data, method=method, damping=damping)
 
 
-@pytest.mark.parametrize(
-    "kw",
-    [
-        dict(damping=0.1),
-        dict(task=I.Task()),
-        dict(rank=2),
-        dict(by="layer"),
-        dict(l2=1.0),
-        dict(method="random", l2=1.0),
-        dict(method="loo", x=1),
-        dict(method="trex", l2=0.0),
-    ],
-)
-def test_options_without_effect_on_a_booster_are_refused(kw):
+def test_options_without_effect_are_refused(net, data):
+    F = I.ekfac_factors(net, I.Task(), data)
+    for method in ("ggn", "lissa", "dot"):
+        with pytest.raises(ValueError, match="factors"):
+            I.influence(net, data, data, method=method, factors=F)
+    with pytest.raises(TypeError, match="dampning"):
+        I.influence(net, data, data, dampning=.1)
     X, y = XY["binary"]
     forest = GradientBoostingClassifier(n_estimators=2).fit(X, y)
-    with pytest.raises(ValueError, match="no option of|l2=0"):
-        I.influence(forest, (X, y), (X[:2], y[:2]), **kw)
+    for kw in (dict(damping=.1), dict(task=I.Task()), dict(modules=["0"]), dict(factors=F)):
+        with pytest.raises(ValueError, match="no option of"):
+            I.influence(forest, (X, y), (X[:2], y[:2]), **kw)
+    with pytest.raises(ValueError, match="l2=0"):
+        I.trex(None, None, None, l2=0)
+    for by, r in (("tokens", 1), (None, 0), (None, 1.5)):
+        with pytest.raises(ValueError, match="by='tokens'|rank="):
+            I.pair_scores(net, I.Task(), data, {"0": I.low_rank(torch.ones(2, 5, 5), r)}, by)
 
 
 def test_a_curvature_without_inverse_is_refused(net, data):
@@ -707,10 +689,6 @@ def test_a_head_for_two_classes_wants_0_and_1(y):
         I.fit_head(X, np.array([0, 1, 0, 1]), 0)
     with pytest.raises(ValueError, match="one label a row"):
         I.fit_head(X, np.array([0, 1]))
-    with pytest.raises(ValueError, match="NaN"):
-        I.macro_f1([0, 1], [np.nan, 1])
-    with pytest.raises(ValueError, match="not finite"):
-        I.detection([np.nan, 1], [0, 1])
     with pytest.raises(ValueError, match="not finite"):
         I.removal_curve([[np.nan], [1]], lambda k: [0], [1])
 
@@ -730,7 +708,7 @@ def test_bad_input(net, data):
         "no factors for layers": lambda: I.influence(net, data, q, factors=I.ekfac_factors(net, I.Task(), data, ["0"])),
         "random numbers": lambda: I.influence(Shaky(net), data, q),
         "positive damping": lambda: I.influence(net, data, q, method="lissa", damping=0.0),
-        "labels='true'": lambda: I.influence(net, data, q, labels="true"),
+        "labels='true'": lambda: I.ekfac_factors(net, I.Task(), data, labels="true"),
         "without tokens": lambda: I.ekfac_factors(tagger(), TAGS, sequences(), labels="exact"),
         "rank=": lambda: I.low_rank(torch.ones(2, 3, 4), 9),
         "not a fitted": lambda: I.influence(object(), (X, y), (X, y)),
@@ -745,7 +723,6 @@ def test_bad_input(net, data):
             LGBMClassifier(**light).fit(*XY["classes"]), XY["classes"], XY["classes"], method="leafinfluence"
         ),
         "same rows and queries": lambda: I.agreement(np.ones((2, 2)), np.ones((3, 2))),
-        "need some of both": lambda: I.detection([1, 2], [0, 0]),
         "k=9": lambda: I.removal_curve(np.ones((9, 1)), lambda k: [0], [9]),
         "about='x'": lambda: I.cross_influence(np.ones((4, 2)), [0, 1, 0, 1], about="x"),
         "how='x'": lambda: I.silver_order(I.with_one(X), y, y == 0, 0.1, I.with_one(X), y, "x"),

@@ -259,7 +259,8 @@ def test_trl_finds_the_reference_model(tiny):
     "RECBOOK_SLOW" not in os.environ, reason="trains the default model, a minute or two; set RECBOOK_SLOW=1"
 )
 def test_default_model_knows_its_world():
-    "Attributes that the title spells out are known for read and for never-read titles; the era, which it does not, only for read ones."
+    """Attributes that the title spells out are known for read and for never-read titles; the era, which it does not,
+    only for read ones."""
     w, rng = World(0), np.random.default_rng(1)
     model, tok = L.nano_lm(w)
     new = []
@@ -272,3 +273,11 @@ def test_default_model_knows_its_world():
     for a in ("mood", "genre", "setting"):
         assert L.knows(model, tok, w.items, a).mean() > .9 and L.knows(model, tok, new, a).mean() > .8
     assert L.knows(model, tok, w.items, "era").mean() > .35 and L.knows(model, tok, new, "era").mean() < .3
+
+
+def test_names_that_have_moved_are_found_where_they_were():
+    import recbook.data, recbook.datasets, recbook.decode, recbook.lm
+    assert recbook.lm.ItemTrie is recbook.decode.ItemTrie and recbook.data.load is recbook.datasets.load
+    for page in (recbook.lm, recbook.data):
+        with pytest.raises(AttributeError, match="nothing_like_it"):
+            getattr(page, "nothing" + "_like_it")

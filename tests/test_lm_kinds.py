@@ -1,4 +1,5 @@
-"Whole kinds of faults of language-model code: families, marks, padding, shipped settings, adapters, the cache, loading."
+"""Whole kinds of faults of language-model code: families, marks, padding, shipped settings, adapters, the cache,
+loading."""
 import json, os, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -217,7 +218,9 @@ def test_shipped_settings_have_no_say(k, tok):
     m = tiny_model("llama", tok)
     m.lm_head.weight.data *= 3
     ids = L.prompt_ids(tok, ["Liked: red fox; red sky. Next:"])*3000
-    def draw(): torch.manual_seed(1); return L.generated(m, tok, ids, 3)
+    def draw():
+        torch.manual_seed(1)
+        return L.generated(m, tok, ids, 3)
     want = draw()
     old = m.generation_config
     setattr(m.generation_config, k, SHIPPED[k])
@@ -283,11 +286,16 @@ def test_encoders_keep_their_marks_when_texts_are_cut(pad, long):
 # ---- the cache
 
 @pytest.fixture
-def home(tmp_path, monkeypatch): monkeypatch.setenv("RECBOOK_CACHE", str(tmp_path)); return tmp_path
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("RECBOOK_CACHE", str(tmp_path))
+    return tmp_path
 
 def nano(): return L.nano_lm(corpus=["red fox and blue sky"]*8, **TINY)[0]
 
-def flip(f): b = bytearray(f.read_bytes()); b[len(b)//2] ^= 1; f.write_bytes(b)
+def flip(f):
+    b = bytearray(f.read_bytes())
+    b[len(b)//2] ^= 1
+    f.write_bytes(b)
 DAMAGE = {
     "emptied": lambda d: [f.unlink() for f in d.iterdir()],
     "weights gone": lambda d: (d / "model.safetensors").unlink(),
@@ -311,7 +319,11 @@ def test_leftovers_of_the_dead_are_swept_and_the_living_left_alone(home):
     for name in ("deadbeef00000000.abcd", "feedface00000000.efgh"):
         (home/"lm"/name).mkdir()
         (home/"lm"/name/"x").write_text("half")
-    code = f"from filelock import FileLock\nimport time\nwith FileLock({str(home / 'lm' / 'feedface00000000.lock')!r}): print('held', flush=True); time.sleep(60)"
+    lock = str(home/"lm"/"feedface00000000.lock")
+    code = (
+        f"from filelock import FileLock\nimport time\nwith FileLock({lock!r}): "
+        "print('held', flush=True); time.sleep(60)"
+    )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline().strip() == "held"
         nano()
@@ -358,8 +370,10 @@ def test_settings_of_a_nano_model_are_checked_first(home, bad):
 # ---- loading
 
 PLANT = (
-    "open({mark!r}, 'w').write('ran')\nfrom transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n"
-    "class XConfig(LlamaConfig): model_type = 'planted'\nclass XModel(LlamaForCausalLM): config_class = XConfig\nclass XTok(PreTrainedTokenizerFast): pass\n"
+    "open({mark!r}, 'w').write('ran')\nfrom transformers import LlamaConfig, LlamaForCausalLM, "
+    "PreTrainedTokenizerFast\n"
+    "class XConfig(LlamaConfig): model_type = 'planted'\nclass XModel(LlamaForCausalLM): config_class = "
+    "XConfig\nclass XTok(PreTrainedTokenizerFast): pass\n"
 )
 
 @pytest.fixture
@@ -391,7 +405,7 @@ def plant(folder, tmp_path, what):
 def test_code_in_a_folder_never_runs_and_nobody_is_asked(folder, tmp_path, what, call):
     plant(folder, tmp_path, what)
     run = subprocess.run(
-        [sys.executable, "-c", f"from recbook.lm import *\n{call.format(str(folder))}"],
+        [sys.executable, "-c", f"from recbook.lm import *\nfrom recbook.text import *\n{call.format(str(folder))}"],
         input="y\nyes\n" * 20,
         text=True,
         capture_output=True,

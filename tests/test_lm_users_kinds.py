@@ -1,9 +1,12 @@
-"The same kinds where models are edited, aligned and made to forget: families, heads, dropout, adapters, shipped settings, bad input."
+"""The same kinds where models are edited, aligned and made to forget: families, heads, dropout, adapters, shipped
+settings, bad input."""
 import copy
 import numpy as np, pandas as pd, pytest, torch
 from datasets import Dataset
 from peft import LoraConfig
-from recbook.lm import ItemTrie, active_adapter, last_logits, lora, padded, prompt_ids, token_columns
+from recbook.answers import last_logits, padded, prompt_ids, token_columns
+from recbook.decode import ItemTrie
+from recbook.finetune import active_adapter, lora
 from recbook.llm import alignment as A
 from recbook.trust import editing as E, unlearning as U
 from tiny import FAMILIES, TEXTS, TITLES, WORDS, byte_tokenizer, tiny_model
@@ -28,7 +31,9 @@ FREE = dict(decay=0., kl=0., clamp=1e3, steps=40, mu=1e-3, lam=1.)
 def tok(): return byte_tokenizer()
 
 @pytest.fixture(scope="module")
-def texts(): rng = np.random.default_rng(0); return TEXTS[:3] + [" ".join(rng.choice(WORDS, 8)) for _ in range(60)]
+def texts():
+    rng = np.random.default_rng(0)
+    return TEXTS[:3] + [" ".join(rng.choice(WORDS, 8)) for _ in range(60)]
 
 def scores(m, tok): return E.answer_scores(m, tok, [r.prompt for r in ASKS], [r.new for r in ASKS])[0]
 
@@ -376,7 +381,9 @@ def test_every_trainer_takes_a_peft_model(Trainer, wrap, tok):
 def test_the_reference_of_a_peft_model_is_the_model_with_its_adapter(Trainer, tok):
     m, seen = two_adapters(tok, "other"), []
     class Look(Trainer):
-        def pair_loss(self, b): seen.append((b.w.detach(), b.rw)); return super().pair_loss(b)
+        def pair_loss(self, b):
+            seen.append((b.w.detach(), b.rw))
+            return super().pair_loss(b)
     train_of(Look, m, tok)
     w, rw = seen[0]
     assert torch.allclose(w, rw, atol=1e-4) and not torch.allclose(*seen[1], atol=1e-3)
@@ -402,7 +409,9 @@ def test_other_trainers_take_a_peft_model(tok):
 def test_log_probabilities_of_pairs_are_the_models_own(kind, tok):
     m, seen = tiny_model(kind, tok).train(), []
     class Look(A.PairTrainer):
-        def pair_loss(self, b): seen.append(torch.stack([b.w, b.l, b.rw, b.rl]).detach()); return super().pair_loss(b)
+        def pair_loss(self, b):
+            seen.append(torch.stack([b.w, b.l, b.rw, b.rl]).detach())
+            return super().pair_loss(b)
     rates = [getattr(x, "p", getattr(x, "dropout", None)) for x in m.modules()]
     new = A.align(m, tok, PAIRS.iloc[:1], Look, steps=1, lr=1e-6, batch_size=1)
     m.eval()

@@ -528,20 +528,34 @@ def test_no_more_items_are_touched_than_there_are_and_unsigned_scores_rank():
     assert recalls(np.array([[0, 1, 2]], np.uint8), np.array([[2]]), 1).tolist() == [1]
 
 
-@pytest.mark.parametrize("where, says", [(dict(y="1990"), "holds numbers"), (dict(y=[1990, 5]), "is no value"), (dict(y=None), "is no value"), (dict(g=3), "no numbers"),
-    (dict(t="a"), "holds sets")])
+@pytest.mark.parametrize(
+    "where, says",
+    [
+        (dict(y="1990"), "holds numbers"),
+        (dict(y=[1990, 5]), "is no value"),
+        (dict(y=None), "is no value"),
+        (dict(g=3), "no numbers"),
+        (dict(t="a"), "holds sets"),
+    ],
+)
 def test_filters_of_another_kind_are_refused(where, says):
     from recbook.collaborative.retrieval import passing
     table = pd.DataFrame(dict(y=[1990, 1991], g=["a", "b"], t=[None, {"a"}]))
-    with pytest.raises(ValueError, match=says): passing(table, where)
+    with pytest.raises(ValueError, match=says):
+        passing(table, where)
     assert passing(table[:0], dict(y=(1, None))).tolist() == []
 
 
 def test_equal_filters_are_evaluated_once_and_queries_must_be_finite(monkeypatch):
     from recbook.collaborative import retrieval as R
     rng = np.random.default_rng(0)
-    index, calls, real = R.PreFilter(rng.normal(size=(20, 3)).astype("f4"), pd.DataFrame(dict(y=range(20)))), [], R.passing
+    index, calls, real = (
+        R.PreFilter(rng.normal(size=(20, 3)).astype("f4"), pd.DataFrame(dict(y=range(20)))),
+        [],
+        R.passing,
+    )
     monkeypatch.setattr(R, "passing", lambda *a: calls.append(1) or real(*a))
     index.search(np.zeros((5, 3), "f4"), [dict(y=(2, None))]*5, 3)
     assert len(calls) == 1
-    with pytest.raises(ValueError, match="queries contain NaN"): index.search(np.full((1, 3), np.nan), [{}], 3)
+    with pytest.raises(ValueError, match="queries contain NaN"):
+        index.search(np.full((1, 3), np.nan), [{}], 3)

@@ -1,4 +1,5 @@
-"The recbook command on tiny books in temporary folders: what it runs, what it records, how it fails, what it publishes."
+"""The recbook command on tiny books in temporary folders: what it runs, what it records, how it fails, what it
+publishes."""
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -164,7 +165,8 @@ def env_page(root):
         [
             "# Env",
             "seed = 0",
-            "import os\nprint(os.environ['PYTHONPATH'].split(os.pathsep)[0], os.environ['OMP_NUM_THREADS'], os.environ['MKL_NUM_THREADS'])",
+            "import os\nprint(os.environ['PYTHONPATH'].split(os.pathsep)[0], os.environ['OMP_NUM_THREADS'], "
+            "os.environ['MKL_NUM_THREADS'])",
         ],
     )
 
@@ -204,7 +206,10 @@ def test_other_threads_are_another_run(book):
 def test_fingerprint_knows_what_matters(book):
     ch, toml = B.chapters()[0], book/"data/papers/demo.toml"
     seen = {K.fingerprint(ch, {})}
-    def new(): n = len(seen); seen.add(K.fingerprint(ch, {})); return len(seen) > n
+    def new():
+        n = len(seen)
+        seen.add(K.fingerprint(ch, {}))
+        return len(seen) > n
     nb = nbformat.read(ch.path, 4)
     nb.cells[0].source += " Better prose."
     nb.cells[3].outputs = [nbformat.v4.new_output("stream", text="x")]
@@ -378,3 +383,9 @@ ts = [threading.Thread(target=deep, args=(3*i,)) for i in range(6)]
 [t.start() for t in ts]; [t.join() for t in ts]
 assert not wrong, wrong"""
     subprocess.run([sys.executable, "-c", code], check=True)
+
+def test_the_slowest_cells_are_named(book):
+    write_page(book, "03_slow", ["# Slow\n\n> It sleeps.", "seed = 0", "import time\ntime.sleep(.5)", "x = 1"])
+    res = R.run_chapters(["slow"], root=book)[0]
+    (took, name), *rest = R.slowest(B.read_notebook(res.notebook), 3)
+    assert .5 < took < 5 and name == "import time" and all(s < .5 for s, _ in rest)

@@ -1,4 +1,5 @@
-"What the command does with bad input, broken files, kills, full disks and odd terminals: it names the file or the value, and spares the rest."
+"""What the command does with bad input, broken files, kills, full disks and odd terminals: it names the file or the
+value, and spares the rest."""
 import json, os, pathlib, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -123,8 +124,10 @@ def test_not_portable(v):
 
 PAGE = [
     "# Page",
-    "seed = 0\nepochs = 10\nn_seeds = 2\nworld_users = 400\nlr = 0.01\nlr_grid = [0.1, 0.2]\nflip_rates = [0.0, 0.3]\nshare = .2\nreal = []\ndataset = ''\nname = 'x'\n"
-    "flag = False\ndevice = 'auto'\nlayers = [4, 5]\noff = 0\nopts = {'a': 1}\ntokens = [1, 4]\nwhere = 'coat'\nshift = -1\nauto = 3*4",
+    "seed = 0\nepochs = 10\nn_seeds = 2\nworld_users = 400\nlr = 0.01\nlr_grid = [0.1, 0.2]\nflip_rates = [0.0, "
+    "0.3]\nshare = .2\nreal = []\ndataset = ''\nname = 'x'\n"
+    "flag = False\ndevice = 'auto'\nlayers = [4, 5]\noff = 0\nopts = {'a': 1}\ntokens = [1, 4]\nwhere = 'coat'\nshift "
+    "= -1\nauto = 3*4",
     "print('hello')",
 ]
 
@@ -773,7 +776,16 @@ FOLDED = "<details><summary>Solution</summary>\n\n```python\n{}\n```\n\n</detail
 def with_page(book, *cells):
     "A chapter `solved` whose cells are (type, source) pairs behind a parameters cell."
     made = [dict(cell_type="markdown", id="t", metadata={}, source="# Solved")]
-    made.append(dict(cell_type="code", id="p", metadata=dict(tags=["parameters"]), source="seed = 0", outputs=[], execution_count=None))
+    made.append(
+        dict(
+            cell_type="code",
+            id="p",
+            metadata=dict(tags=["parameters"]),
+            source="seed = 0",
+            outputs=[],
+            execution_count=None,
+        )
+    )
     for k, (kind, text) in enumerate(cells):
         own = dict(outputs=[], execution_count=None) if kind == "code" else {}
         made.append(dict(cell_type=kind, id=f"c{k}", metadata={}, source=text) | own)
@@ -797,15 +809,30 @@ def test_a_wrong_solution_fails_the_chapter(book):
     assert "AssertionError" in cli("run", "solved", code=1)
 
 
-@pytest.mark.parametrize("text, codes", [
-    ("<details>\r\n\r\n```python\r\nx = 1\r\n```\r\n\r\n</details>", ["x = 1\n"]), ("<DETAILS open>\n\n```python \nx = 1\n```\n</DETAILS>", ["x = 1\n"]),
-    ("no fold\n\n```python\nx = 1\n```", []), ("<details>\nonly words\n</details>", [])])
+@pytest.mark.parametrize(
+    "text, codes",
+    [
+        ("<details>\r\n\r\n```python\r\nx = 1\r\n```\r\n\r\n</details>", ["x = 1\n"]),
+        ("<DETAILS open>\n\n```python \nx = 1\n```\n</DETAILS>", ["x = 1\n"]),
+        ("no fold\n\n```python\nx = 1\n```", []),
+        ("<details>\nonly words\n</details>", []),
+    ],
+)
 def test_folded_code_is_found(text, codes):
     cell = dict(cell_type="markdown", id="a", metadata={}, source=text)
     assert [c["source"] for c in R.with_solutions(dict(cells=[cell]))["cells"][1:]] == codes
 
 
-@pytest.mark.parametrize("fence", ["~~~python\nx = 1\n~~~", "````python\nx = 1\n````", "  ```python\n  x = 1\n  ```", "```py\nx = 1\n```", "```python\nx = 1\n"])
+@pytest.mark.parametrize(
+    "fence",
+    [
+        "~~~python\nx = 1\n~~~",
+        "````python\nx = 1\n````",
+        "  ```python\n  x = 1\n  ```",
+        "```py\nx = 1\n```",
+        "```python\nx = 1\n",
+    ],
+)
 def test_folded_code_that_would_be_skipped_is_refused(fence):
     cell = dict(cell_type="markdown", id="a", metadata={}, source=f"<details>\n\n{fence}\n\n</details>")
     with pytest.raises(B.UsageError, match="can't be read"):

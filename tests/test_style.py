@@ -1,4 +1,5 @@
-"The house style that can be counted: sizes of chapters, cells and functions; experiments that go through `trials`; imports in reading order."
+"""The house style that can be counted: sizes of chapters, cells and functions; experiments that go through `trials`;
+imports in reading order."""
 import ast, io, json, re, tokenize
 from pathlib import Path
 import numpy as np, pytest, yaml
@@ -8,11 +9,9 @@ BOOK = yaml.safe_load((root()/"_quarto.yml").read_text(encoding="utf-8"))["book"
 ORDER = [c for part in BOOK for c in (part["chapters"] if isinstance(part, dict) else [part])]
 CHAPTERS = [c for c in ORDER if c.split("/")[0] not in ("foundations", "workshop") and "/" in c]
 PENDING = {
-    "graph_cf",
     "implicit",
     "retrieval",
     "alignment",
-    "influence",
     "unlearning",
     "editing",
 }  # not yet moved onto `trials`
@@ -87,7 +86,11 @@ def test_experiments_go_through_trials(rel):
 
 @pytest.mark.parametrize("rel", [c for c in ORDER if "/" in c], ids=area)
 def test_a_page_imports_what_stands_before_it(rel):
-    module = lambda c: f"recbook.{area(c)}" if c.split("/")[0] in ("foundations", "workshop") else f"recbook.{c.split('/')[0]}.{area(c)}"
+    module = lambda c: (
+        f"recbook.{area(c)}"
+        if c.split("/")[0] in ("foundations", "workshop")
+        else f"recbook.{c.split('/')[0]}.{area(c)}"
+    )
     place = {module(c): i for i, c in enumerate(ORDER) if "/" in c}
     here = ORDER.index(rel)
     later = set()
@@ -104,3 +107,14 @@ def test_a_page_imports_what_stands_before_it(rel):
     assert not later - {"recbook.trials"} if rel.endswith("claims.ipynb") else not later, (
         f"{rel} imports later pages: {sorted(later)}"
     )
+
+
+def test_no_module_of_the_house_is_too_large():
+    big = {f.name: f.stat().st_size for f in (root()/"recbook").glob("*.py") if f.name != "_modidx.py"}
+    assert max(big.values()) <= 25 * 1024, {n: s for n, s in big.items() if s > 25 * 1024}
+
+
+@pytest.mark.parametrize("rel", [c for c in ORDER if "/" in c and area(c) not in PENDING], ids=area)
+def test_no_book_only_syntax_shows_in_a_notebook(rel):
+    bad = [s for c in cells(rel) if c["cell_type"] == "markdown" for s in [("".join(c["source"]))] if ":::" in s]
+    assert not bad, "Quarto's blocks show as text in Jupyter, GitHub and Colab: fold with <details>"

@@ -130,8 +130,13 @@ def test_codes_are_the_nearest_words_far_from_the_origin(off):
 
 def test_towers_take_any_size_and_type_and_weights_must_reach_the_positives():
     from recbook.towers import Tower, sampled_softmax
-    with torch.autocast("cpu", torch.bfloat16): assert Tower([1001], 4)(torch.tensor([[1000]])).shape == (1, 4)
-    for kind in (torch.float64, torch.bfloat16): assert Tower([5], 4).to(kind)(torch.tensor([[4], [-1]])).dtype == kind
-    with pytest.raises(ValueError, match="Fix: 0..1000"): Tower([1001], 4)(torch.tensor([[1001]]))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Tower([1001], 4)(torch.tensor([[1000]])).shape == (1, 4)
+    for kind in (torch.float64, torch.bfloat16):
+        assert Tower([5], 4).to(kind)(torch.tensor([[4], [-1]])).dtype == kind
+    with pytest.raises(ValueError, match="Fix: 0..1000"):
+        Tower([1001], 4)(torch.tensor([[1001]]))
     with pytest.raises(ValueError, match="item 1 has sampling weight 0"):
-        sampled_softmax(None, (torch.zeros(1, 1), torch.tensor([1])), torch.zeros(3, 1), 1, p=torch.tensor([.5, 0., .5]))
+        sampled_softmax(
+            None, (torch.zeros(1, 1), torch.tensor([1])), torch.zeros(3, 1), 1, p=torch.tensor([0.5, 0.0, 0.5])
+        )

@@ -13,7 +13,9 @@ out, batch_size = sys.argv[1], int(sys.argv[2])
 g = torch.Generator().manual_seed(0)
 X = torch.randn(256, 6, generator=g); y = X.sum(1) + .1*torch.randn(256, generator=g)
 set_seed(3); model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
-h = fit(model, lambda m, b: (m(b[0]).squeeze(1)-b[1]).pow(2).mean(), batches(X, y, batch_size=batch_size, seed=1), epochs=4, lr=.01, device="cpu", progress=False)
+loss = lambda m, b: (m(b[0]).squeeze(1)-b[1]).pow(2).mean()
+bs = batches(X, y, batch_size=batch_size, seed=1)
+h = fit(model, loss, bs, epochs=4, lr=.01, device="cpu", progress=False)
 if PartialState().is_main_process: json.dump(h.loss.tolist(), open(out, "w"))
 """
 
@@ -59,7 +61,9 @@ def data(n=200, p=4):
 def mse(m, b): return (m(b[0]).squeeze(1)-b[1]).pow(2).mean()
 
 
-def model(seed=0, p=4): set_seed(seed); return nn.Linear(p, 1, bias=False)
+def model(seed=0, p=4):
+    set_seed(seed)
+    return nn.Linear(p, 1, bias=False)
 
 
 def run(m, **k): return fit(m, mse, batches(*data(), batch_size=50), lr=.1, device="cpu", progress=False, **k)
@@ -85,7 +89,9 @@ def test_early_stopping_restores_the_best_weights():
     values = iter([.1, .5, .3, .2, .1, .0])
     seen = []
     m = model()
-    def evaluate(m): seen.append(m.weight.detach().clone()); return dict(v=next(values))
+    def evaluate(m):
+        seen.append(m.weight.detach().clone())
+        return dict(v=next(values))
     h = run(m, epochs=6, evaluate=evaluate, monitor="v", patience=2)
     assert len(h) == 4 and torch.equal(m.weight, seen[1])
 
@@ -137,7 +143,10 @@ def test_rows_must_correspond_and_exist():
 
 def test_seeds_on_two_processes_are_the_seeds_on_one():
     import os
-    def weights(s): m = model(s); run(m, steps=10, seed=s); return os.getpid(), m.weight.detach()
+    def weights(s):
+        m = model(s)
+        run(m, steps=10, seed=s)
+        return os.getpid(), m.weight.detach()
     here, there = (fan_out(weights, iter(range(3)), jobs) for jobs in (1, 2))
     assert {p for p, _ in here} == {os.getpid()} and os.getpid() not in {p for p, _ in there}
     assert all(torch.allclose(a, b, atol=1e-6) for (_, a), (_, b) in zip(here, there)) and not torch.equal(
@@ -194,7 +203,9 @@ NAN, INF = float("nan"), float("inf")
 )
 def test_the_best_finite_evaluation_wins(values, best):
     given, seen, m = iter(values), [], model()
-    def evaluate(m): seen.append(m.weight.detach().clone()); return dict(v=next(given))
+    def evaluate(m):
+        seen.append(m.weight.detach().clone())
+        return dict(v=next(given))
     h = run(m, epochs=len(values), evaluate=evaluate, monitor="v", patience=10)
     assert len(h) == len(values) and torch.equal(m.weight, seen[best])
 

@@ -124,7 +124,13 @@ def test_an_ablation_may_follow_another_and_says_so(store):
 
 
 def test_more_settings_of_whole_numbers_stay_whole():
-    assert beyond([2, 4], 1) == 8 and isinstance(beyond([2, 4], 1), int) and beyond([1, 2], -1) == 1 and beyond([0, 1e-3], -1) == 0 and beyond([8, 10], 1, (1, 10.4)) == 10
+    assert (
+        beyond([2, 4], 1) == 8
+        and isinstance(beyond([2, 4], 1), int)
+        and beyond([1, 2], -1) == 1
+        and beyond([0, 1e-3], -1) == 0
+        and beyond([8, 10], 1, (1, 10.4)) == 10
+    )
     assert (
         beyond([0.0, 0.5], 1) == 1.0
         and beyond([0.1, 0.01], -1) == pytest.approx(0.001)
@@ -360,7 +366,13 @@ def test_what_contains_itself_has_a_digest_and_aliases_count_as_equal():
 def test_digests_tell_values_apart_that_look_alike():
     import torch
     frame = pd.DataFrame(dict(a=[1, 2], b=[3, 4]), index=[0, 0])
-    others = [pd.DataFrame(dict(a=[9, 2], b=[3, 4]), index=[0, 0]), frame.iloc[::-1], frame[["b", "a"]], frame.astype("float32"), frame.reset_index(drop=True)]
+    others = [
+        pd.DataFrame(dict(a=[9, 2], b=[3, 4]), index=[0, 0]),
+        frame.iloc[::-1],
+        frame[["b", "a"]],
+        frame.astype("float32"),
+        frame.reset_index(drop=True),
+    ]
     assert digest(frame) == digest(frame.copy()) and all(digest(frame) != digest(o) for o in others)
     assert digest(pd.Series([1, 2], [0, 1])) != digest(pd.Series([1, 2], [1, 0]))
     assert digest(torch.tensor([2**24])) != digest(torch.tensor([2**24 + 1]))
@@ -380,7 +392,10 @@ def test_a_model_is_more_than_its_weights():
         def __init__(self, t):
             super().__init__()
             self.t = t
-    assert digest(Cold(.1)) == digest(Cold(.1)) != digest(Cold(10.)) and digest(torch.nn.Sequential(Cold(.1))) != digest(torch.nn.Sequential(Cold(10.)))
+
+    assert digest(Cold(0.1)) == digest(Cold(0.1)) != digest(Cold(10.0)) and digest(
+        torch.nn.Sequential(Cold(0.1))
+    ) != digest(torch.nn.Sequential(Cold(10.0)))
 
 
 def test_imports_inside_a_function_and_modules_beside_it_are_followed(monkeypatch, tmp_path):
@@ -389,7 +404,9 @@ def test_imports_inside_a_function_and_modules_beside_it_are_followed(monkeypatc
         return evaluate
     old, source = provenance.module_of, Path(provenance.find_spec("recbook.metrics").origin).read_text(encoding="utf-8")
     before = digest(inside)
-    new = provenance.Module("recbook.metrics", source.replace("gain = np.arange(1, k+1), 1/np.log2", "gain = np.arange(1, k+1), 1/np.log"))
+    new = provenance.Module(
+        "recbook.metrics", source.replace("gain = np.arange(1, k+1), 1/np.log2", "gain = np.arange(1, k+1), 1/np.log")
+    )
     monkeypatch.setattr(provenance, "module_of", lambda n: new if n == "recbook.metrics" else old(n))
     assert digest(inside) != before
     monkeypatch.undo()
@@ -408,18 +425,47 @@ def test_an_attribute_is_no_global(monkeypatch):
     assert digest(f) == before
 
 
-@pytest.mark.parametrize("call, says", [
-    (lambda m: tune([m], [WORLD], [0, .5]), "no whole numbers"), (lambda m: over_seeds([Method("B", short)], [WORLD], [.5, 2]), "no whole numbers"),
-    (lambda m: over_seeds([Method("B", short)], [WORLD], []), "no seeds"), (lambda m: tune([m, Method("B", short, like="C"), Method("C", short, like="B")], [WORLD], [0, 1]), "settings of their own")])
+@pytest.mark.parametrize(
+    "call, says",
+    [
+        (lambda m: tune([m], [WORLD], [0, 0.5]), "no whole numbers"),
+        (lambda m: over_seeds([Method("B", short)], [WORLD], [0.5, 2]), "no whole numbers"),
+        (lambda m: over_seeds([Method("B", short)], [WORLD], []), "no seeds"),
+        (
+            lambda m: tune([m, Method("B", short, like="C"), Method("C", short, like="B")], [WORLD], [0, 1]),
+            "settings of their own",
+        ),
+    ],
+)
 def test_odd_seeds_and_circles_are_refused(call, says):
-    with pytest.raises(ValueError, match=says): call(Method("A", quadratic, dict(lr=[.1, 1.])))
+    with pytest.raises(ValueError, match=says):
+        call(Method("A", quadratic, dict(lr=[.1, 1.])))
 
 
 def test_numpy_numbers_have_edges_and_positive_axes_stay_positive(store):
-    t = tune([Method("A", lambda case, seed, k: Outcome(dict(x=1.), valid=float(k)), dict(k=list(np.array([8, 16, 32]))))], [WORLD], [0, 1], store=store)
+    t = tune(
+        [Method("A", lambda case, seed, k: Outcome(dict(x=1.0), valid=float(k)), dict(k=list(np.array([8, 16, 32]))))],
+        [WORLD],
+        [0, 1],
+        store=store,
+    )
     assert t.of("world", "A")[1][0].startswith("edge")
-    t = tune([Method("A", lambda case, seed, k: Outcome(dict(x=1.), valid=-float(k)), dict(k=[1, 2, 4]))], [WORLD], [0, 1], store=store)
+    t = tune(
+        [Method("A", lambda case, seed, k: Outcome(dict(x=1.0), valid=-float(k)), dict(k=[1, 2, 4]))],
+        [WORLD],
+        [0, 1],
+        store=store,
+    )
     assert t.of("world", "A") == (dict(k=1), ("edge: k=1",))
 
 
 def test_a_gap_in_the_curve_hides_nothing(): assert climbing([0, 1, 2, np.nan, 4, 5, 6, 7, 8, 9])
+
+
+def test_a_parameter_is_no_global(monkeypatch):
+    def f(gain:"Kind"): return gain # noqa: F821
+    before = digest(f)
+    monkeypatch.setitem(globals(), "gain", 2.)
+    assert digest(f) == before
+    monkeypatch.setitem(globals(), "Kind", int)
+    assert digest(f) != before

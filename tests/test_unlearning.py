@@ -10,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 from recbook.baselines import bpr_loss
 from recbook.collaborative.graph_cf import LightGCN, horner
 from recbook.gradients import dense, flatten, grad_of, hvp, params_of
-from recbook.lm import lora, mark_ids, nano_tokenizer
+from recbook.lm import mark_ids, nano_tokenizer
+from recbook.finetune import lora
 from recbook.trust import unlearning as U
 
 torch.set_num_threads(1)
@@ -280,7 +281,9 @@ def test_requests_that_cannot_be_answered(tok, model, rows):
 
 
 class Logistic(nn.Module):
-    def __init__(self, d): super().__init__(); self.f = nn.Linear(d, 1, bias=False, dtype=torch.float64)
+    def __init__(self, d):
+        super().__init__()
+        self.f = nn.Linear(d, 1, bias=False, dtype=torch.float64)
     def forward(self, x): return self.f(x)[:, 0]
 
 RIDGE = .02
@@ -538,7 +541,9 @@ def light(edges=EDGES, seed=0):
     nn.init.normal_(m.E0)
     return m
 
-def score_of(m, f=EDGES[:3]): V, I = m(); return (V[f[:, 0]]*I[f[:, 1]]).sum(1).mean()
+def score_of(m, f=EDGES[:3]):
+    V, I = m()
+    return (V[f[:, 0]]*I[f[:, 1]]).sum(1).mean()
 
 def test_answers_to_a_request_are_models_on_the_remaining_graph():
     f, rest = EDGES[:3], EDGES[3:]
@@ -624,7 +629,9 @@ def test_graph_influence_against_an_explicit_inverse():
     dense_A = {x: x.A.to_dense() for x in (g, r)}
     e = m.E0.detach().clone().requires_grad_()
     b = torch.autograd.grad(loss(dense_A[r], e, stays) - loss(dense_A[g], e, torch.ones_like(stays)), e)[0].flatten()
-    def scores(v): F_ = horner(dense_A[g], v.reshape(11, 4), 3); return (F_[u]*(F_[6+i] - F_[6+j])).sum(1)
+    def scores(v):
+        F_ = horner(dense_A[g], v.reshape(11, 4), 3)
+        return (F_[u]*(F_[6+i] - F_[6+j])).sum(1)
     J = torch.autograd.functional.jacobian(scores, e.detach().flatten())
     p = torch.sigmoid(scores(e.detach().flatten()))
     H = J.T @ ((p*(1-p))[:, None]*J)/len(u)
@@ -640,7 +647,9 @@ def test_shards_are_balanced_and_of_similar_users():
 
 def test_only_touched_shards_are_trained_again():
     made = []
-    def train(e): made.append(e); return light()
+    def train(e):
+        made.append(e)
+        return light()
     shard = np.array([0, 1, 0, 1, 0, 1])
     first = U.shard_models(train, EDGES, shard)
     assert sum(map(len, made)) == len(EDGES) and all((shard[e[:, 0]] == k).all() for k, e in enumerate(made))

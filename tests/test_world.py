@@ -6,7 +6,8 @@ from recbook.world import CUES, World
 
 DIGEST = (
     "import hashlib; from recbook.world import World; w = World(3, 200, 100, clicks_per_user=10); "
-    "h = hashlib.sha256(); h.update(w.events.to_csv().encode()); h.update(w.relevance.tobytes()); h.update(w.policy.tobytes()); "
+    "h = hashlib.sha256(); h.update(w.events.to_csv().encode()); h.update(w.relevance.tobytes()); "
+    "h.update(w.policy.tobytes()); "
     "h.update('|'.join(w.corpus()).encode()); h.update(w.random_exposure(5).to_csv().encode()); print(h.hexdigest())"
 )
 
@@ -160,4 +161,9 @@ def test_a_world_is_the_same_before_and_after_it_is_looked_at():
     w = World(0, 50, 40, clicks_per_user=5)
     before = digest(w)
     assert len(w.interactions)
-    assert digest(w) == before == digest(World(0, 50, 40, clicks_per_user=5)) != digest(World(1, 50, 40, clicks_per_user=5))
+    assert (
+        digest(w)
+        == before
+        == digest(World(0, 50, 40, clicks_per_user=5))
+        != digest(World(1, 50, 40, clicks_per_user=5))
+    )

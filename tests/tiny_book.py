@@ -7,8 +7,9 @@ from typer.testing import CliRunner
 from recbook import cli as L
 
 CLAIM = """from IPython.display import display
-display({"application/vnd.recbook.claim+json": {"id": "demo.1", "paper": "demo", "statement": "Seven is larger.", "metric": "size",
-    "dataset": "world", "systems": ["seven", "six"], "seeds": [seed], "ours": [n], "theirs": [6.0], "effect": n-6.0, "ci": [0.5, 1.5],
+display({"application/vnd.recbook.claim+json": {"id": "demo.1", "paper": "demo", "statement": "Seven is larger.",
+    "metric": "size", "dataset": "world", "systems": ["seven", "six"], "seeds": [seed], "ours": [n], "theirs": [6.0],
+    "effect": n-6.0, "ci": [0.5, 1.5],
     "p": float("nan"), "verdict": "supported", "reported": None}, "text/plain": "demo.1 supported"}, raw=True)"""
 DEMO = ["# Demo: [a page]\n\n> It shows.", "seed = 0\nn = 7.0\nflag = False", "# ## Measure {#sec-measure}",
     "import os, sys\nprint(os.getcwd(), sys.prefix, seed, flag)", CLAIM]

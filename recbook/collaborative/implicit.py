@@ -18,7 +18,6 @@ from ..baselines import clicked
 from ..data import Interactions, new_pairs
 from ..metrics import topk
 from ..training import batches, eval_mode, fit, set_seed
-from ..world import World, aspect
 
 # %% auto #0
 __all__ = ['VERSIONS', 'nbpo_weights', 'original', 'surrogate', 'hybrid', 'no_flips', 'nbpo_loss', 'free_items', 'click_keys',
@@ -27,9 +26,8 @@ __all__ = ['VERSIONS', 'nbpo_weights', 'original', 'surrogate', 'hybrid', 'no_fl
            'item_propensity', 'dcg', 'rejecting', 'from_cdf', 'fixed_sampler', 'pair_scores', 'dns_sampler',
            'SortedFactors', 'aobpr_sampler', 'inbatch_sampler', 'sampled_bpr', 'row_norms', 'fit_clicks',
            'train_sampled', 'mixture_loss', 'check_simplex', 'held_out_loss', 'search_gradient', 'SamplerSearch',
-           'one_of_each', 'auto_sample', 'search_stage', 'noisy_copy', 'mutual_information', 'field_relatedness',
-           'view_mask', 'related_fields', 'ItemTower', 'TwoTower', 'batch_softmax', 'SelfSupervision',
-           'train_two_tower']
+           'one_of_each', 'auto_sample', 'search_stage', 'mutual_information', 'field_relatedness', 'view_mask',
+           'related_fields', 'ItemTower', 'TwoTower', 'batch_softmax', 'SelfSupervision', 'train_two_tower']
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #0000000c
 def nbpo_weights(
@@ -606,24 +604,6 @@ def auto_sample(
 
 def search_stage(model, train, stage, seed, lr=.01, l2=1e-3, batch_size=1024, device="cpu", **_):
     fit_clicks(model, train, lambda m, b: stage.loss(m, b, l2), batch_size, seed, device, steps=stage.steps, lr=lr)
-
-# %% ../../nbs/collaborative/02_implicit.ipynb #b5900ea2
-@patch(as_prop=True)
-@aspect
-def item_fields(self:World, rng) -> pd.DataFrame:
-    "Ten categorical fields (int codes): three noisy recodings of each of mood, genre and setting, and the item's id."
-    out = {}
-    for a in ("mood", "genre", "setting"):
-        truth = pd.factorize(self.items[a], sort=True)[0]
-        for k, (n_values, noise) in enumerate(((6, .05), (12, .15), (24, .25))):
-            out[f"{a}{k+1}"] = noisy_copy(truth, n_values, noise, rng)
-    return pd.DataFrame(out | dict(id=np.arange(self.n_items)))
-
-def noisy_copy(truth, n_values, noise, rng):
-    "Codes renamed, each to one of two names, and a share `noise` of them drawn at random."
-    names = rng.integers(n_values, size=(truth.max()+1, 2))
-    code = names[truth, rng.integers(2, size=len(truth))]
-    return np.where(rng.random(len(truth)) < noise, rng.integers(n_values, size=len(truth)), code)
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #de63c502
 def mutual_information(

@@ -12,28 +12,13 @@ from torch import Tensor, nn
 from ..data import canonical, whole_number
 from ..towers import ProductQuantizer, Tower
 from ..training import eval_mode
-from ..world import World, aspect
 
 # %% auto #0
-__all__ = ['REQUEST', 'ITEM', 'RULES', 'check_ranking', 'recalls', 'recall_at', 'AllToAll', 'SparCode', 'CodeIndex', 'ivf_search',
-           'equal', 'passing', 'nearest_among', 'robust_prune', 'vamana', 'by_distance', 'walk', 'unseen',
-           'keep_nearest', 'FilterIndex', 'scan', 'PreFilter', 'PostFilter', 'entries', 'Acorn', 'first_distinct',
-           'FilteredVamana', 'order_of', 'Serf', 'RangeTree', 'padded', 'Ung', 'filtered_recall', 'effort_curve',
-           'price', 'DiagLinUCB', 'LinUCB', 'item_tower', 'sparse_context', 'check_simulation', 'policy_scores',
-           'simulate']
-
-# %% ../../nbs/collaborative/03_retrieval.ipynb #2ac43375
-REQUEST = dict(taste=16, occasion=8, age=6, place=6) # fields of a request and how many values each has
-ITEM = ("genre", "mood", "era", "setting") # the item attribute each of them acts on
-
-@patch(as_prop=True)
-@aspect
-def requests(self:World, rng) -> dict[str, np.ndarray]:
-    "One request a user: `fields` (n_users, 4) and the true `logit` (n_users, n_items): a product plus weak sums."
-    fields = np.stack([rng.integers(n, size=self.n_users) for n in REQUEST.values()], 1)
-    codes = [pd.factorize(self.items[a], sort=True)[0] for a in ITEM]
-    T = [rng.normal(size=(n, c.max()+1))[f][:, c] for n, f, c in zip(REQUEST.values(), fields.T, codes)]
-    return dict(fields=fields, logit=(1.5*T[0]*T[1] + .5*T[2] + .5*T[3] + self.quality).astype(np.float32))
+__all__ = ['RULES', 'check_ranking', 'recalls', 'recall_at', 'AllToAll', 'SparCode', 'CodeIndex', 'ivf_search', 'equal',
+           'passing', 'nearest_among', 'robust_prune', 'vamana', 'by_distance', 'walk', 'unseen', 'keep_nearest',
+           'FilterIndex', 'scan', 'PreFilter', 'PostFilter', 'entries', 'Acorn', 'first_distinct', 'FilteredVamana',
+           'order_of', 'Serf', 'RangeTree', 'padded', 'Ung', 'filtered_recall', 'effort_curve', 'price', 'DiagLinUCB',
+           'LinUCB', 'item_tower', 'sparse_context', 'check_simulation', 'policy_scores', 'simulate']
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #7a35b2a2
 def check_ranking(scores, relevant, k):
@@ -199,22 +184,9 @@ def ivf_search(
     index.nprobe = n_probe
     lists = coarse.search(q, n_probe)[1]
     sizes = np.array([index.invlists.list_size(c) for c in range(n_lists)])
-    return index.search(q, k)[1], np.where(lists >= 0, sizes[lists], 0).sum(1) # -1: there are fewer lists than asked for
-
-# %% ../../nbs/collaborative/03_retrieval.ipynb #b6d6d124
-@patch(as_prop=True)
-@aspect
-def attributes(self:World, rng) -> pd.DataFrame:
-    "What a shop filters by: `genre`, `brand` (Zipf), `year`, `tags` (mood, setting and random shelves)."
-    n, it = self.n_items, self.items
-    brand = rng.choice(40, n, p=(z := 1/np.arange(1, 41)**1.1)/z.sum())
-    year = (1900 + 20*pd.factorize(it.era, sort=True)[0] + rng.normal(0, 25, n)).round().astype(int)
-    shelves = rng.random((n, 12)) < np.geomspace(.3, .01, 12)
-    tags = [
-        frozenset({m, s} | {f"shelf-{k}" for k in np.flatnonzero(r)})
-        for m, s, r in zip(it["mood"], it["setting"], shelves)
-    ]
-    return pd.DataFrame(dict(genre=it["genre"].to_numpy(), brand=[f"brand-{b}" for b in brand], year=year, tags=tags))
+    return index.search(q, k)[1], np.where(lists >= 0, sizes[lists], 0).sum(
+        1
+    )  # -1: there are fewer lists than asked for
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #e183a3d8
 def equal(v, want, col):
@@ -223,7 +195,9 @@ def equal(v, want, col):
         raise ValueError(f"{col}={want!r} is no value. Fix: one value, a tuple (low, high), or a set of tags")
     numbers = pd.api.types.is_numeric_dtype(v)
     if len(v) and numbers == isinstance(want, str):
-        raise ValueError(f"{col}={want!r}: the column holds {'numbers' if numbers else 'no numbers'}. Fix: a value of its kind")
+        raise ValueError(
+            f"{col}={want!r}: the column holds {'numbers' if numbers else 'no numbers'}. Fix: a value of its kind"
+        )
     return v == want
 
 def passing(
@@ -494,7 +468,8 @@ def order_of(column):
     return np.argsort(column.to_numpy(), kind="stable")
 
 class Serf(FilterIndex):
-    "One graph for all ranges `(None, high)`: links with the interval of their life (half-bounded SeRF, Zuo et al. 2024)."
+    """One graph for all ranges `(None, high)`: links with the interval of their life (half-bounded SeRF, Zuo et al.
+    2024)."""
     def build(self, column, R=16, L=48):
         self.column, self.order, n = column, order_of(self.table[column]), len(self.X)
         self.Y, self.sorted = self.X[self.order], self.table[column].to_numpy()[self.order] # by rank

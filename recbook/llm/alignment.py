@@ -22,9 +22,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
-from ..lm import ItemTrie, answer_logits, cached, context_limit, end_mark, generated, load_lm, mark_ids
-from ..lm import own_settings_aside, padded, prompt_ids, rank_items, read, safely, text_vectors
-from ..lm import token_columns, tokens_only, whole_model
+from ..lm import cached, load_lm, mark_ids, read, safely
+from ..answers import answer_logits, context_limit, end_mark, padded, prompt_ids, token_columns, tokens_only
+from ..answers import whole_model
+from ..decode import ItemTrie, generated, own_settings_aside, rank_items
+from ..text import text_vectors
 from ..training import eval_mode
 from ..world import CUES, World, aspect
 

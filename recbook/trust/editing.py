@@ -17,26 +17,12 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
-from ..data import fetch
-from recbook.lm import (
-    cached,
-    generated,
-    last_logits,
-    load_lm,
-    logits_of,
-    lora,
-    mark_ids,
-    marks_of,
-    merge,
-    nano_tokenizer,
-    next_token_loss,
-    padded,
-    prompt_ids,
-    read,
-    start_mark,
-    token_columns,
-    whole_model,
-)
+from ..datasets import fetch
+from ..lm import cached, load_lm, mark_ids, nano_tokenizer, next_token_loss, read
+from ..answers import last_logits, logits_of, marks_of, padded, prompt_ids, start_mark, token_columns
+from ..answers import whole_model
+from ..decode import generated
+from ..finetune import lora, merge
 from ..training import eval_mode
 from ..world import CUES, World
 

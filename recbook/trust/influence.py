@@ -4,650 +4,256 @@
 
 # %% ../../nbs/trust/01_influence.ipynb #00000004
 from __future__ import annotations
-import re, warnings
-from collections import Counter
+import re
+from collections import defaultdict, namedtuple
 from collections.abc import Callable, Sequence
-from numbers import Real
-from typing import NamedTuple
+from functools import partial
 import numpy as np, pandas as pd, scipy.sparse as sp, torch
 from scipy.special import expit, log_softmax, softmax
+from sklearn.metrics import f1_score
 from torch import Tensor, nn
-from torch.func import grad, jvp, vjp, vmap
+from torch.func import grad, vmap
 from ..data import whole_number
-from recbook.gradients import (
-    Bound,
-    as_function,
-    chosen,
-    dense,
-    flatten,
-    ggn_vp,
-    hvp,
-    params_of,
-    per_sample_grads,
-    solve,
-    unflatten,
-)
+from ..gradients import Bound, Task, agreement, as_function, check_damping, chosen, flatten, ggn_matrix
+from ..gradients import ggn_products, layer_grads, leave_one_out, linear_layers, params_of, per_sample_grads
+from ..gradients import removal_curve, row_losses, solve_curvature, tenth_of_mean, unflatten, weight_grads
+from ..answers import shared_prefix, token_ids
 
 # %% auto #0
-__all__ = ['LAYERWISE', 'WHOLE', 'TREES', 'Task', 'row_losses', 'ggn_rows', 'check_damping', 'ggn_matrix', 'blocks', 'pbrf',
-           'lbfgs', 'minimise', 'pseudo_losses', 'linear_layers', 'is_linear', 'layer_grads', 'weight_grads', 'chunks',
-           'Factors', 'ekfac_factors', 'precondition', 'spectrum', 'query_grads', 'low_rank', 'pair_scores', 'products',
-           'ggn_products', 'lissa', 'tenth_of_mean', 'solve_curvature', 'solved', 'influence', 'check_rows', 'n_rows',
-           'refuse', 'whole_influence', 'agreement', 'removal_curve', 'detection', 'lm_task', 'real_tokens', 'lm_batch',
-           'token_ids', 'with_end', 'common_prefix', 'Boosted', 'open_booster', 'open_sklearn', 'open_lightgbm',
-           'check_columns', 'look_up', 'Rounds', 'rounds', 'targets', 'derivatives', 'raw_losses', 'Leaves',
-           'leaf_values', 'leaf_moves', 'boostin', 'in_leaves', 'leaf_influence', 'trex', 'representers', 'tree_sim',
-           'losses_of', 'retrainer', 'leave_one_out', 'tree_influence', 'with_one', 'check_head', 'fit_head',
-           'head_influence', 'folds_of', 'cross_influence', 'vote', 'macro_f1', 'repair', 'inf_relabel', 'knn_relabel',
-           'loss_relabel', 'reannotate', 'silver_order']
+__all__ = ['Factors', 'LAYERWISE', 'WHOLE', 'TREES', 'Boosted', 'Rounds', 'Leaves', 'refuse', 'with_one', 'bregman', 'minimise',
+           'pbrf', 'responses', 'chunks', 'moments', 'squares', 'ekfac_factors', 'eigen', 'precondition', 'query_grads',
+           'low_rank', 'pair_scores', 'products', 'lissa', 'largest', 'influence', 'preconditioned', 'whole_influence',
+           'check_rows', 'n_rows', 'lm_task', 'real_tokens', 'lm_batch', 'open_booster', 'leaf_table', 'look_up',
+           'check_columns', 'open_sklearn', 'open_lightgbm', 'average_start', 'rounds', 'targets', 'derivatives',
+           'raw_losses', 'leaf_values', 'leaf_moves', 'in_leaves', 'boostin', 'leaf_influence', 'leaf_kernel',
+           'representers', 'trex', 'tree_sim', 'losses_of', 'retrainer', 'tree_influence', 'check_head', 'fit_head',
+           'head_influence', 'folds_of', 'cross_influence', 'vote', 'repair', 'inf_relabel', 'knn_relabel',
+           'loss_relabel', 'silver_order']
 
-# %% ../../nbs/trust/01_influence.ipynb #0000000e
-class Task(NamedTuple):
-    "What a model was trained to do: how to read its outputs, its targets, and which tokens exist."
+# %% ../../nbs/trust/01_influence.ipynb #6fc14c65
+def refuse(bad, why):
+    "Bad input: say why."
+    if bad:
+        raise ValueError(why)
 
-    outputs: Callable = lambda model, batch: model(
-        batch[0]
-    )  # (model, batch) -> logits (n, [T,] C), or predictions (n, [d])
-    targets:Callable = lambda batch: batch[-1] # batch -> labels (n, [T]), -100 does not count; or numbers (n, [d])
-    kind:str = "classes" # "classes": cross-entropy; "squares": half the squared error
-    mask:Callable|None = None # batch -> (n, T), the tokens that exist; None: all
-    def losses(self, model, batch): return row_losses(self.outputs(model, batch), self.targets(batch), self.kind)
-    def mean(self, model, batch): return self.losses(model, batch).mean()
+def with_one(X): return np.column_stack([X, np.ones(len(X))])
 
-def row_losses(
-    y:Tensor, # outputs, (n, [T,] C) or (n, [d])
-    t:Tensor, # targets, (n, [T]) or (n, [d])
-    kind:str="classes",
-    ) -> Tensor: # (n,)
-    "Loss of each row; a sequence's loss is the sum over its tokens."
-    if kind == "squares":
-        return .5*(y.reshape(t.shape) - t).square().reshape(len(t), -1).sum(1)
-    l = -y.log_softmax(-1).gather(-1, t.clamp(min=0)[..., None])[..., 0]*(t >= 0)
-    return l.reshape(len(t), -1).sum(1)
+# %% ../../nbs/trust/01_influence.ipynb #0000000c
+def bregman(model:nn.Module, task:Task, train, params:dict, damping:float, copies:float=1.) -> Callable:
+    "What the response minimises, (theta (p,), row) -> scalar: divergence from old predictions, row's loss, distance."
+    theta0, n, t = flatten(params).detach(), len(train[0]), task.targets(train)
+    bound, y0 = lambda theta: Bound(model, unflatten(theta, params)), task.outputs(model, train).detach()
+    def pull(y):
+        if task.kind == "squares":
+            return .5*(y - y0).square().sum()/n
+        kl = (y0.softmax(-1)*(y0.log_softmax(-1) - y.log_softmax(-1))).sum(-1)
+        return (kl*(t >= 0)).sum()/n
+    def objective(theta, row):
+        push = task.mean(bound(theta), tuple(x[None] for x in row))*copies/n
+        return pull(task.outputs(bound(theta), train)) + push + .5*damping*(theta - theta0).square().sum()
+    return objective
 
-# %% ../../nbs/trust/01_influence.ipynb #00000011
-def ggn_rows(
-    model:nn.Module, task:Task, batch, params:dict[str, nn.Parameter],
-    ) -> Tensor: # (k*n, p) with k classes or outputs
-    "Rows R whose R^T R / n is the exact Gauss-Newton matrix, without drawing labels."
-    with as_function(model), torch.no_grad():
-        y = task.outputs(model, batch)
-    if task.kind == "classes" and y.ndim != 2:
-        raise ValueError("exact rows need outputs without tokens: use method='ekfac' for sequences")
-    width = y.shape[-1] if y.ndim > 1 else 1
-    def one(j):
-        def loss(m, b):
-            o = task.outputs(m, b).reshape(len(b[0]), width)
-            return (o[:, j] if task.kind == "squares" else -o.log_softmax(-1)[:, j]).mean()
-        g = per_sample_grads(model, loss, batch, params, chunk_size=256)
-        return (g if task.kind == "squares" else g*y.softmax(-1)[:, j:j+1].sqrt()).detach()
-    return torch.cat([one(j) for j in range(width)])
-
-def check_damping(damping):
-    "`damping`, refused if it is neither None nor a number of at least 0."
-    if isinstance(damping, Tensor) and damping.ndim == 0:
-        damping = damping.item()
-    if damping is None or isinstance(damping, Real) and not isinstance(damping, bool) and 0 <= damping < np.inf:
-        return damping
-    raise ValueError(f"damping={damping!r}: must be a finite number, 0 or more, or None")
-
-def ggn_matrix(model, task, train, params):
-    "The exact Gauss-Newton matrix (p, p)."
-    R = ggn_rows(model, task, train, params)
-    return R.T @ R/len(train[0])
-
-def blocks(params):
-    "0/1 matrix (p, p): are two coordinates in the same layer?"
-    layer = torch.cat(
-        [
-            torch.full((p.numel(),), j)
-            for j, k in enumerate(dict.fromkeys(k.rpartition(".")[0] for k in params))
-            for q, p in params.items()
-            if q.rpartition(".")[0] == k
-        ]
-    )
-    return layer[:, None] == layer
-
-# %% ../../nbs/trust/01_influence.ipynb #c8aa4e21
-def pbrf(
-    model:nn.Module, task:Task, train, query,
-    which, # (m,) rows of train to add once more
-    damping:float, # lambda
-    params:dict[str, nn.Parameter]|None=None,
-    copies:float=1., # how much of a copy; the response is divided by it
-    steps:int=200, tol:float=1e-6, # stop when every gradient is this much smaller than the push
-    dense_below:int=3000, # more parameters than this: one problem after the other by L-BFGS
-    warp:Callable|None=None, # for L-BFGS: linear, invertible (p,) -> (p,); better coordinates, the same minimum
-    ) -> np.ndarray:  # (m, q), fall of each query's loss
-    "Proximal Bregman response to one more copy of a training example (Bae et al. 2022; Grosse et al. 2023), really solved."
-    check_damping(damping)
-    params = chosen(model, params)
-    with as_function(model):
-        theta0, n, t = flatten(params).detach(), len(train[0]), task.targets(train)
-        with torch.no_grad():
-            y0 = task.outputs(model, train)
-        def pull(y):
-            if task.kind == "squares":
-                return .5*(y - y0).square().sum()/n
-            kl = (y0.softmax(-1)*(y0.log_softmax(-1) - y.log_softmax(-1))).sum(-1)
-            return (kl*(t >= 0)).sum()/n
-        bound = lambda th: Bound(model, unflatten(th, params))
-        def objective(th, row):
-            push = task.mean(bound(th), tuple(x[None] for x in row))*copies/n
-            return pull(task.outputs(bound(th), train)) + push + .5*damping*(th - theta0).square().sum()
-        which = torch.as_tensor(np.asarray(which))
-        rows = tuple(x[which] for x in train)
-        if len(theta0) > dense_below:
-            move = (lambda u: theta0 + warp(u)) if warp else (lambda u: theta0 + u)
-            Th = [move(lbfgs(lambda u, r=r: objective(move(u), r), 0*theta0, steps, tol)) for r in zip(*rows)]
-        else:
-            L = torch.linalg.cholesky(
-                ggn_matrix(model, task, train, params) + damping * torch.eye(len(theta0)).to(theta0)
-            )
-            Th = minimise(
-                vmap(objective), vmap(grad(objective)), theta0.expand(len(which), -1).clone(), rows, L, steps, tol
-            )
-        loss = lambda th: task.losses(bound(th), query)
-        with torch.no_grad():
-            return ((loss(theta0) - torch.stack([loss(th) for th in Th]))/copies).cpu().numpy()
-
-def lbfgs(f, start, steps, tol):
-    "The minimum of f near `start`, for many parameters."
-    th = start.clone().requires_grad_(True)
-    f(th).backward()
-    first = th.grad.norm().item()
-    opt = torch.optim.LBFGS(
-        [th],
-        lr=1.0,
-        max_iter=steps,
-        history_size=30,
-        tolerance_grad=tol * first / len(th) ** 0.5,
-        tolerance_change=0.0,
-        line_search_fn="strong_wolfe",
-    )
-    def closure(): opt.zero_grad(); l = f(th); l.backward(); return l
+def minimise(f, start, tol=1e-6): # (m, p)
+    "Minima of m unrelated problems f: (m, p) -> (m,), by L-BFGS on their sum, until gradients fell to the share `tol`."
+    U = start.clone().requires_grad_()
+    slope = lambda: torch.autograd.grad(f(U).sum(), U)[0].abs().max().item()
+    first = slope()
+    opt = torch.optim.LBFGS([U], 1., 200, 400, tol*first, 0., 30, "strong_wolfe")
+    def closure():
+        opt.zero_grad()
+        loss = f(U).sum()
+        loss.backward(inputs=[U])
+        return loss
     opt.step(closure)
-    closure()
-    if (left := th.grad.norm().item()/first) > 1e-2:
-        raise RuntimeError(f"gradient only fell to {left:.1e} of the push after {steps} steps: raise damping or steps")
-    return th.detach()
+    if not (left := slope()/first) <= 1e3*tol:
+        raise RuntimeError(f"gradient only fell to {left:.1e} of the push after 200 steps: raise damping")
+    return U.detach()
 
-def minimise(f, df, Th, rows, L, steps, tol):
-    "Many small problems at once: steps preconditioned by L L^T, halved where the objective does not fall."
-    step, best, g = torch.ones(len(Th)).to(Th), f(Th, rows), df(Th, rows)
-    first = g.norm(dim=1)
-    for _ in range(steps):
-        if (g.norm(dim=1) <= tol*first).all():
-            return Th
-        new = Th - step[:, None]*torch.cholesky_solve(g.T, L).T
-        now = f(new, rows)
-        ok = now <= best + 1e-15
-        Th, best = torch.where(ok[:, None], new, Th), torch.where(ok, now, best)
-        step = torch.where(ok, (1.5*step).clamp(max=1.), step/2)
-        g = df(Th, rows)
-    worst = (g.norm(dim=1)/first).max().item()
-    if worst > 1e3*tol:
-        raise RuntimeError(f"gradient only fell to {worst:.1e} of the push after {steps} steps: raise damping or steps")
-    return Th
+def pbrf(
+    model:nn.Module, task:Task, train, query, which, damping:float, # rows (m,) of train to add once more; lambda
+    params:dict[str, nn.Parameter]|None=None, copies:float=1., # how much of a copy; the response is divided by it
+    ) -> np.ndarray: # (m, q), fall of each query's loss
+    "Proximal Bregman response to one more copy of an example (Bae et al. 2022; Grosse et al. 2023), really solved."
+    params = chosen(model, params)
+    loss = lambda theta: task.losses(Bound(model, unflatten(theta, params)), query).detach()
+    with as_function(model):
+        Th = responses(model, task, train, np.asarray(which), check_damping(damping), params, copies)
+        return ((loss(flatten(params).detach()) - torch.stack([loss(theta) for theta in Th]))/copies).cpu().numpy()
 
-# %% ../../nbs/trust/01_influence.ipynb #e8950fca
-def pseudo_losses(
-    y: Tensor,  # outputs
-    t: Tensor,  # targets: their shape, and which of them count
-    kind: str = "classes",
-    labels: str = "model",  # "model": drawn from the model's prediction; "exact": every label, weighted; "data": the true ones
-    generator: torch.Generator | None = None,
-):  # yields (n,) losses, whose gradients' outer products sum to the Gauss-Newton matrix on average
-    "Losses under labels that the model itself believes in (Grosse et al. 2023)."
-    z, shape = y.detach(), t.shape if kind == "squares" else y.shape[:-1]
-    if labels == "data":
-        yield row_losses(y, t, kind)
-    elif labels == "model" and kind == "squares":
-        yield row_losses(y, z.reshape(shape) + torch.randn(shape, generator=generator).to(z), kind)
-    elif labels == "model":
-        draw = (
-            torch.multinomial(z.softmax(-1).reshape(-1, z.shape[-1]).cpu(), 1, generator=generator)
-            .view(shape)
-            .to(t.device)
-        )
-        yield row_losses(y, torch.where(t >= 0, draw, -100), kind)
-    elif labels == "exact" and kind == "squares":
-        yield from y.reshape(len(y), -1).unbind(1)
-    elif labels == "exact" and y.ndim == 2:
-        for c, p in enumerate(z.softmax(-1).unbind(1)):
-            yield p.sqrt()*row_losses(y, torch.full_like(t, c))
-    else:
-        raise ValueError(f"labels={labels!r}: must be 'model' or 'data', or 'exact' for outputs without tokens")
+def responses(model, task, train, which, damping, params, copies):
+    "The moved parameters (m, p)."
+    theta0, rows = flatten(params).detach(), tuple(x[which] for x in train)
+    G = ggn_matrix(model, task, train, params)
+    G.diagonal().add_(damping)
+    L = torch.linalg.cholesky(G)
+    there = lambda U: theta0 + torch.linalg.solve_triangular(L.T, U.T, upper=True).T
+    objective = vmap(bregman(model, task, train, params, damping, copies))
+    return there(minimise(lambda U: objective(there(U), rows), theta0.new_zeros(len(which), len(theta0))))
 
-# %% ../../nbs/trust/01_influence.ipynb #53a27838
-def linear_layers(
-    model:nn.Module,
-    modules:Sequence[str]|Callable|None=None, # names, a rule name -> bool, or None: every nn.Linear and GPT-2's Conv1D
-    ) -> dict[str, nn.Module]:
-    "The linear layers that a question is about; unnamed, those whose weight is theirs alone (a language model's tied head is also its embedding)."
-    have = {k: m for k, m in model.named_modules() if is_linear(m)}
-    shared = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-    if modules is None:
-        modules = [k for k, m in have.items() if shared[id(m.weight)] == 1]
-    elif callable(modules):
-        modules = [k for k in have if modules(k)]
-    if missing := sorted(set(modules) - set(have)):
-        raise ValueError(f"no linear layers {missing}: the model has {list(have)[:8]}, ...")
-    if not modules:
-        raise ValueError(
-            "no linear layer chosen: EK-FAC needs nn.Linear modules; method='ggn' or 'hessian' takes any parameters"
-        )
-    return {k: have[k] for k in have if k in set(modules)}
+# %% ../../nbs/trust/01_influence.ipynb #56248a17
+# One layer: eigenvectors, -values of A (d_in) and of S (d_out), corrected eigenvalues (d_out, d_in), tokens in a row.
+Factors = namedtuple("Factors", "Q_A L_A Q_S L_S Lambda length")
 
-def is_linear(module):
-    "Is it a linear layer: nn.Linear, or the Conv1D of transformers, the same with its weight stored transposed?"
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+def chunks(data, size): return (tuple(x[k:k+size] for x in data) for k in range(0, len(data[0]), size))
 
-# %% ../../nbs/trust/01_influence.ipynb #5e9300d7
-def layer_grads(
-    model: nn.Module,
-    task: Task,
-    batch,
-    layers: dict[str, nn.Linear],
-    labels: str = "data",
-    generator: torch.Generator | None = None,  # see `pseudo_losses`
-):  # yields name -> (a, s): inputs (n, T, d_in), with a 1 appended where there is a bias, and output gradients (n, T, d_out)
-    "What each layer saw and what came back to it: its weight gradient for row n is the sum over t of s_nt a_nt^T."
-    seen, n = {}, len(batch[0])
-    def keep(name):
-        def hook(module, args, out):
-            if name in seen:
-                raise ValueError(f"layer {name} runs more than once in a forward pass: choose modules that run once")
-            if len(out) != n:
-                raise ValueError(f"layer {name} gives {len(out)} rows for {n} examples: rows must stay in front")
-            out = out if out.requires_grad else out.detach().requires_grad_()
-            seen[name] = args[0].detach().clone(), out
-            return out.clone() # what follows may write over it
-        return hook
-    hooks = [m.register_forward_hook(keep(k)) for k, m in layers.items()]
-    try:
-        with as_function(model), torch.enable_grad():
-            y = task.outputs(model, batch)
-    finally:
-        for h in hooks:
-            h.remove()
-    if missing := [k for k in layers if k not in seen]:
-        raise ValueError(f"layers {missing} did not run: choose others")
-    tokens = lambda x: x.reshape(n, -1, x.shape[-1])
-    a = {
-        k: tokens(torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1) if layers[k].bias is not None else x)
-        for k, (x, _) in seen.items()
-    }
-    with torch.enable_grad():
-        for l in pseudo_losses(y, task.targets(batch), task.kind, labels, generator):
-            s = torch.autograd.grad(l.sum(), [o for _, o in seen.values()], retain_graph=True)
-            yield {k: (a[k], tokens(d)) for k, d in zip(seen, s)}
+def moments(task, sweep):
+    "Sums of a a^T and s s^T by layer, and the number of tokens; `sweep` yields (batch, its `layer_grads`)."
+    A, S, tokens = defaultdict(float), defaultdict(float), 0
+    for b, grads in sweep:
+        for j, io in enumerate(grads):
+            for k, (a, s) in io.items():
+                there = a.new_ones(a.shape[:2]) if task.mask is None else task.mask(b).to(a)
+                if j == 0: # inputs are the same for every set of labels
+                    A[k] = A[k] + torch.einsum("nt,nti,ntj->ij", there, a, a)
+                S[k] = S[k] + torch.einsum("nti,ntj->ij", s, s)
+        tokens += there.sum().item()
+    return A, S, tokens
 
-def weight_grads(pair):
-    "Gradient of each row for the weight (bias as last column) of one layer, (n, d_out, d_in)."
-    a, s = pair
-    return s.transpose(1, 2) @ a
-
-def chunks(data, size):
-    "The rows of the tensors in `data`, `size` at a time."
-    for k in range(0, len(data[0]), size):
-        yield tuple(x[k:k+size] for x in data)
-
-# %% ../../nbs/trust/01_influence.ipynb #05d796d7
-class Factors(NamedTuple):
-    "One layer's curvature: eigenvectors and -values of A (d_in) and S (d_out), corrected eigenvalues, and the diagonal without a change of basis."
-    Q_A:Tensor
-    L_A:Tensor
-    Q_S:Tensor
-    L_S:Tensor
-    Lambda:Tensor # (d_out, d_in), squares of rotated gradients
-    diagonal:Tensor # (d_out, d_in), squares of the gradients themselves
-    length:float # mean number of tokens in a row
+def squares(sweep, bases) -> dict: # layer -> sum over rows (d_out, d_in)
+    "Squares of each row's gradient, summed over its tokens before, in a basis by layer."
+    sums = defaultdict(float)
+    for _, grads in sweep:
+        for io in grads:
+            for k, (a, s) in io.items():
+                sums[k] = sums[k] + weight_grads((a @ bases[k][0], s @ bases[k][2])).square().sum(0)
+    return sums
 
 @torch.no_grad()
 def ekfac_factors(
-    model:nn.Module, task:Task,
-    train, # tensors of n rows each
-    modules=None, # see `linear_layers`
-    labels:str="model", # see `pseudo_losses`
-    batch_size:int=128, seed:int=0,
-    ) -> dict[str, Factors]:  # by layer
-    "Two passes over the training data: Kronecker factors, then eigenvalues corrected in their basis (George et al. 2018; Grosse et al. 2023)."
-    layers = linear_layers(model, modules)
+    model:nn.Module, task:Task, train, modules=None, labels:str="model", # see `linear_layers` and `pseudo_losses`
+    batch_size:int=128, seed:int=0, basis:bool=True, # False: no change of basis, eigenvalues of the diagonal alone
+    ) -> dict[str, Factors]: # by layer
+    "Two passes: Kronecker factors, then eigenvalues corrected in their basis (George et al. 2018; Grosse et al. 2023)."
+    layers, n = linear_layers(model, modules), len(train[0])
     def sweep():
-        g = torch.Generator().manual_seed(seed)
-        for b in chunks(train, batch_size):
-            yield b, layer_grads(model, task, b, layers, labels, g)
-    A, S, tokens = dict.fromkeys(layers, 0.), dict.fromkeys(layers, 0.), 0
-    for b, grads in sweep():
-        for j, io in enumerate(grads):
-            for k, (a, s) in io.items():
-                m = torch.ones(a.shape[:2]).to(a) if task.mask is None else task.mask(b).to(a)
-                if j == 0:
-                    A[k] = A[k] + torch.einsum("nt,nti,ntj->ij", m, a, a)
-                S[k] = S[k] + torch.einsum("nti,ntj->ij", s, s)
-        tokens += m.sum().item()
-    eig = {k: (*torch.linalg.eigh(A[k]/tokens), *torch.linalg.eigh(S[k]/tokens)) for k in layers}
-    sums = {k: [0., 0.] for k in layers}
-    for _, grads in sweep():
-        for io in grads:
-            for k, pair in io.items():
-                (a, s), (_, QA, _, QS) = pair, eig[k]
-                for j, W in enumerate((weight_grads((a @ QA, s @ QS)), weight_grads(pair))):
-                    sums[k][j] = sums[k][j] + W.square().sum(0)
-    n = len(train[0])
-    return {
-        k: Factors(QA, LA.clamp(min=0), QS, LS.clamp(min=0), sums[k][0] / n, sums[k][1] / n, tokens / n)
-        for k, (LA, QA, LS, QS) in eig.items()
-    }
+        g = torch.Generator().manual_seed(seed) # the second pass draws the labels of the first
+        yield from ((b, layer_grads(model, task, b, layers, labels, g)) for b in chunks(train, batch_size))
+    A, S, tokens = moments(task, sweep())
+    eig = {k: (*eigen(A[k]/tokens, basis), *eigen(S[k]/tokens, basis)) for k in layers}
+    sums = squares(sweep(), eig)
+    return {k: Factors(*eig[k], sums[k]/n, tokens/n) for k in layers}
 
-# %% ../../nbs/trust/01_influence.ipynb #106be47f
-def precondition(
-    f:Factors,
-    W:Tensor, # (..., d_out, d_in)
-    method:str="ekfac", # "ekfac", "kfac", "diagonal"
-    damping:float|None=None, # lambda; None: a tenth of the mean eigenvalue of this layer
-    ) -> Tensor: # (..., d_out, d_in)
-    "(G + lambda I)^{-1} W in one layer (Grosse et al. 2023)."
-    check_damping(damping)
-    L = spectrum(f, method)
-    lam = .1*L.mean() if damping is None else damping
-    if method == "diagonal":
-        return W/(L + lam)
+def eigen(M, basis=True):
+    "Eigenvectors and -values; without a change of basis the unit vectors."
+    L, Q = torch.linalg.eigh(M)
+    return Q if basis else torch.eye(len(L)).to(L), L.clamp(min=0)
+
+def precondition(f:Factors, W:Tensor, method:str="ekfac", damping:float|None=None) -> Tensor: # (..., d_out, d_in)
+    "(G + lambda I)^{-1} W in one layer, lambda a tenth of the mean eigenvalue if None (Grosse et al. 2023)."
+    refuse(method not in ("ekfac", "kfac"), f"method={method!r}: must be 'ekfac' or 'kfac'")
+    L = f.Lambda if method == "ekfac" else f.length*torch.outer(f.L_S, f.L_A)
+    lam = .1*L.mean() if check_damping(damping) is None else damping
     return f.Q_S @ ((f.Q_S.T @ W @ f.Q_A)/(L + lam)) @ f.Q_A.T
 
-def spectrum(f, method):
-    "Eigenvalues (d_out, d_in) of one layer's curvature."
-    if method not in ("ekfac", "kfac", "diagonal"):
-        raise ValueError(f"method={method!r}: must be 'ekfac', 'kfac' or 'diagonal'")
-    return dict(ekfac=f.Lambda, diagonal=f.diagonal).get(method, f.length*torch.outer(f.L_S, f.L_A))
-
-# %% ../../nbs/trust/01_influence.ipynb #3e7a8437
+# %% ../../nbs/trust/01_influence.ipynb #27be5b04
 @torch.no_grad()
-def query_grads(
-    model:nn.Module, task:Task, query, modules=None, batch_size:int=128,
-    ) -> dict[str, Tensor]: # by layer, (q, d_out, d_in)
-    "Gradient of every query's own loss, layer by layer."
+def query_grads(model:nn.Module, task:Task, query, modules=None, batch_size:int=128) -> dict[str, Tensor]:
+    "Gradient of every query's own loss, by layer (q, d_out, d_in)."
     layers = linear_layers(model, modules)
-    parts = [
-        {k: weight_grads(p) for k, p in next(layer_grads(model, task, b, layers)).items()}
-        for b in chunks(query, batch_size)
-    ]
-    return {k: torch.cat([p[k] for p in parts]) for k in layers}
+    seen = [next(layer_grads(model, task, b, layers)) for b in chunks(query, batch_size)]
+    return {k: torch.cat([weight_grads(io[k]) for io in seen]) for k in layers}
 
-def low_rank(
-    V:Tensor, # (q, d_out, d_in)
-    r:int, # rank
-    ) -> tuple[Tensor, Tensor]: # P (q, d_out, r), R (q, d_in, r) with V close to P R^T
-    "Each preconditioned query as two thin matrices: many queries fit in memory and share one pass over the data."
-    if whole_number("rank", r) > min(V.shape[1:]):
-        raise ValueError(f"rank={r}: must lie in 1..{min(V.shape[1:])}")
+def low_rank(V:Tensor, r:int) -> tuple[Tensor, Tensor]: # P (q, d_out, r), R (q, d_in, r) with V close to P R^T
+    "Each preconditioned query (q, d_out, d_in) as two thin matrices: many fit in memory and share one pass."
+    refuse(whole_number("rank", r) > min(V.shape[1:]), f"rank={r}: must lie in 1..{min(V.shape[1:])}")
     U, s, Vh = torch.linalg.svd(V, full_matrices=False)
     return U[..., :r]*s[:, None, :r], Vh[:, :r].transpose(1, 2)
 
 @torch.no_grad()
 def pair_scores(
-    model:nn.Module, task:Task, train,
-    V:dict[str, Tensor|tuple], # preconditioned query gradients by layer, whole (q, d_out, d_in) or from `low_rank`
-    by:str|None=None, # None, "layer" or "token"
-    batch_size:int=64,
+    model:nn.Module, task:Task, train, V:dict[str, Tensor|tuple], # preconditioned queries by layer, or from `low_rank`
+    by:str|None=None, batch_size:int=64, # None, "layer" or "token"
     ) -> Tensor: # (n, q); (n_layers, n, q) by layer; (n, T, q) by token
     "Inner products of training gradients with V in one pass over the data."
-    if by not in (None, "layer", "token"):
-        raise ValueError(f"by={by!r}: must be 'layer', 'token' or None")
-    layers, out = linear_layers(model, list(V)), []
-    for b in chunks(train, batch_size):
-        io = next(layer_grads(model, task, b, layers))
-        parts = torch.stack([products(io[k], V[k], by == "token") for k in layers])
-        out.append(parts if by == "layer" else parts.sum(0))
-    return torch.cat(out, 1 if by == "layer" else 0)
+    refuse(by not in (None, "layer", "token"), f"by={by!r}: must be 'layer', 'token' or None")
+    layers = linear_layers(model, list(V))
+    seen = (next(layer_grads(model, task, b, layers)) for b in chunks(train, batch_size))
+    parts = torch.cat([torch.stack([products(io[k], V[k], by == "token") for k in layers]) for io in seen], 1)
+    return parts if by == "layer" else parts.sum(0)
 
 def products(pair, V, token):
     "s^T V a for one layer: (n, q), or (n, T, q) for each token."
     a, s = pair
+    if not token and not isinstance(V, tuple):
+        return weight_grads(pair).flatten(1) @ V.flatten(1).T
     if isinstance(V, tuple):
-        x = torch.einsum("nto,qor->ntqr", s, V[0])*torch.einsum("nti,qir->ntqr", a, V[1])
-        return x.sum(-1) if token else x.sum((1, 3))
-    if token:
-        return torch.stack([((s @ v)*a).sum(-1) for v in V], -1)
-    return weight_grads(pair).flatten(1) @ V.flatten(1).T
+        each = (torch.einsum("nto,qor->ntqr", s, V[0])*torch.einsum("nti,qir->ntqr", a, V[1])).sum(-1)
+    else:
+        each = torch.stack([((s @ v)*a).sum(-1) for v in V], -1)
+    return each if token else each.sum(1)
 
 # %% ../../nbs/trust/01_influence.ipynb #1c7a7031
-def ggn_products(
-    model:nn.Module, task:Task, batch, params:dict[str, nn.Parameter],
-    V:Tensor, # (q, p)
-    ) -> Tensor: # (q, p)
-    "Gauss-Newton matrix of one batch times many vectors: J, then the softmax's own curvature, then J^T."
-    theta = {k: p.detach() for k, p in params.items()}
-    f = lambda th: task.outputs(Bound(model, th), batch)
-    with as_function(model):
-        y, pull = vjp(f, theta)
-        u = vmap(lambda v: jvp(f, (theta,), (unflatten(v, params),))[1])(V)
-    if task.kind == "classes":
-        p = y.softmax(-1)
-        u = (p*u - p*(p*u).sum(-1, keepdim=True))*(task.targets(batch) >= 0)[..., None]
-    return torch.cat([g.reshape(len(V), -1) for g in vmap(pull)(u)[0].values()], 1)/len(batch[0])
-
-def lissa(
-    model:nn.Module, task:Task, train, params:dict[str, nn.Parameter],
-    B:Tensor, # (q, p) right-hand sides
-    damping:float,
-    steps:int=200, batch_size:int=32, seed:int=0,
-    scale:float|None=None, # step size; None: from the largest eigenvalue, by power iteration
-    ) -> Tensor:  # (q, p)
-    "(G + lambda I)^{-1} B by the stochastic Neumann series x <- x + (B - (G_batch + lambda) x)/scale (Agarwal et al. 2017)."
-    if not (check_damping(damping) or 0.) > 0:
-        raise ValueError(f"damping={damping}: the series needs a positive damping")
-    whole_number("steps", steps)
-    whole_number("batch_size", batch_size)
-    g = torch.Generator().manual_seed(seed)
-    if scale is None:
-        v = torch.randn(1, B.shape[1], generator=g).to(B)
-        for _ in range(10):
-            v = ggn_products(model, task, train, params, v/v.norm())
-        scale = 2*v.norm().item() + damping
-    X = B/(scale + damping)
+def lissa(model, task, train, params, B, damping=None, steps=200, seed=0) -> Tensor: # (q, p), as B
+    "(G + lambda I)^{-1} B by the stochastic Neumann series, 32 rows a step (Agarwal et al. 2017)."
+    times = lambda V, rows=slice(None): ggn_products(model, task, tuple(x[rows] for x in train), params, V)
+    g, lam = torch.Generator().manual_seed(seed), check_damping(damping)
+    lam = tenth_of_mean(lambda v: times(v[None])[0], B.shape[1], B) if lam is None else lam
+    refuse(not lam > 0, f"damping={lam}: the series needs a positive damping")
+    X, scale = 0*B, 2*largest(times, B[:1]) + lam
     for _ in range(steps):
-        i = torch.randint(len(train[0]), (batch_size,), generator=g)
-        X = X + (B - ggn_products(model, task, tuple(x[i] for x in train), params, X) - damping*X)/scale
-    if not torch.isfinite(X).all():
-        raise FloatingPointError("the series diverged: raise scale or damping")
+        X = X + (B - times(X, torch.randint(len(train[0]), (32,), generator=g)) - lam*X)/scale
     return X
 
+# %% ../../nbs/trust/01_influence.ipynb #89dbe861
+def largest(product, like):
+    "About the largest eigenvalue, by power iteration."
+    v = torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
+    for _ in range(10):
+        v = product(v/v.norm())
+    return v.norm()
+
 # %% ../../nbs/trust/01_influence.ipynb #f67144a7
-def tenth_of_mean(product, p, like, probes=16):
-    "A tenth of the mean eigenvalue of a (p, p) matrix given by its products: E v'Av = trace A for random signs v (Hutchinson 1989)."
-    g = torch.Generator().manual_seed(0)
-    V = (2*torch.randint(2, (probes, p), generator=g) - 1).to(like)
-    return .1*float(torch.stack([v @ product(v) for v in V]).mean())/p
-
-def solve_curvature(model, task, train, params, B, method, damping=None, dense_below=3000, **kw):
-    "(curvature + lambda I)^{-1} B, (q, p), for the methods that look at all parameters at once."
-    p = B.shape[1]
-    check_damping(damping)
-    if method == "lissa":
-        lam = (
-            tenth_of_mean(lambda v: ggn_products(model, task, train, params, v[None])[0], p, B)
-            if damping is None
-            else damping
-        )
-        return lissa(model, task, train, params, B, lam, **kw)
-    if method == "hessian":
-        mv = lambda v: hvp(model, task.mean, train, v, params)
-        if p > dense_below//2:
-            return torch.stack([solve(mv, b, damping or 0.) for b in B])
-        C = dense(mv, B[0])
-    elif p > dense_below and method == "ggn":
-        head = lambda y, b: row_losses(y, task.targets(b), task.kind).mean()
-        mv = lambda v: ggn_vp(model, task.outputs, head, train, v, params)
-        lam = tenth_of_mean(mv, p, B) if damping is None else damping
-        return torch.stack([solve(mv, b, lam) for b in B])
-    else:
-        C = ggn_matrix(model, task, train, params)
-    if method == "block":
-        C = C*blocks(params)
-    lam = damping if damping is not None else 0. if method == "hessian" else .1*C.diagonal().mean()
-    return solved((C + C.T)/2 + lam*torch.eye(p).to(C), B)
-
-def solved(C, B):
-    "Rows X with C X^T = B^T for a symmetric C; one without an inverse at its precision is refused."
-    from scipy.linalg import LinAlgError, LinAlgWarning, solve
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", LinAlgWarning)
-            return torch.from_numpy(solve(C.cpu().numpy(), B.T.cpu().numpy(), assume_a="sym").T.copy()).to(B)
-    except (LinAlgError, LinAlgWarning) as e:
-        raise ValueError(
-            f"the curvature cannot be inverted at this precision ({e}): raise damping or use float64"
-        ) from e
-
-# %% ../../nbs/trust/01_influence.ipynb #ef31d152
-LAYERWISE, WHOLE = ("ekfac", "kfac", "diagonal", "dot"), ("hessian", "ggn", "block", "lissa")
+LAYERWISE, WHOLE = ("ekfac", "kfac", "dot"), ("hessian", "ggn", "block", "lissa")
 TREES = ("boostin", "leafinfluence", "trex", "treesim", "loo", "random")
 
 def influence(
-    model,  # a torch model, or a fitted booster of scikit-learn or LightGBM
-    train,  # tensors (or X, y for boosters) of n rows each: what the model was trained on
-    query,  # the same for q queries
-    task: Task | None = None,  # torch: how to read outputs and targets
-    method: str
-    | None = None,  # torch: "ekfac", "kfac", "diagonal", "dot", "ggn", "block", "hessian", "lissa"; boosters: see `tree_influence`
-    modules=None,  # torch: linear layers to look at, names or a rule
-    params=None,  # torch, whole-parameter methods: parameters instead of layers, names or a rule
-    damping: float | None = None,  # lambda; None: a tenth of the mean eigenvalue (0 for "hessian")
-    factors: dict[str, Factors] | None = None,  # from `ekfac_factors`, if already fitted
-    rank: int | None = None,  # keep queries at this rank
-    by: str | None = None,  # "layer" or "token": split the scores
-    labels: str = "model",  # "ekfac", "kfac", "diagonal": see `pseudo_losses`
-    batch_size: int | None = None,  # rows at once; default 64, for "lissa" 32
-    seed: int = 0,
-    **kw,
-) -> np.ndarray:  # (n, q); with `by` see `pair_scores`
-    "How much the loss of each query falls, to first order, when one more copy of each training example joins the training. Positive helps."
+    model, train, query, # torch model or fitted booster; tensors (or X, y) of n and q rows: its training set, queries
+    task:Task|None=None, # torch: how to read outputs and targets
+    method:str|None=None, # torch: of `LAYERWISE` (default "ekfac") or `WHOLE`; boosters: of `TREES` (default "boostin")
+    modules=None, damping:float|None=None, # torch: linear layers, names or a rule; lambda, None: a tenth of the mean
+    factors:dict[str, Factors]|None=None, # from `ekfac_factors`, if already fitted, or fitted with other labels
+    ) -> np.ndarray: # (n, q)
+    "How much each query's loss falls, to first order, when one more copy of a training row joins. Positive helps."
     check_rows(train, query)
-    only_torch = dict(task=task, modules=modules, params=params, damping=damping, factors=factors, rank=rank, by=by)
     if not isinstance(model, nn.Module):
-        refuse(only_torch, f"a {type(model).__name__}")
-        return tree_influence(model, train, query, method or "boostin", seed=seed, **kw)
-    method, task = method or "ekfac", task or Task()
-    if method not in LAYERWISE + WHOLE:
-        raise ValueError(f"method={method!r}: for a torch model choose from {', '.join(LAYERWISE + WHOLE)}")
-    check_damping(damping)
-    if rank is not None:
-        whole_number("rank", rank)
-    if batch_size is not None:
-        whole_number("batch_size", batch_size)
+        given = [v is not None for v in (task, modules, damping, factors)]
+        refuse(any(given), f"task, modules, damping, factors: no option of a {type(model).__name__}; leave them out")
+        return tree_influence(model, train, query, method or "boostin")
+    method, task, known = method or "ekfac", task or Task(), ", ".join(LAYERWISE + WHOLE)
+    refuse(method not in LAYERWISE + WHOLE, f"method={method!r}: for a torch model choose from {known}")
+    refuse(factors is not None and method not in ("ekfac", "kfac"), f"factors: no option of method={method!r}")
     if method in WHOLE:
-        refuse(
-            dict(factors=factors, rank=rank, by=by) | (dict(modules=modules) if params is not None else {}),
-            f"method={method!r}",
-        )
-        if method == "lissa":
-            kw |= dict(seed=seed) | ({} if batch_size is None else dict(batch_size=batch_size))
-        return whole_influence(model, train, query, task, method, modules, params, damping, **kw)
-    refuse(kw | dict(params=params), f"method={method!r}")
-    V = query_grads(model, task, query, modules, batch_size or 64)
-    if method != "dot":
-        F = factors or ekfac_factors(model, task, train, modules, labels, batch_size or 64, seed)
-        if missing := sorted(set(V) - set(F)):
-            raise ValueError(f"no factors for layers {missing}: fit them with the same modules")
-        V = {k: precondition(F[k], v, method, damping) for k, v in V.items()}
-    if rank is not None:
-        V = {k: low_rank(v, min(rank, *v.shape[1:])) for k, v in V.items()}
-    return (pair_scores(model, task, train, V, by, batch_size or 64)/len(train[0])).cpu().numpy()
+        return whole_influence(model, train, query, task, method, modules, damping)
+    V = preconditioned(model, train, query, task, method, modules, damping, factors)
+    return (pair_scores(model, task, train, V)/len(train[0])).cpu().numpy()
 
-# %% ../../nbs/trust/01_influence.ipynb #85656b7d
+def preconditioned(model, train, query, task, method, modules=None, damping=None, factors=None):
+    "The queries' gradients times the inverse curvature, by layer, (q, d_out, d_in)."
+    check_damping(damping)
+    V = query_grads(model, task, query, modules)
+    if method == "dot":
+        return V
+    F = factors or ekfac_factors(model, task, train, modules)
+    missing = sorted(set(V) - set(F))
+    refuse(missing, f"no factors for layers {missing}: fit them with the same modules")
+    return {k: precondition(F[k], v, method, damping) for k, v in V.items()}
+
+def whole_influence(model, train, query, task, method, modules=None, damping=None):
+    "Influence through the curvature of all parameters of the layers together."
+    layers = linear_layers(model, modules).items()
+    theta = params_of(model, [f"{k}.{p}".lstrip(".") for k, m in layers for p, _ in m.named_parameters(recurse=False)])
+    g = lambda data: per_sample_grads(model, task.mean, data, theta, 256)
+    inverse = lissa if method == "lissa" else partial(solve_curvature, method=method)
+    return (g(train) @ inverse(model, task, train, theta, g(query), damping=damping).T/len(train[0])).cpu().numpy()
+
 def check_rows(train, query):
     "Both must be sequences of equally long arrays."
     for name, data in (("train", train), ("query", query)):
-        if not isinstance(data, (tuple, list)) or not len(data):
-            raise ValueError(f"{name} must be a tuple of tensors with one row an example")
-        if len(lens := {n_rows(x) for x in data}) != 1:
-            raise ValueError(f"{name} has tensors of {sorted(lens)} rows: rows must correspond")
-        if not lens.pop():
-            raise ValueError(f"{name} is empty: nothing to attribute")
+        lens = {n_rows(x) for x in data} if isinstance(data, (tuple, list)) else set()
+        refuse(len(lens) != 1, f"{name} must be a tuple of tensors with one row an example: rows must correspond")
+        refuse(0 in lens, f"{name} is empty: nothing to attribute")
 
 def n_rows(x): return x.shape[0] if hasattr(x, "shape") else len(x)
-
-def refuse(options, where):
-    "Options that would do nothing there."
-    if given := [k for k, v in options.items() if v is not None]:
-        raise ValueError(f"{', '.join(given)}: no option of {where}; leave it out or check its spelling")
-
-def whole_influence(model, train, query, task, method, modules, params, damping, **kw):
-    "Influence through the curvature of all chosen parameters together."
-    names = (
-        params
-        if params is not None
-        else [
-            f"{k}.{p}".lstrip(".")
-            for k, m in linear_layers(model, modules).items()
-            for p, _ in m.named_parameters(recurse=False)
-        ]
-    )
-    theta = params_of(model, names)
-    vectorize = kw.pop("vectorize", True) # False for models that torch.func cannot trace
-    has = dict(lissa=("seed", "steps", "batch_size", "scale"), block=()).get(method, ("dense_below",))
-    refuse({k: v for k, v in kw.items() if k not in has}, f"method={method!r}, it has {', '.join((*has, 'vectorize'))}")
-    g = lambda data: per_sample_grads(model, task.mean, data, theta, 256, vectorize).detach()
-    return (
-        (g(train) @ solve_curvature(model, task, train, theta, g(query), method, damping, **kw).T / len(train[0]))
-        .cpu()
-        .numpy()
-    )
-
-# %% ../../nbs/trust/01_influence.ipynb #985ec8b2
-def agreement(
-    scores, truth, # (n, q) each
-    kind:str="pearson", # or "spearman"
-    ) -> np.ndarray: # (q,)
-    "Correlation of scores with what really happened, one value a query."
-    S, R = np.asarray(scores, float), np.asarray(truth, float)
-    if S.shape != R.shape:
-        raise ValueError(f"scores {S.shape} and truth {R.shape} must be the same rows and queries")
-    if kind == "spearman":
-        from scipy.stats import rankdata
-        S, R = rankdata(S, axis=0), rankdata(R, axis=0)
-    S, R = S - S.mean(0), R - R.mean(0)
-    return (S*R).sum(0)/np.maximum(np.linalg.norm(S, axis=0)*np.linalg.norm(R, axis=0), 1e-300)
-
-def removal_curve(
-    scores, # (n, q)
-    retrain:Callable, # (n,) bool, rows to keep -> (q,) losses of the queries
-    ks:Sequence[int], # how many of the most helpful rows to remove
-    ) -> pd.DataFrame: # query, k, rise of the query's loss
-    "Remove the k most helpful rows of each query, retrain, and see how much its loss rises."
-    scores = np.asarray(scores)
-    n, q = scores.shape
-    if not np.isfinite(scores).all():
-        raise ValueError(f"{(~np.isfinite(scores)).sum()} scores are not finite: they have no place in a ranking")
-    if min(map(int, ks), default=0) < 1:
-        raise ValueError(f"ks={list(ks)}: how many rows to remove, each 1 or more")
-    if max(ks) >= n:
-        raise ValueError(f"k={max(ks)}: there are only {n} rows")
-    before, order, out = np.asarray(retrain(np.ones(n, bool))), np.argsort(-scores, axis=0, kind="stable"), []
-    for j in range(q):
-        for k in ks:
-            keep = np.ones(n, bool)
-            keep[order[:k, j]] = False
-            out.append(dict(query=j, k=k, rise=float(retrain(keep)[j] - before[j])))
-    return pd.DataFrame(out)
-
-def detection(
-    suspicion, # (n,) higher: rather mislabelled
-    flipped, # (n,) bool, planted
-    ) -> dict[str, float]:
-    "How well a ranking finds planted label flips: AUC, average precision, and the share found in the first 10, 20, 40 %."
-    from sklearn.metrics import average_precision_score, roc_auc_score
-    s, f = np.asarray(suspicion, float), np.asarray(flipped, bool)
-    if not np.isfinite(s).all():
-        raise ValueError(f"{(~np.isfinite(s)).sum()} suspicions are not finite: they have no place in a ranking")
-    if not 0 < f.sum() < len(f):
-        raise ValueError(f"{f.sum()} of {len(f)} labels are flipped: need some of both")
-    found = f[np.argsort(-s, kind="stable")].cumsum()/f.sum()
-    return dict(auc=float(roc_auc_score(f, s)), ap=float(average_precision_score(f, s))) | {
-        f"found@{p}%": float(found[max(1, int(p / 100 * len(f))) - 1]) for p in (10, 20, 40)
-    }
 
 # %% ../../nbs/trust/01_influence.ipynb #79ff268a
 def lm_task(tok) -> Task:
@@ -660,163 +266,99 @@ def real_tokens(tok, ids):
     "Which tokens are no padding, (n, T) bool; where the end mark pads, too, the first of the run at the end is one."
     run = (ids == tok.pad_token_id).flip(1).cumprod(1).flip(1).bool()
     if tok.pad_token_id == tok.eos_token_id:
-        run[:, 1:] &= run[:, :-1].clone()
-        run[:, 0] = False
+        run = nn.functional.pad(run[:, 1:] & run[:, :-1], (1, 0))
     return ~run
 
-def lm_batch(
-    tok, texts:Sequence[str],
-    prompts:Sequence[str]|None=None, # beginnings of the texts whose tokens do not count in the loss
-    ) -> tuple[Tensor, Tensor]: # ids, labels, (n, T) each; -100 does not count
-    "Texts as rows of token ids, each with its end mark."
-    if tok.pad_token_id is None or tok.eos_token_id is None:
-        raise ValueError(
-            "the tokenizer lacks an end mark or a pad token: set tok.eos_token, and tok.pad_token = tok.eos_token"
-        )
-    if prompts is not None and len(prompts) != len(texts):
-        raise ValueError(f"{len(prompts)} prompts for {len(texts)} texts: one for each")
-    rows = [with_end(tok, token_ids(tok, t)) for t in texts]
-    x = nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=tok.pad_token_id)
-    y = nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=-100)
-    for row, ids, t, p in zip(y, rows, texts, prompts or []):
-        if not t.startswith(p):
-            raise ValueError(f"{t[:40]!r} does not begin with its prompt {p[:40]!r}")
-        row[:common_prefix(ids, token_ids(tok, p))] = -100
+def lm_batch(tok, texts:Sequence[str], prompts:Sequence[str]|None=None) -> tuple[Tensor, Tensor]: # ids, labels (n, T)
+    "Texts as rows of ids, each with its end mark; prompts (their beginnings) have label -100: they do not count."
+    refuse(tok.pad_token_id is None or tok.eos_token_id is None,
+        "no end mark or no pad token: set tok.eos_token, and tok.pad_token = tok.eos_token")
+    refuse(prompts is not None and len(prompts) != len(texts), f"{len(prompts or [])} prompts for {len(texts)} texts")
+    for t, p in zip(texts, prompts or []):
+        refuse(not t.startswith(p), f"{t[:40]!r} does not begin with its prompt {p[:40]!r}")
+    rows = [x if x[-1:] == [tok.eos_token_id] else [*x, tok.eos_token_id] for x in token_ids(tok, texts)]
+    x, y = (nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), True, v) for v in (tok.pad_token_id, -100))
+    for row, ids, p in zip(y, rows, token_ids(tok, prompts or [])):
+        row[:shared_prefix(ids, p)] = -100 # a prompt's last token may merge with what follows
         row[len(ids)-1] = -100 # the completion, not its end
     return x, y
 
-def token_ids(tok, text):
-    "Token ids of a text; one that begins with the start mark gets no second one."
-    return tok(text, add_special_tokens=not (tok.bos_token and text.startswith(tok.bos_token))).input_ids
-
-def with_end(tok, ids):
-    "The ids with one end mark at the end."
-    return ids if ids and ids[-1] == tok.eos_token_id else [*ids, tok.eos_token_id]
-
-def common_prefix(a, b):
-    "How many tokens at the beginning a and b share: a prompt's last token may merge with what follows."
-    return next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-
 # %% ../../nbs/trust/01_influence.ipynb #d02aa56d
-class Boosted(NamedTuple):
-    "A fitted booster taken apart: what its trees add to which leaf."
-    kind:str # "binary", "classes" or "squares"
-    eta:float # learning rate
-    lam:float # L2 penalty on leaf values
-    base:Callable # X -> (n, K), raw prediction before the first tree
-    leaves:Callable # X -> (n, T, K), leaf numbers
-    value:np.ndarray # (T, K, most leaves), what a leaf adds: eta*theta
-    classes:np.ndarray|None=None
+# A fitted booster: "binary", "classes" or "squares"; learning rate; L2 penalty; X -> (n, K) raw prediction before the
+# first tree; X -> (n, T, K) leaf numbers; what a leaf adds, eta*theta (T, K, most leaves); labels of the classes.
+Boosted = namedtuple("Boosted", "kind eta lam base leaves value classes", defaults=[None])
 
-def open_booster(
-    model, # GradientBoostingClassifier/Regressor, LGBMClassifier/Regressor or lightgbm.Booster, fitted
-    y, # its training targets
-    ) -> Boosted:
+def open_booster(model, y) -> Boosted: # fitted GradientBoosting..., LGBM... or lightgbm.Booster; its training targets
     "The library's own fitted trees as arrays."
     name = type(model).__name__
     if hasattr(model, "estimators_") and name.startswith("GradientBoosting"):
         return open_sklearn(model)
-    if hasattr(model, "booster_") or name == "Booster" and hasattr(model, "dump_model"):
-        return open_lightgbm(model, y)
-    raise ValueError(
-        f"{name} is not a fitted GradientBoostingClassifier, GradientBoostingRegressor, LGBMClassifier, LGBMRegressor or lightgbm.Booster"
-    )
+    known = hasattr(model, "booster_") or name == "Booster" and hasattr(model, "dump_model")
+    refuse(not known, f"{name} is not a fitted GradientBoosting-, LGBM-Classifier or -Regressor, or lightgbm.Booster")
+    return open_lightgbm(model, y)
+
+def leaf_table(outputs, T, K):
+    "Leaf outputs, one list a tree in the order of the rounds, as (T, K, most leaves)."
+    most = max(map(len, outputs))
+    return np.array([[*o, *[0.]*(most - len(o))] for o in outputs]).reshape(T, K, most)
+
+def look_up(value, L): return value[np.arange(L.shape[1])[:, None], np.arange(L.shape[2]), L] # what leaves add
+
+def check_columns(X, names):
+    "`X`, refused if it is a table whose columns are not the booster's."
+    plain = lambda ks: [re.sub(r"\W", "_", str(k)) for k in ks]
+    odd = names is not None and len(names) and hasattr(X, "columns") and plain(X.columns) != plain(names)
+    refuse(odd, "columns are not the booster's: same names, same order" + (f", {list(names)[:6]}" if odd else ""))
+    return X
 
 def open_sklearn(model):
     "The trees of a scikit-learn booster."
-    if model.subsample != 1:
-        raise ValueError(f"subsample={model.subsample}: leaves come from part of the rows; refit with subsample=1")
-    if model.loss not in ("log_loss", "squared_error"):
-        raise ValueError(f"loss={model.loss!r}: must be 'log_loss' or 'squared_error'")
-    trees, eta = model.estimators_, model.learning_rate
-    T, K = trees.shape
-    value = np.zeros((T, K, max(t.tree_.node_count for t in trees.ravel())))
-    for (t, k), e in np.ndenumerate(trees):
-        value[t, k, :e.tree_.node_count] = eta*e.tree_.value[:, 0, 0]
-    names = getattr(model, "feature_names_in_", None)
-    dense32 = lambda X: X.astype(np.float32).tocsr() if sp.issparse(X) else np.asarray(X, np.float32)
-    leaves = lambda X: (
-        np.stack([e.apply(dense32(check_columns(X, names))) for e in trees.ravel()], 1)
-        .astype(int)
-        .reshape(n_rows(X), T, K)
-    )
-    raw = model.predict if model.loss == "squared_error" else model.decision_function
-    base = lambda X: (
-        raw(X if sp.issparse(X) or hasattr(X, "columns") and names is not None else np.asarray(X)).reshape(n_rows(X), K)
-        - look_up(value, leaves(X)).sum(1)
-    )
-    kind = "squares" if model.loss == "squared_error" else "binary" if K == 1 else "classes"
+    refuse(model.subsample != 1, f"subsample={model.subsample}: leaves come from part of the rows; refit with 1")
+    refuse(model.loss not in ("log_loss", "squared_error"), f"loss={model.loss!r}: use 'log_loss' or 'squared_error'")
+    trees, eta, names = model.estimators_, model.learning_rate, getattr(model, "feature_names_in_", None)
+    value = leaf_table([eta*e.tree_.value[:, 0, 0] for e in trees.ravel()], *trees.shape)
+    def leaves(X):
+        Z = check_columns(X, names)
+        Z = Z.astype(np.float32).tocsr() if sp.issparse(Z) else np.asarray(Z, np.float32)
+        return np.stack([e.apply(Z) for e in trees.ravel()], 1).astype(int).reshape(-1, *trees.shape)
+    squares = model.loss == "squared_error"
+    raw = model.predict if squares else model.decision_function
+    table = lambda X: X if sp.issparse(X) or hasattr(X, "columns") and names is not None else np.asarray(X)
+    base = lambda X: raw(table(X)).reshape(n_rows(X), -1) - look_up(value, leaves(X)).sum(1)
+    kind = "squares" if squares else "binary" if trees.shape[1] == 1 else "classes"
     return Boosted(kind, eta, 0., base, leaves, value, getattr(model, "classes_", None))
 
-# %% ../../nbs/trust/01_influence.ipynb #6ad5bbd5
 def open_lightgbm(model, y):
     "The trees of a LightGBM booster."
     b = getattr(model, "booster_", model)
     said = dict(re.findall(r"^\[(\w+): (.*)\]$", b.model_to_string(), re.M))
     kinds = dict(binary="binary", multiclass="classes", regression="squares")
-    if (o := said["objective"].split()[0]) not in kinds:
-        raise ValueError(f"objective={o!r}: must be one of {', '.join(kinds)}")
-    eta, lam, K, kind = float(said["learning_rate"]), float(said["lambda_l2"]), b.num_model_per_iteration(), kinds[o]
-    T = b.num_trees()//K
-    trees = b.dump_model(num_iteration=-1)["tree_info"]
-    value = np.zeros((T, K, max(t["num_leaves"] for t in trees)))
-    for j, t in enumerate(trees):
-        for l in range(t["num_leaves"]):
-            value[j//K, j % K, l] = b.get_leaf_output(j, l)
-    y, start = np.asarray(y), np.zeros(K)
+    o = said["objective"].split()[0]
+    refuse(o not in kinds, f"objective={o!r}: must be one of {', '.join(kinds)}")
+    kind, K, T = kinds[o], b.num_model_per_iteration(), b.num_trees()//b.num_model_per_iteration()
     classes = getattr(model, "classes_", None) if kind != "squares" else None
-    if said.get("boost_from_average", "1") == "1":
-        share = (
-            np.array(
-                [np.mean(np.searchsorted(classes, y) == k if classes is not None else y == k) for k in range(max(K, 2))]
-            )
-            if kind != "squares"
-            else None
-        )
-        start = (
-            np.array([y.mean()])
-            if kind == "squares"
-            else np.log(share[1:] / share[:1])
-            if kind == "binary"
-            else np.log(share)
-        )
-        value[0] -= start[:, None]
-    names = [
-        k for k in b.feature_name() if not re.fullmatch(r"Column_\d+", k)
-    ]  # of a table: such columns keep their types and order
-    rows = lambda X: check_columns(X, names) if sp.issparse(X) or names and hasattr(X, "columns") else np.asarray(X)
-    leaves = lambda X: (
-        np.asarray(b.predict(rows(X), pred_leaf=True, num_iteration=-1)).astype(int).reshape(n_rows(X), T, K)
-    )
-    return Boosted(kind, eta, lam, lambda X: np.tile(start, (n_rows(X), 1)), leaves, value, classes)
+    sizes = [t["num_leaves"] for t in b.dump_model(num_iteration=-1)["tree_info"]]
+    value = leaf_table([[b.get_leaf_output(j, l) for l in range(m)] for j, m in enumerate(sizes)], T, K)
+    start = average_start(kind, np.asarray(y), classes, K)*(said.get("boost_from_average", "1") == "1")
+    value[0] -= start[:, None]
+    names = [k for k in b.feature_name() if not re.fullmatch(r"Column_\d+", k)] # of a table: it keeps types and order
+    table = lambda X: check_columns(X, names) if sp.issparse(X) or names and hasattr(X, "columns") else np.asarray(X)
+    found = lambda X: np.asarray(b.predict(table(X), pred_leaf=True, num_iteration=-1)).astype(int)
+    leaves = lambda X: found(X).reshape(n_rows(X), T, K)
+    base = lambda X: np.tile(start, (n_rows(X), 1))
+    return Boosted(kind, float(said["learning_rate"]), float(said["lambda_l2"]), base, leaves, value, classes)
 
-def check_columns(X, names):
-    "`X`, refused if it is a table whose columns are not the booster's."
-    plain = lambda k: re.sub(r"\W", "_", str(k))
-    if (
-        names is not None
-        and len(names)
-        and hasattr(X, "columns")
-        and [plain(k) for k in X.columns] != [plain(k) for k in names]
-    ):
-        raise ValueError(
-            f"columns {list(X.columns)[:6]} are not the booster's {list(names)[:6]}: same names, same order"
-        )
-    return X
+def average_start(kind, y, classes, K):
+    "The raw prediction that LightGBM starts from: the mean, or the classes' log shares."
+    if kind == "squares":
+        return np.array([y.mean()])
+    share = np.array([np.mean(y == c) for c in (range(max(K, 2)) if classes is None else classes)])
+    return np.log(share[1:]/share[:1]) if kind == "binary" else np.log(share)
 
-def look_up(value, L):
-    "What the leaves L (n, T, K) add, (n, T, K)."
-    T, K = L.shape[1:]
-    return value[np.arange(T)[:, None], np.arange(K), L]
-
-# %% ../../nbs/trust/01_influence.ipynb #50f5bb87
-class Rounds(NamedTuple):
-    "One data set's way through a booster."
-    L:np.ndarray # (n, T, K) leaf numbers, unique over the whole forest
-    F:np.ndarray # (n, T+1, K) raw prediction before each round, and at the end
-    g:np.ndarray
-    h:np.ndarray # (n, T, K) first and second derivative of the loss before each round
-    Y:np.ndarray # (n, K) targets, one-hot for classes
+# %% ../../nbs/trust/01_influence.ipynb #82e7a13a
+# A data set's way: leaf numbers (n, T, K), unique over the forest; raw prediction before each round and at the end
+# (n, T+1, K); first and second derivative of the loss before each round (n, T, K); targets (n, K), one-hot for classes.
+Rounds = namedtuple("Rounds", "L F g h Y")
 
 def rounds(b:Boosted, X, y) -> Rounds:
     "Leaves, predictions and derivatives before every round."
@@ -831,12 +373,12 @@ def targets(b, y):
     "Labels as the booster's loss sees them: (n, K)."
     y = np.asarray(y)
     if b.kind == "squares":
-        if not np.isfinite(y := y.astype(float)).all():
-            raise ValueError(f"{(~np.isfinite(y)).sum()} targets are not finite: leave these rows out")
+        y = y.astype(float)
+        refuse(not np.isfinite(y).all(), f"{(~np.isfinite(y)).sum()} targets are not finite: leave these rows out")
         return y[:, None]
     c = b.classes if b.classes is not None else np.arange(max(2, b.value.shape[1]))
-    if bad := set(np.unique(y)) - set(c):
-        raise ValueError(f"labels {sorted(bad)} are unknown to the booster, it has {list(c)}")
+    bad = set(np.unique(y)) - set(c)
+    refuse(bad, f"labels {sorted(bad)} are unknown to the booster, it has {list(c)}")
     i = np.searchsorted(c, y)
     return i.astype(float)[:, None] if b.kind == "binary" else np.eye(len(c))[i]
 
@@ -858,258 +400,172 @@ def raw_losses(kind, F, Y):
         return (np.logaddexp(0, F) - Y*F).sum(-1)
     return -(Y*log_softmax(F, -1)).sum(-1)
 
-# %% ../../nbs/trust/01_influence.ipynb #0639759c
-class Leaves(NamedTuple):
-    "Newton statistics of every leaf of the forest, flat over (T, K, leaf)."
-    D:np.ndarray # sum of h, plus lambda
-    theta:np.ndarray # leaf value before shrinking, -(sum of g)/D
-    error:float # largest difference to what the library stored
+# Every leaf of the forest, flat: sum of h plus lambda; value before shrinking; largest difference to the library's.
+Leaves = namedtuple("Leaves", "D theta error")
 
 def leaf_values(
-    b:Boosted, r:Rounds, # of the training data
-    weight:np.ndarray|None=None, # (n,) example weights
-    tol:float|None=1e-4, # refuse a booster whose leaves differ by more, as a share of eta*sum|g|/D; None: never
+    b:Boosted, r:Rounds, weight:np.ndarray|None=None, tol:float|None=1e-4, # of the training data; (n,); see below
     ) -> Leaves:
-    "Leaf values recomputed from g and h; they must be the library's, or every derivative below is that of another model."
+    "Leaves from g and h; refused if off the library's by `tol` of eta*sum|g|/D: they would be another model's."
     w = np.ones(len(r.L)) if weight is None else weight
     add = lambda v: np.bincount(r.L.ravel(), (w[:, None, None]*v).ravel(), b.value.size)
     G, D = add(r.g), add(r.h) + b.lam
     D = np.where(D > 0, D, 1.)
     used = np.bincount(r.L.ravel(), minlength=b.value.size) > 0
     error = np.abs(-b.eta*G/D - b.value.ravel())
-    rounding = (
-        8 * np.finfo(np.float32).eps * (np.abs(r.Y).max() if b.kind == "squares" else 1.0)
-    )  # libraries keep targets and gradients in 32 bits
-    if tol is not None and (bad := used & ~(error <= tol*b.eta*add(np.abs(r.g))/D + rounding)).any():
-        raise ValueError(
-            f"{bad.sum()} leaf values differ from Newton steps, by {error[bad].max():.1e} at most: pass the data the booster was trained on, without sample weights, "
-            "bagging, L1 penalty, class weights, linear leaves or categorical smoothing"
-        )
+    rounding = 1e-6*(np.abs(r.Y).max() if b.kind == "squares" else 1.) # libraries count in 32 bits
+    bad = tol is not None and used & ~(error <= tol*b.eta*add(np.abs(r.g))/D + rounding)
+    refuse(np.any(bad), f"leaf values differ from Newton steps, by {error[used].max():.1e} at most: pass the training "
+        "data, no sample weights, bagging, L1 penalty, class weights, linear leaves or categorical smoothing")
     return Leaves(D, -G/D, float(error[used].max()))
 
 # %% ../../nbs/trust/01_influence.ipynb #a736332b
 def leaf_moves(b, r, leaves, newton=True):
-    "eta (g_i + theta h_i)/D, (n, T, K): how far a little more weight on row i moves the leaf it is in, with the sign turned."
+    "eta (g_i + theta h_i)/D, (n, T, K): how a little more weight on row i moves its leaf, with the sign turned."
     return b.eta*(r.g + (leaves.theta[r.L]*r.h if newton else 0))/leaves.D[r.L]
-
-def boostin(
-    b:Boosted, train:Rounds, query:Rounds,
-    newton:bool=True, # with the theta*h term
-    same_leaf:bool=True, # only rounds in which both share a leaf
-    ) -> np.ndarray: # (n, q)
-    "BoostIn (Brophy et al. 2023): in each round, how a training row moved the leaf that the query falls into."
-    A = leaf_moves(b, train, leaf_values(b, train), newton)
-    if not same_leaf:
-        return A.reshape(len(A), -1) @ query.g.reshape(len(query.g), -1).T
-    return np.asarray((in_leaves(A, train.L, b.value.size) @ in_leaves(query.g, query.L, b.value.size).T).todense())
 
 def in_leaves(v, L, size):
     "Values (n, T, K) as a sparse matrix (n, leaves of the whole forest)."
     n, m = len(L), L[0].size
     return sp.csr_matrix((v.ravel(), L.ravel(), np.arange(0, n*m+1, m)), (n, size))
 
-# %% ../../nbs/trust/01_influence.ipynb #aecb26d9
-def leaf_influence(
-    b:Boosted, train:Rounds, query:Rounds,
-    ) -> np.ndarray:  # (n, q)
-    "LeafInfluence (Sharchilev et al. 2018): the exact derivative with the trees' structure fixed, carried through all later rounds."
-    if b.kind == "classes":
-        raise ValueError("LeafInfluence is written for one tree a round: binary or squares, not classes")
+def boostin(b:Boosted, train:Rounds, query:Rounds, newton:bool=True, same_leaf:bool=True) -> np.ndarray: # (n, q)
+    "BoostIn (Brophy et al. 2023): in each round, how a training row moved the leaf that the query falls into."
+    A = leaf_moves(b, train, leaf_values(b, train), newton)
+    if not same_leaf:
+        return A.reshape(len(A), -1) @ query.g.reshape(len(query.g), -1).T
+    return (in_leaves(A, train.L, b.value.size) @ in_leaves(query.g, query.L, b.value.size).T).toarray()
+
+def leaf_influence(b:Boosted, train:Rounds, query:Rounds) -> np.ndarray: # (n, q)
+    "LeafInfluence (Sharchilev et al. 2018): the exact derivative, structure fixed, through all later rounds."
+    refuse(b.kind == "classes", "LeafInfluence is written for one tree a round: binary or squares, not classes")
     leaves, n = leaf_values(b, train), len(train.L)
     dF, dQ = np.zeros((n, n)), np.zeros((len(query.L), n)) # by the weight of each row
     for t in range(train.L.shape[1]):
-        L, first = train.L[:, t, 0], train.L[:, t, 0].min()//b.value.shape[2]*b.value.shape[2]
-        P = in_leaves(np.ones(n), (L - first)[:, None, None], b.value.shape[2])
-        theta, g, h = leaves.theta[L], train.g[:, t, 0], train.h[:, t, 0]
-        third = h*(1-2*expit(train.F[:, t, 0])) if b.kind == "binary" else 0*h
-        move = P.T @ (sp.diags_array(g + theta*h) + sp.diags_array(h + theta*third) @ dF)
-        move = -b.eta*np.asarray(move)/leaves.D[first:first+b.value.shape[2], None]
-        dF, dQ = dF + move[L - first], dQ + move[query.L[:, t, 0] - first]
+        L, F, g, h = train.L[:, t, 0], train.F[:, t, 0], train.g[:, t, 0], train.h[:, t, 0]
+        third = h*(1-2*expit(F)) if b.kind == "binary" else 0*h
+        own = np.diag(g + leaves.theta[L]*h) + (h + leaves.theta[L]*third)[:, None]*dF
+        for d, rows in ((dF, L), (dQ, query.L[:, t, 0])):
+            d -= b.eta*((rows[:, None] == L) @ own)/leaves.D[rows][:, None]
     slope = derivatives(b.kind, query.F[:, -1], query.Y)[0]
     return -(slope*dQ).T
 
 # %% ../../nbs/trust/01_influence.ipynb #73bd5089
-def trex(
-    b:Boosted, train:Rounds, query:Rounds,
-    l2:float=.003, # lambda
-    ) -> np.ndarray: # (n, q)
-    "TREX (Brophy et al. 2023): loss of the query without row i's term in the surrogate, minus the loss with it."
-    if not 0 < l2 < np.inf:
-        raise ValueError(f"l2={l2}: the penalty must be positive")
-    alpha, f, Kq = representers(b, train, query, l2)
-    without = f[None] - alpha[:, None]*Kq.T[..., None]
-    return raw_losses(b.kind, without, query.Y) - raw_losses(b.kind, f, query.Y)
+def leaf_kernel(b, train, query):
+    "phi of the training rows (n, leaves), sparse, and the kernel (q, n)."
+    count = np.maximum(np.bincount(train.L.ravel(), minlength=b.value.size), 1)
+    X, Xq = (in_leaves(1/count[r.L], r.L, b.value.size) for r in (train, query))
+    return X, (Xq @ X.T).toarray()
 
 def representers(b, train, query, l2=.003):
     "alpha (n, K), the surrogate's prediction f (q, K) = kernel @ alpha, and the kernel (q, n)."
     from sklearn.linear_model import LogisticRegression
-    n, count = len(train.L), np.bincount(train.L.ravel(), minlength=b.value.size)
-    phi = lambda L: in_leaves(1/np.maximum(count, 1)[L], L, b.value.size)
-    X, Xq, Y = phi(train.L), phi(query.L), train.Y
-    Kq = (Xq @ X.T).toarray()
-    if b.kind == "squares":
-        alpha = np.linalg.solve(
-            (X @ X.T).toarray() + 2 * l2 * n * np.eye(n), Y
-        )  # f = K alpha; gradient (f - y)/n + 2 l2 w = 0
+    (X, kernel), Y, n = leaf_kernel(b, train, query), train.Y, len(train.L)
+    if b.kind == "squares": # f = K alpha; gradient (f - y)/n + 2 l2 w = 0
+        alpha = np.linalg.solve((X @ X.T).toarray() + 2*l2*n*np.eye(n), Y)
     else:
-        fit = LogisticRegression(C=1 / (2 * l2 * n), fit_intercept=False, tol=1e-8, max_iter=5000).fit(
-            X, Y[:, 0] if b.kind == "binary" else Y.argmax(1)
-        )
+        labels = Y[:, 0] if b.kind == "binary" else Y.argmax(1)
+        fit = LogisticRegression(C=1/(2*l2*n), fit_intercept=False, tol=1e-8, max_iter=5000).fit(X, labels)
         z = np.asarray(X @ fit.coef_.T)
         alpha = -((expit(z) if b.kind == "binary" else softmax(z, 1)) - Y)/(2*l2*n)
-    return alpha, Kq @ alpha, Kq
+    return alpha, kernel @ alpha, kernel
 
-# %% ../../nbs/trust/01_influence.ipynb #5a620b0d
-def tree_sim(b:Boosted, train:Rounds, query:Rounds) -> np.ndarray:
-    "Share of trees in which both fall into the same leaf, positive where the labels agree, negative where they do not."
-    if b.kind == "squares":
-        raise ValueError("TreeSim needs labels that agree or not: it is for classes only")
-    one = lambda r: in_leaves(np.full(r.L.shape, r.L[0].size**-.5), r.L, b.value.size)
+def trex(b:Boosted, train:Rounds, query:Rounds, l2:float=.003) -> np.ndarray: # (n, q); l2: lambda
+    "TREX (Brophy et al. 2023): loss of the query without row i's term in the surrogate, minus the loss with it."
+    refuse(not 0 < l2 < np.inf, f"l2={l2}: the penalty must be positive")
+    alpha, f, kernel = representers(b, train, query, l2)
+    without = f[None] - alpha[:, None]*kernel.T[..., None]
+    return raw_losses(b.kind, without, query.Y) - raw_losses(b.kind, f, query.Y)
+
+def tree_sim(b:Boosted, train:Rounds, query:Rounds) -> np.ndarray: # (n, q)
+    "TreeSim (Brophy et al. 2023): the leaf kernel, positive where the labels agree, negative where they do not."
+    refuse(b.kind == "squares", "TreeSim needs labels that agree or not: it is for classes only")
     agree = (train.Y[:, None] == query.Y[None]).all(-1)
-    return (one(train) @ one(query).T).toarray()*np.where(agree, 1., -1.)
+    return leaf_kernel(b, train, query)[1].T*np.where(agree, 1., -1.)
 
 def losses_of(model, b, X, y):
     "Loss of each row under a fitted booster."
-    raw = (
-        model.predict(X, raw_score=True)
-        if hasattr(model, "booster_")
-        else model.predict(X)
-        if b.kind == "squares"
-        else model.decision_function(X)
-    )
-    return raw_losses(b.kind, np.asarray(raw).reshape(n_rows(X), -1), targets(b, y))
+    raw = (lambda X: model.predict(X, raw_score=True)) if hasattr(model, "booster_") else None
+    raw = raw or (model.predict if b.kind == "squares" else model.decision_function)
+    return raw_losses(b.kind, np.asarray(raw(X)).reshape(n_rows(X), -1), targets(b, y))
 
 def retrainer(model, train, query) -> Callable: # (n,) bool -> (q,) losses
     "Refit a copy of the booster on the rows to keep, and return the losses of the queries."
     from sklearn.base import clone
-    if not hasattr(model, "get_params"):
-        raise ValueError("retraining needs an estimator (LGBMClassifier, not lightgbm.Booster)")
-    (X, y), b = train, open_booster(model, train[1])
-    kept = lambda A, keep: (
-        A.iloc[keep] if hasattr(A, "iloc") else A.tocsr()[keep] if sp.issparse(A) else np.asarray(A)[keep]
-    )
-    return lambda keep: losses_of(clone(model).fit(kept(X, keep), kept(y, keep)), b, *query)
-
-def leave_one_out(
-    retrain:Callable, # (n,) bool -> (q,) losses
-    n:int, # rows
-    which=None, # rows to leave out, default all
-    ) -> np.ndarray: # (len(which), q)
-    "Train once without each row: how much higher each query's loss is then."
-    before, rows = np.asarray(retrain(np.ones(n, bool))), np.arange(n) if which is None else np.asarray(which)
-    return np.stack([np.asarray(retrain(np.arange(n) != i)) - before for i in rows])
+    refuse(not hasattr(model, "get_params"), "retraining needs an estimator (LGBMClassifier, not lightgbm.Booster)")
+    b = open_booster(model, train[1])
+    def kept(A, keep):
+        return A.iloc[keep] if hasattr(A, "iloc") else A.tocsr()[keep] if sp.issparse(A) else np.asarray(A)[keep]
+    return lambda keep: losses_of(clone(model).fit(*(kept(A, keep) for A in train)), b, *query)
 
 def tree_influence(
-    model, train, query, # fitted booster; (X, y) of training and queries
-    method:str="boostin", # "boostin", "leafinfluence", "trex", "treesim", "loo", "random"
-    seed:int=0, **kw) -> np.ndarray: # (n, q)
+    model, train, query, method:str="boostin", # fitted booster; (X, y) of training and queries; one of `TREES`
+    seed:int=0) -> np.ndarray: # (n, q)
     "Influence of training rows on queries in a fitted booster; positive: the row lowers the query's loss."
-    if method not in TREES:
-        raise ValueError(f"method={method!r}: for a booster choose from {', '.join(TREES)}")
-    check_rows(train, query)
-    has = dict(boostin=("newton", "same_leaf"), trex=("l2",)).get(method, ())
-    refuse({k: v for k, v in kw.items() if k not in has}, f"method={method!r}, it has {', '.join(has) or 'none'}")
+    refuse(method not in TREES, f"method={method!r}: for a booster choose from {', '.join(TREES)}")
     if method == "random":
         return np.random.default_rng(seed).normal(size=(n_rows(train[0]), n_rows(query[0])))
     if method == "loo":
         return leave_one_out(retrainer(model, train, query), n_rows(train[0]))
     b = open_booster(model, train[1])
     f = dict(boostin=boostin, leafinfluence=leaf_influence, trex=trex, treesim=tree_sim)[method]
-    return f(b, rounds(b, *train), rounds(b, *query), **kw)
+    return f(b, rounds(b, *train), rounds(b, *query))
 
 # %% ../../nbs/trust/01_influence.ipynb #bf8118a7
-def with_one(X):
-    "X with a column of ones."
-    return np.column_stack([X, np.ones(len(X))])
-
 def check_head(X, y, l2):
-    "A logistic head knows labels 0 and 1 and needs a penalty to have an inverse Hessian."
+    "A head knows labels 0 and 1 and needs a penalty to have an inverse Hessian."
     y = np.asarray(y)
-    if y.shape != (n_rows(X),):
-        raise ValueError(f"labels {y.shape} for {n_rows(X)} rows: one label a row")
-    if odd := sorted(set(np.unique(y).tolist()) - {0, 1}, key=str):
-        raise ValueError(f"labels {odd[:4]}: a head for two classes needs 0 and 1")
-    if not 0 < l2 < np.inf:
-        raise ValueError(f"l2={l2}: must be positive")
+    odd = sorted(set(np.unique(y).tolist()) - {0, 1}, key=str)
+    refuse(y.shape != (n_rows(X),), f"labels {y.shape} for {n_rows(X)} rows: one label a row")
+    refuse(odd, f"labels {odd[:4]}: a head for two classes needs 0 and 1")
+    refuse(not 0 < l2 < np.inf, f"l2={l2}: must be positive")
 
-def fit_head(
-    X, # (n, d) features, a column of ones among them
-    y, # (n,) 0/1
-    l2:float=1e-3, # the objective is mean log loss + l2/2 |w|^2
-    weight=None, # (n,)
-    ) -> np.ndarray: # (d,)
-    "A logistic head, trained to convergence: its Hessian is exact and small."
+def fit_head(X, y, l2:float=1e-3) -> np.ndarray: # (n, d), a column of ones among them; (n,) 0/1
+    "A logistic head (d,) at the minimum of mean log loss + l2/2 |w|^2: its Hessian is exact and small."
     from sklearn.linear_model import LogisticRegression
     check_head(X, y, l2)
-    return LogisticRegression(C=1/(l2*len(y)), fit_intercept=False, tol=1e-8, max_iter=2000).fit(X, y, weight).coef_[0]
+    return LogisticRegression(C=1/(l2*len(y)), fit_intercept=False, tol=1e-8, max_iter=2000).fit(X, y).coef_[0]
 
-def head_influence(
-    X, y, w, l2, # training features and labels, weights, penalty
-    Xq, yq, # queries
-    ) -> np.ndarray: # (n, q)
-    "Influence of a logistic head with its exact Hessian, all pairs in one product (Koh & Liang 2017)."
+# %% ../../nbs/trust/01_influence.ipynb #c47053c5
+def head_influence(X, y, w, l2, Xq, yq) -> np.ndarray: # (n, q)
+    "Influence of a logistic head with weights w and its exact Hessian, all pairs in one product (Koh & Liang 2017)."
     check_head(X, y, l2)
     check_head(Xq, yq, l2)
     p, pq = expit(X @ w), expit(Xq @ w)
     H = (X*(p*(1-p))[:, None]).T @ X/len(X) + l2*np.eye(X.shape[1])
     return (X*(p-y)[:, None]) @ np.linalg.solve(H, (Xq*(pq-yq)[:, None]).T)/len(X)
 
-# %% ../../nbs/trust/01_influence.ipynb #7430ad7a
 def folds_of(y, k, seed):
     "k folds with both classes in each."
     from sklearn.model_selection import StratifiedKFold
     return [test for _, test in StratifiedKFold(k, shuffle=True, random_state=seed).split(y, y)]
 
-def cross_influence(
-    X,
-    y,  # (n, d), (n,) 0/1
-    l2: float = 1e-3,
-    folds: int = 5,
-    seed: int = 0,
-    about: str = "prediction",  # influence on the "given" label's loss, or on that of the head's own "prediction"
-) -> tuple[
-    np.ndarray, np.ndarray
-]:  # (n, n): column t holds the influences on row t, 0 inside its fold; and (n,) out-of-fold probabilities
-    "Influences of training rows on each other, cross-fitted: no row is its own influencer."
-    if about not in ("given", "prediction"):
-        raise ValueError(f"about={about!r}: must be 'given' or 'prediction'")
-    I, p = np.zeros((len(y), len(y))), np.zeros(len(y))
+# %% ../../nbs/trust/01_influence.ipynb #edaca747
+def cross_influence(X, y, l2=1e-3, folds=5, seed=0, about="prediction"):
+    "Influences (n, n), column t on row t's loss (`given` label or own `prediction`), 0 in its fold; (n,) chances."
+    refuse(about not in ("given", "prediction"), f"about={about!r}: must be 'given' or 'prediction'")
+    I, p, rows = np.zeros((len(y), len(y))), np.zeros(len(y)), np.arange(len(y))
     for t in folds_of(y, folds, seed):
-        r = np.setdiff1d(np.arange(len(y)), t)
+        r = np.setdiff1d(rows, t)
         w = fit_head(X[r], y[r], l2)
         p[t] = expit(X[t] @ w)
         I[np.ix_(r, t)] = head_influence(X[r], y[r], w, l2, X[t], y[t] if about == "given" else p[t] > .5)
     return I, p
 
-def vote(
-    S, # (n, n) scores: column t says how much each row speaks for row t; only positive ones count
-    y, # (n,) 0/1
-    k:int=10, # voters
-    share:float=.6, # weight share from which the other label wins
-    ) -> np.ndarray: # (n,) labels after the vote
+# %% ../../nbs/trust/01_influence.ipynb #5906a401
+def vote(S, y, k:int=10, share:float=.6) -> np.ndarray: # (n, n), how much a row speaks for the column's; (n,) 0/1
     "Each row takes the label of its k strongest supporters, if their weight agrees strongly enough."
-    if not 1 <= k < len(y):
-        raise ValueError(f"k={k}: must lie in 1..{len(y)-1}")
+    refuse(not 1 <= k < len(y), f"k={k}: must lie in 1..{len(y)-1}")
     top = np.argpartition(-S, k-1, axis=0)[:k]
     W = np.maximum(np.take_along_axis(S, top, 0), 0)
-    one = (W*y[top]).sum(0)/np.maximum(W.sum(0), 1e-300)
-    return np.where((one >= share) & (W.sum(0) > 0), 1, np.where((one <= 1-share) & (W.sum(0) > 0), 0, y)).astype(int)
+    total = W.sum(0)
+    one = (W*y[top]).sum(0)/np.maximum(total, 1e-300)
+    return np.where((total == 0) | (one > 1-share) & (one < share), y, one > .5).astype(int)
 
 # %% ../../nbs/trust/01_influence.ipynb #c3c5f670
-def macro_f1(y, p):
-    "Mean F1 of the two classes, at a threshold of .5."
-    from sklearn.metrics import f1_score
-    if np.isnan(p := np.asarray(p, float)).any():
-        raise ValueError(f"{np.isnan(p).sum()} probabilities are NaN: check the head")
-    return float(f1_score(y, p > .5, average="macro"))
-
-def repair(
-    X, y, Xdev, ydev, # noisy training set and clean development set
-    relabel:Callable, # (X, y, round) -> new labels
-    l2:float=1e-3, rounds:int=3,
-    ) -> tuple[np.ndarray, list[float]]: # labels, macro-F1 on dev before and after each round kept
-    "Label feedback (InfFeed, first objective): relabel, refit, and keep a round only if macro-F1 on dev rises."
-    score = lambda y: macro_f1(ydev, expit(Xdev @ fit_head(X, y, l2)))
+def repair(X, y, Xdev, ydev, relabel:Callable, l2:float=1e-3, rounds:int=3) -> tuple[np.ndarray, list[float]]:
+    "Label feedback (InfFeed): relabel(X, y, round), refit, keep it if macro-F1 on dev rises; labels, F1s kept."
+    score = lambda y: f1_score(ydev, Xdev @ fit_head(X, y, l2) > 0, average="macro")
     history = [score(y)]
     for t in range(rounds):
         new = relabel(X, y, t)
@@ -1118,21 +574,19 @@ def repair(
         y, history = new, [*history, s]
     return y, history
 
+# %% ../../nbs/trust/01_influence.ipynb #ab8b5d25
 def inf_relabel(k=10, share=.6, l2=1e-3, folds=5, about="prediction"):
     "Relabel by the vote of the most helpful training rows."
     return lambda X, y, t: vote(cross_influence(X, y, l2, folds, t, about)[0], y, k, share)
 
-def knn_relabel(k=10, share=.6):
+def knn_relabel(k=10, share=.6, l2=None):
     "Relabel by the vote of the nearest neighbours (cosine)."
-    def relabel(X, y, t):
-        Z = X[:, :-1]/np.maximum(np.linalg.norm(X[:, :-1], axis=1, keepdims=True), 1e-12)
-        S = Z @ Z.T
-        np.fill_diagonal(S, 0)
-        return vote(S, y, k, share)
-    return relabel
+    unit = lambda X: X[:, :-1]/np.maximum(np.linalg.norm(X[:, :-1], axis=1, keepdims=True), 1e-12)
+    return lambda X, y, t: vote((Z := unit(X)) @ Z.T*(1 - np.eye(len(y))), y, k, share)
 
+# %% ../../nbs/trust/01_influence.ipynb #8c4deece
 def loss_relabel(scale=1., l2=1e-3, folds=5):
-    "Relabel where the out-of-fold probability of the other label passes its class's mean confidence (in the manner of Northcutt et al. 2021)."
+    "Relabel where the other label's out-of-fold chance passes its class's mean (as Northcutt et al. 2021)."
     def relabel(X, y, t):
         p = cross_influence(X, y, l2, folds, t)[1]
         limit = np.array([1 - p[y == 0].mean(), p[y == 1].mean()])
@@ -1141,27 +595,12 @@ def loss_relabel(scale=1., l2=1e-3, folds=5):
     return relabel
 
 # %% ../../nbs/trust/01_influence.ipynb #41b56621
-def reannotate(
-    y, truth, # silver labels, and what an annotator would say
-    order, # silver rows, the first to be asked first
-    budget:int,
-    ) -> np.ndarray:
-    "Silver labels after an annotator has seen the first `budget` rows of the order."
-    new = np.array(y)
-    new[order[:budget]] = np.asarray(truth)[order[:budget]]
-    return new
-
-def silver_order(
-    X, y, gold, l2, Xdev, ydev, # X, y: gold and silver together; gold: (n,) bool
-    how:str="influence", # "influence", "confidence", "random"
-    seed:int=0) -> np.ndarray:  # silver rows (numbers in X)
-    "Which silver labels to check first (InfFeed, second objective): the most harmful for dev, the least confident, or any."
+def silver_order(X, y, gold, l2, Xdev, ydev, how="influence", seed=0) -> np.ndarray: # gold: (n,) bool; rows of X
+    "Which silver labels to check first (InfFeed): the most harmful for dev, the least confident, or any ('random')."
+    refuse(how not in ("influence", "confidence", "random"), f"how={how!r}: use 'influence', 'confidence' or 'random'")
     s = np.flatnonzero(~np.asarray(gold))
     if how == "random":
         return np.random.default_rng(seed).permutation(s)
     w = fit_head(X, y, l2)
-    if how == "confidence":
-        return s[np.argsort(np.abs(expit(X[s] @ w) - .5), kind="stable")]
-    if how != "influence":
-        raise ValueError(f"how={how!r}: must be 'influence', 'confidence' or 'random'")
-    return s[np.argsort(head_influence(X, y, w, l2, Xdev, ydev).mean(1)[s], kind="stable")]
+    worth = np.abs(expit(X @ w) - .5) if how == "confidence" else head_influence(X, y, w, l2, Xdev, ydev).mean(1)
+    return s[np.argsort(worth[s], kind="stable")]

@@ -16,7 +16,8 @@ from ..baselines import uniform_negatives
 from ..collaborative.graph_cf import LightGCN, Smooth, SymMM, horner, sparse_tensor, sym_norm
 from ..data import Interactions
 from ..gradients import add_, flatten, ggn_vp, grad_of, hvp, params_of, solve
-from ..lm import active_adapter, context_limit, label_ids, lora, merge, padded, prompt_ids, takes, virtual_tokens
+from ..answers import context_limit, label_ids, padded, prompt_ids, takes, virtual_tokens
+from ..finetune import active_adapter, lora, merge
 from ..metrics import auc
 from ..training import batches, eval_mode, fit, set_seed
 

@@ -1,4 +1,5 @@
-"Full ranking beside the C++ of `implicit` (extra `peers`), in one run: `pytest tests/benchmarks/test_ranking_peer.py`, on an otherwise idle machine."
+"""Full ranking beside the C++ of `implicit` (extra `peers`), in one run: `pytest
+tests/benchmarks/test_ranking_peer.py`, on an otherwise idle machine."""
 from time import perf_counter
 import numpy as np, pytest, torch
 from scipy.sparse import csr_matrix

@@ -1,4 +1,6 @@
-"""Seconds and peak memory at Gowalla's size. Not part of the test run: `pytest tests/benchmarks`, on an otherwise idle machine.
+"""Seconds and peak memory at Gowalla's size.
+
+Not part of the test run: `pytest tests/benchmarks`, on an otherwise idle machine.
 
 Uses the real graph when RECBOOK_MIRROR is set, else a random one of the same size.
 """
@@ -18,7 +20,9 @@ def graph():
     pairs = np.unique(rng.zipf(1.4, e).clip(max=n*50) % n*m + rng.zipf(1.3, e).clip(max=m*50) % m)
     df = pd.DataFrame(dict(user=pairs // m, item=pairs % m)); held = rng.random(len(df)) < .2
     return Interactions(df[~held], n, m), Interactions(df[held], n, m)
-def report(t, base=0): print(json.dumps(dict(seconds=t, peak_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20 - base)))
+def report(t, base=0):
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20 - base
+    print(json.dumps(dict(seconds=t, peak_gib=peak)))
 train, test = graph()
 base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20
 """
@@ -26,7 +30,12 @@ EPOCH = (
     GRAPH
     + """
 A = sparse_tensor(sym_norm(adjacency(train)))
-model = {"MF": lambda: MF(train.n_users, train.n_items), "NGCF": lambda: NGCF(A, train.n_users), "LightGCN": lambda: LightGCN(A, train.n_users)}[sys.argv[1]]()
+build = dict(
+    MF=lambda: MF(train.n_users, train.n_items),
+    NGCF=lambda: NGCF(A, train.n_users),
+    LightGCN=lambda: LightGCN(A, train.n_users),
+)
+model = build[sys.argv[1]]()
 h = train_bpr(model, train, epochs=1, batch_size=int(sys.argv[2]), lr=1e-3, l2=1e-4, device="cpu", progress=False)
 report(h.seconds.iloc[-1])
 """
