@@ -1,4 +1,5 @@
-"alignment: losses against hand-computed values and trl's own, gradients, the theorem, decoding inside the catalogue, profiles, crowds and transport, bad input."
+"""alignment: losses against hand-computed values and trl's own, gradients, the theorem, decoding inside the catalogue,
+profiles, crowds and transport, bad input."""
 import copy, gc
 from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, scipy.stats, torch
@@ -369,7 +370,8 @@ def test_theorem_by_newton():
 
 
 def test_first_step_of_self_play_is_an_sft_step(model, tok):
-    "In a language model, too: expected DPO gradient with own losers = beta/2 times the SFT gradient, exactly, over a whole catalogue."
+    """In a language model, too: expected DPO gradient with the model's own answers rejected = beta/2 times the SFT
+    gradient, exactly, over a whole catalogue."""
     trie, x = ItemTrie(tok, TITLES), [history_prompt(TITLES[:2])]
     def table(m): # the policy over the catalogue with gradients, normalised
         ids = [tok(x[0]).input_ids + completion_ids(tok, " "+t, True) for t in TITLES]
@@ -602,7 +604,9 @@ def test_precomputed_reference_gives_the_same_model(model, tok, pairs):
 def test_simpo_keeps_no_reference_model(model, tok, pairs):
     seen = []
     class Spy(SimPOTrainer):
-        def train(self): seen.append(self.ref_model); return super().train()
+        def train(self):
+            seen.append(self.ref_model)
+            return super().train()
     align(model, tok, pairs, Spy, steps=1, batch_size=8)
     assert seen == [None]
 
