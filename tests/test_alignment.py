@@ -1,6 +1,6 @@
 """alignment: losses against hand-computed values and trl's own, gradients, the theorem, decoding inside the catalogue,
 profiles, crowds and transport, bad input."""
-import copy
+import copy, gc
 from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, scipy.stats, torch
 import torch.nn.functional as F
@@ -42,6 +42,7 @@ from recbook.llm.alignment import (
     fresh_copy,
     genre_gaps,
     group_weights,
+    grpo,
     head_of,
     history_prompt,
     judge_prompt,
@@ -54,16 +55,16 @@ from recbook.llm.alignment import (
     ot,
     ot_loss,
     outputs,
-    own_losers,
+    own_rejected,
     pairs_of,
-    popular_losers,
+    popular_rejected,
     prefers,
     profile_pairs,
     profile_success,
     profile_users_of,
     reward_function,
     self_play,
-    semantic_losers,
+    semantic_rejected,
     sft,
     sinkhorn,
     soft_ce,
@@ -73,7 +74,6 @@ from recbook.llm.alignment import (
     train_with,
     trl_args,
     truth_of,
-    tune_policy,
     world_sequences,
     writer_prompt,
 )
@@ -278,7 +278,7 @@ def test_coincidences(model, tok, pairs):
     torch.testing.assert_close(g, h, atol=1e-6, rtol=1e-4)
 
 
-def test_sdpo_with_several_losers(model, tok, rows):
+def test_sdpo_with_several_rejected(model, tok, rows):
     three = pairs_of(rows.iloc[:10], np.stack([(rows.item.iloc[:10] + k) % len(TITLES) for k in (1, 2, 4)], 1), TITLES)
     loss, _, policy, ref = first_loss(SDPOTrainer, model, tok, three)
     w, rw = logps(policy, ref, tok, three, "chosen")
@@ -370,8 +370,8 @@ def test_theorem_by_newton():
 
 
 def test_first_step_of_self_play_is_an_sft_step(model, tok):
-    """In a language model, too: expected DPO gradient with own losers = beta/2 times the SFT gradient, exactly, over a
-    whole catalogue."""
+    """In a language model, too: expected DPO gradient with the model's own answers rejected = beta/2 times the SFT
+    gradient, exactly, over a whole catalogue."""
     trie, x = ItemTrie(tok, TITLES), [history_prompt(TITLES[:2])]
     def table(m): # the policy over the catalogue with gradients, normalised
         ids = [tok(x[0]).input_ids + completion_ids(tok, " "+t, True) for t in TITLES]
@@ -431,6 +431,17 @@ def test_align_leaves_its_model_alone_and_raises_the_winner(model, tok, pairs):
     assert torch.equal(vector(again), vector(new)), "same seed, same model; a Dataset is as good as a table"
 
 
+def test_a_training_can_be_watched_and_leaves_nothing_frozen(model, tok, pairs):
+    seen, frozen = [], gc.get_freeze_count()
+    align(model, tok, pairs, steps=10, batch_size=8, watch=lambda t, m: seen.append((t, vector(m))))
+    assert [t for t, _ in seen] == [0, 2, 4, 6, 8, 10] and torch.equal(seen[0][1], vector(model))
+    assert not torch.equal(seen[0][1], seen[1][1]) and gc.get_freeze_count() == frozen
+
+
+def test_a_weight_counts_like_a_repetition():
+    assert or_ratio([0, 1, 2, 3], 1, weight=[3, 1, 1, 1]) == or_ratio([0, 0, 0, 1, 2, 3], 1) == .5
+
+
 def test_arguments_have_cpu_settings():
     a = trl_args(DPOConfig, 3, 1e-3)
     if not torch.cuda.is_available():
@@ -454,6 +465,7 @@ def test_self_play_compounds_rounds(model, tok, rows):
         rows,
         trie,
         rounds=2,
+        n_rows=16,
         sft_steps=2,
         dpo_steps=2,
         lr=1e-3,
@@ -464,9 +476,9 @@ def test_self_play_compounds_rounds(model, tok, rows):
     first, part = model, None
     for t in range(2): # the same two rounds by hand
         part = rows.sample(16, random_state=4000 + t)
-        bad = own_losers(first, tok, part, trie, 4000 + t)
-        mid = sft(first, tok, part, 2, 1e-3, 8, 4)
-        first = align(mid, tok, pairs_of(part, bad, TITLES), steps=2, beta=.1, lr=1e-3, batch_size=8, seed=4)
+        bad = own_rejected(first, tok, part, trie, 4000 + t)
+        mid = sft(first, tok, part, 2, 1e-3, 8, 4000 + t)
+        first = align(mid, tok, pairs_of(part, bad, TITLES), steps=2, beta=.1, lr=1e-3, batch_size=8, seed=4000 + t)
         assert torch.equal(vector(first), seen[t+1])
     assert torch.equal(vector(a), seen[-1]) and not torch.equal(seen[1], seen[2])
 
@@ -525,12 +537,12 @@ def test_concentration_metrics():
     np.testing.assert_allclose(genre_gaps(np.arange(4), [[0, 1], [3]], G, [3, 1, 1, 1]), g)
 
 
-def test_losers_on_purpose():
+def test_rejected_on_purpose():
     r = pd.DataFrame(dict(item=[0]*5000, seen=[[2]]*5000))
-    n = np.bincount(popular_losers(r, [50, 6, 30, 3, 1], 0), minlength=5)/5000
+    n = np.bincount(popular_rejected(r, [50, 6, 30, 3, 1], 0), minlength=5)/5000
     np.testing.assert_allclose(n, [0, .6, 0, .3, .1], atol=.03)
     V = np.array([[1, 0], [.9, .1], [1, .01], [0, 1]])
-    assert semantic_losers(pd.DataFrame(dict(item=[0, 0, 3], seen=[[], [2], []])), list("abcd"), V).tolist() == [
+    assert semantic_rejected(pd.DataFrame(dict(item=[0, 0, 3], seen=[[], [2], []])), list("abcd"), V).tolist() == [
         2,
         1,
         1,
@@ -864,8 +876,7 @@ def test_the_other_losses():
 
 def test_updater_counts_forgets_and_is_the_beta_for_two():
     b = BayesianUpdater([2., 3], n=1).update([[4, 1]])
-    d = scipy.stats.beta(3+1, 2+4)
-    assert b.target[0, 1] == pytest.approx(d.mean()) and b.variance[0, 1] == pytest.approx(d.var())
+    assert b.target[0, 1] == pytest.approx(scipy.stats.beta(3+1, 2+4).mean())
     x, n = BayesianUpdater(np.ones((2, 3)), rho=.5), np.array([[4., 0, 2], [0, 0, 1]])
     for _ in range(60):
         x.update(n)
@@ -905,14 +916,14 @@ def test_crowd_against_simulated_judges():
     c = Crowd(World(0, 120, 200, rho=1.))
     a = ("tense", "travel", "forest")
     rng = np.random.default_rng(0)
-    mean = 3 + 1.2*sum(c.effects[v] for v in a).to_numpy() + sum(c.suits.loc["study", v] for v in a)
+    mean = 3 + sum(c.effects[v] for v in a).to_numpy() + sum(c.suits.loc["study", v] for v in a)
     stars = np.clip(np.round(mean[:, None] + .4*rng.normal(size=(100, 20000))), 1, 5).reshape(5, -1)
     want = np.stack([(stars == k).mean(1) for k in range(1, 6)], 1)
     np.testing.assert_allclose(c.by_group(["study"], [a])[0], want, atol=.01)
     np.testing.assert_allclose(c.population(["study"], [a], [0, 0, 0, .6, .4])[0], .6*want[3] + .4*want[4], atol=.01)
     assert set(OCCASIONS) == set(c.suits.index) and all(v in c.effects for v in CUES["mood"])
-    with pytest.raises(ValueError, match="n_users=30"):
-        Crowd(World(0, 30, 200))
+    with pytest.raises(ValueError, match="per_group=0"):
+        Crowd(World(0, 30, 200), 0)
 
 
 @pytest.fixture(scope="module")
@@ -987,16 +998,16 @@ def test_malformed_answers_get_the_lowest_reward(folder, chatter):
 
 def test_policy_moves_towards_the_reward(folder, chatter, speaker):
     capital = lambda completions, **kw: [float(sum(x.isupper() for x in c)) for c in completions]
-    m = tune_policy(folder, chatter, PROMPTS, capital, steps=8, lr=3e-3, batch_size=16, n=8, max_new_tokens=3)
+    m = grpo(folder, chatter, PROMPTS, capital, steps=8, lr=3e-3, batch_size=16, max_new_tokens=3)
     mean = lambda m: np.mean(capital(explore_profiles({"m": m}, chatter, PROMPTS, 40, max_new_tokens=3).profile))
     assert mean(m) > mean(speaker) and "forward" not in m.__dict__
     with pytest.raises(ValueError, match="no prompts"):
-        tune_policy(folder, chatter, [], capital)
+        grpo(folder, chatter, [], capital)
 
 
 def test_lengths_and_configurations(speaker, chatter):
     check_lengths(speaker, chatter, PROMPTS, 10)
-    with pytest.raises(ValueError, match="completion up to 60"):
+    with pytest.raises(ValueError, match="the model reads 64"):
         check_lengths(speaker, chatter, PROMPTS, 60)
     assert (
         not hasattr(trl_args(TrainingArguments, 2, 1e-3), "max_length")

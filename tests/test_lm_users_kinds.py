@@ -453,7 +453,7 @@ def test_bad_input_of_alignment(tok):
         ("gama", lambda: al(T=A.SimPOTrainer, knobs=dict(gama=1.0))),
         ("gamma=nan", lambda: al(T=A.SimPOTrainer, knobs=dict(gamma=float("nan")))),
         ("both chosen", lambda: al(PAIRS.assign(rejected=PAIRS.chosen))),
-        ("one loser", lambda: al(PAIRS.assign(rejected=[[r, " x"] for r in PAIRS.rejected]), A.SimPOTrainer)),
+        ("one rejected", lambda: al(PAIRS.assign(rejected=[[r, " x"] for r in PAIRS.rejected]), A.SimPOTrainer)),
         ("epsilon", lambda: al(PAIRS.assign(epsilon=1.7), A.RosePOTrainer)),
         ("epsilon", lambda: al(PAIRS.assign(epsilon=np.nan), A.RosePOTrainer)),
         ("p is no", lambda: A.sinkhorn(half[None] * 2, half[None], torch.rand(2, 2))),
