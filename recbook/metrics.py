@@ -13,8 +13,9 @@ from .data import canonical, whole_number
 # %% auto #0
 __all__ = ['Scorer', 'topk', 'best_columns', 'first_of_ties', 'dot', 'fresh', 'table', 'user_numbers', 'scores_of', 'mask_of',
            'hide', 'seen_last', 'recommend', 'items_of', 'hits', 'ranking_values', 'cutoffs', 'check_reachable',
-           'evaluate', 'labelled', 'probabilities', 'auc', 'gauc', 'logloss', 'ece', 'amounts', 'exposures', 'coverage',
-           'gini', 'entropy', 'diversity', 'mean_popularity', 'individual_unfairness']
+           'evaluate', 'check_ranking', 'recalls', 'recall_at', 'labelled', 'probabilities', 'auc', 'gauc', 'logloss',
+           'ece', 'amounts', 'exposures', 'coverage', 'gini', 'entropy', 'diversity', 'mean_popularity',
+           'individual_unfairness']
 
 # %% ../nbs/foundations/06_metrics.ipynb #ffc0d169
 def topk(
@@ -255,6 +256,37 @@ def evaluate(
     return pd.DataFrame(
         {m: v for c in ks for m, v in ranking_values(h, n[users], c).items()}, index=pd.Index(users, name="user")
     )
+
+# %% ../nbs/foundations/06_metrics.ipynb #5b618b31
+def check_ranking(scores, relevant, k):
+    "Refuse scores and relevant items that don't fit each other."
+    if whole_number("k", k) > scores.shape[1]:
+        raise ValueError(f"k={k}: there are only {scores.shape[1]} items")
+    if np.isnan(scores).any():
+        raise ValueError("scores contain NaN: check the model's loss")
+    last, there = relevant.max(initial=-1), (relevant >= 0).any()
+    if len(relevant) != len(scores) or last >= scores.shape[1] or not there:
+        raise ValueError(f"relevant items {relevant.shape} up to {last} for scores {scores.shape}: "
+            "one row a request, items below the width, some not -1")
+
+# %% ../nbs/foundations/06_metrics.ipynb #7680b914
+def recalls(
+    scores:np.ndarray, # (n, n_items); an item at -inf is not retrieved
+    relevant:np.ndarray, # (n, r) item numbers; -1 is padding
+    k:int=50) -> np.ndarray: # (n,); nan where nothing is relevant
+    "Share of each row's relevant items among the k with the highest scores."
+    scores, relevant = np.asarray(scores), np.asarray(relevant)
+    scores = scores if scores.dtype.kind == "f" else scores.astype(float) # unsigned numbers have no opposite
+    check_ranking(scores, relevant, k)
+    top = np.argpartition(-scores, k-1, 1)[:, :k]
+    top = np.where(np.isneginf(np.take_along_axis(scores, top, 1)), -2, top)
+    hit, n = (relevant[:, :, None] == top[:, None]).any(2).sum(1), (relevant >= 0).sum(1)
+    return np.where(n > 0, hit/np.maximum(n, 1), np.nan)
+
+def recall_at(scores:np.ndarray, relevant:np.ndarray, k:int=50) -> float:
+    "Share of all relevant items that are among the k with the highest scores; arguments as in `recalls`."
+    n = (np.asarray(relevant) >= 0).sum(1)
+    return float(np.nansum(recalls(scores, relevant, k)*n)/n.sum())
 
 # %% ../nbs/foundations/06_metrics.ipynb #dae3090d
 def labelled(y, p):

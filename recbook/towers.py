@@ -4,15 +4,17 @@
 
 # %% ../nbs/foundations/10_towers.ipynb #e268fcdd
 from __future__ import annotations
-from collections.abc import Sequence
-import faiss, numpy as np, torch
+from collections.abc import Callable, Sequence
+import faiss, numpy as np, scipy.sparse as sp, torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
-from .data import whole_number
+from .data import canonical, whole_number
 
 # %% auto #0
-__all__ = ['Tower', 'TwoTower', 'temperature', 'sampled_softmax', 'batch_softmax', 'kmeans', 'ProductQuantizer']
+__all__ = ['Tower', 'TwoTower', 'temperature', 'sampled_softmax', 'batch_softmax', 'kmeans', 'ProductQuantizer', 'ivf_search',
+           'nearest_among', 'robust_prune', 'vamana', 'by_distance', 'table_of', 'walk', 'unseen', 'keep_nearest',
+           'entries', 'item_tower']
 
 # %% ../nbs/foundations/10_towers.ipynb #7b731a9a
 class Tower(nn.Module):
@@ -202,3 +204,151 @@ def perplexity(self:ProductQuantizer,
     "Effective number of codewords in use, for each part."
     q = torch.stack([torch.bincount(z, minlength=self.C.shape[1])/len(t) for z in self.codes(t).T])
     return torch.exp(torch.special.entr(q).sum(1)).detach().cpu().numpy()
+
+# %% ../nbs/foundations/10_towers.ipynb #161a253d
+def ivf_search(
+    items:np.ndarray, # (n_items, d)
+    q:np.ndarray, # (n, d)
+    k:int=50, n_lists:int=32, n_probe:int=4, seed:int=0,
+    ) -> tuple[np.ndarray, np.ndarray]: # (n, k) item numbers, -1 where there are too few; (n,) items touched
+    "Largest inner products within the `n_probe` clusters nearest to each query (faiss IndexIVFFlat)."
+    coarse = faiss.IndexFlatIP(items.shape[1])
+    index = faiss.IndexIVFFlat(coarse, items.shape[1], n_lists, faiss.METRIC_INNER_PRODUCT)
+    index.cp.seed = seed+1
+    index.cp.min_points_per_centroid = 1
+    index.train(items)
+    index.add(items)
+    index.nprobe = n_probe
+    lists = coarse.search(q, n_probe)[1]
+    sizes = np.array([index.invlists.list_size(c) for c in range(n_lists)])
+    return index.search(q, k)[1], np.where(lists >= 0, sizes[lists], 0).sum(1) # -1: fewer lists than asked for
+
+# %% ../nbs/foundations/10_towers.ipynb #d87f8f42
+def nearest_among(
+    X:np.ndarray, # (n, d)
+    k:int,
+    rows:np.ndarray|None=None, # node numbers to look among and for; all if None
+    ) -> tuple[np.ndarray, np.ndarray]: # nodes (m,) and their k nearest others (m, k), nearest first
+    "Exact nearest neighbours within a subset (faiss)."
+    rows = np.arange(len(X)) if rows is None else np.asarray(rows)
+    k = min(k, len(rows)-1)
+    if k < 1:
+        return rows, np.empty((len(rows), 0), int)
+    index = faiss.IndexFlatL2(X.shape[1])
+    index.add(X[rows])
+    found = index.search(X[rows], k+1)[1]
+    own = found == np.arange(len(rows))[:, None]
+    own[~own.any(1), -1] = True # duplicates may crowd a node out of its own list
+    return rows, rows[found[~own].reshape(len(rows), k)]
+
+# %% ../nbs/foundations/10_towers.ipynb #bb414bd8
+def robust_prune(
+    X:np.ndarray,
+    p:int, cand:np.ndarray, # node and candidates, nearest first
+    R:int=16, alpha:float=1.2, # links to keep; slack
+    may:Callable|None=None, # (p*, candidates) -> bool: whether p* may drop them; always, if None
+    ) -> np.ndarray: # at most R nodes
+    "RobustPrune of DiskANN (Subramanya et al. 2019), with Filtered-Vamana's condition as `may`."
+    d, kept = np.linalg.norm(X[cand] - X[p], axis=1), []
+    while len(cand) and len(kept) < R:
+        kept.append(star := cand[0])
+        drop = alpha*np.linalg.norm(X[cand] - X[star], axis=1) <= d
+        if may is not None:
+            drop &= may(star, cand)
+        drop[0] = True
+        cand, d = cand[~drop], d[~drop]
+    return np.array(kept, int)
+
+# %% ../nbs/foundations/10_towers.ipynb #95169dda
+def vamana(
+    X:np.ndarray, # (n, d)
+    near:dict[int, np.ndarray]|None=None, # node -> candidates; the 48 nearest if None; others stay out
+    R:int=16, far:int=4, seed:int=0, # links of a node; random candidates besides
+    may:Callable|None=None, # (p, p*, candidates) -> bool, as in `robust_prune`
+    ) -> np.ndarray: # (n, R) node numbers, -1 where there is none
+    "Pruned proximity graph over exact candidate lists."
+    near = dict(zip(*nearest_among(X, 48))) if near is None else near
+    rng, nodes, links = np.random.default_rng(seed), np.array(list(near)), {p: [] for p in near}
+    def best(p, c): return robust_prune(X, p, by_distance(X, p, c), R, may=may and (lambda star, c: may(p, star, c)))
+    for p, c in near.items():
+        kept = best(p, c if may else np.r_[c, rng.choice(nodes, min(far, len(nodes)))])
+        links[p] += kept.tolist()
+        for j in kept:
+            links[j].append(p)
+    cut = {p: by_distance(X, p, np.array(c, int)) for p, c in links.items()}
+    return table_of({p: best(p, c) if len(c) > R else c for p, c in cut.items()}, len(X), R)
+
+# %% ../nbs/foundations/10_towers.ipynb #b4819225
+def by_distance(X, p, c):
+    "Distinct nodes c other than p, nearest to p first."
+    c = np.unique(c)
+    c = c[c != p]
+    return c[np.argsort(np.linalg.norm(X[c]-X[p], axis=1), kind="stable")]
+
+def table_of(lists, n, width):
+    "Lists of nodes as rows of one length, filled up by -1."
+    G = np.full((n, width), -1)
+    for p, c in lists.items():
+        G[p, :len(c)] = c
+    return G
+
+# %% ../nbs/foundations/10_towers.ipynb #b13ccf6c
+def walk(
+    X:np.ndarray, # (n, d)
+    Q:np.ndarray, # (q, d)
+    starts:np.ndarray, # (q, s) node numbers, -1 for none
+    ef:int, # how many nearest nodes are kept
+    expand:Callable, # (query numbers, nodes) -> (., m) node numbers, -1 for none
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # nodes (q, ef), -1 where fewer; distances (q, ef); evaluations (q,)
+    "Best-first search of a graph, all queries in step; a node's distance is evaluated once per query."
+    q = len(Q)
+    seen, evals = np.zeros((q, len(X)+1), bool), np.zeros(q, int)
+    seen[:, -1] = True # the last column stands for "none"
+    found = np.full((q, ef), -1), np.full((q, ef), np.inf), np.zeros((q, ef), bool) # nodes, distances, to be expanded
+    at, new = np.arange(q), starts
+    while len(at):
+        new = unseen(seen, at, new)
+        d = np.where(new < 0, np.inf, np.square(X[new] - Q[at, None]).sum(2))
+        evals[at] += (new >= 0).sum(1)
+        keep_nearest(found, at, new, d)
+        at = np.flatnonzero(found[2].any(1))
+        j = found[2][at].argmax(1) # the nearest open one: rows are sorted
+        found[2][at, j] = False
+        new = expand(at, found[0][at, j]) if len(at) else new
+    return *found[:2], evals
+
+# %% ../nbs/foundations/10_towers.ipynb #6f1b3fe6
+def unseen(seen, at, new):
+    "The nodes that each query meets for the first time, sorted; the rest become -1. They count as seen from now on."
+    new = np.sort(np.where(seen[at[:, None], new], -1, new), 1)
+    new[:, 1:][new[:, 1:] == new[:, :-1]] = -1
+    seen[at[:, None], new] = True
+    return new
+
+# %% ../nbs/foundations/10_towers.ipynb #7c55c322
+def keep_nearest(found, at, new, d):
+    "Merge new nodes into the sorted rows `at` of the results, in place."
+    joined = [np.c_[a[at], b] for a, b in zip(found, (new, d, np.isfinite(d)))]
+    best = np.argsort(joined[1], 1, kind="stable")[:, :found[0].shape[1]]
+    for a, b in zip(found, joined):
+        a[at] = np.take_along_axis(b, best, 1)
+
+# %% ../nbs/foundations/10_towers.ipynb #20daffa2
+def entries(X, seed, n=8):
+    "The most central node and some random ones: where a walk may start."
+    return np.r_[np.linalg.norm(X-X.mean(0), axis=1).argmin(), np.random.default_rng(seed).integers(len(X), size=n-1)]
+
+# %% ../nbs/foundations/10_towers.ipynb #7fd52496
+def item_tower(
+    clicks:sp.csr_matrix, # (n_users, n_items); columns of fresh items are empty
+    features:np.ndarray, # (n_items, f)
+    dim:int=16, ridge:float=1., seed:int=0,
+    ) -> tuple[np.ndarray, np.ndarray]:  # user vectors (n_users, dim), item vectors (n_items, dim)
+    "Truncated SVD of the log; item vectors regressed on features where there are clicks, predicted for all."
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.linear_model import Ridge
+    clicks = canonical(clicks)
+    svd = TruncatedSVD(dim, random_state=seed)
+    U = svd.fit_transform(clicks)
+    old = clicks.getnnz(0) > 0
+    return U, Ridge(ridge).fit(features[old], svd.components_.T[old]).predict(features)

@@ -5,53 +5,23 @@
 # %% ../../nbs/collaborative/03_retrieval.ipynb #0d8cbcbb
 from __future__ import annotations
 from collections.abc import Callable, Sequence
-import faiss, numpy as np, pandas as pd, scipy.sparse as sp, torch
+import numpy as np, pandas as pd, scipy.sparse as sp, torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
-from ..data import canonical, whole_number
-from ..towers import ProductQuantizer, Tower
+from ..data import whole_number
+from ..metrics import recall_at, recalls
+from ..towers import ProductQuantizer, Tower, by_distance, entries, item_tower, ivf_search
+from ..towers import nearest_among, robust_prune, vamana, walk
 from ..training import eval_mode
 
 # %% auto #0
-__all__ = ['RULES', 'check_ranking', 'recalls', 'recall_at', 'AllToAll', 'SparCode', 'CodeIndex', 'ivf_search', 'equal',
-           'passing', 'nearest_among', 'robust_prune', 'vamana', 'by_distance', 'walk', 'unseen', 'keep_nearest',
-           'FilterIndex', 'scan', 'PreFilter', 'PostFilter', 'entries', 'Acorn', 'first_distinct', 'FilteredVamana',
-           'order_of', 'Serf', 'RangeTree', 'padded', 'Ung', 'filtered_recall', 'effort_curve', 'price', 'DiagLinUCB',
-           'LinUCB', 'item_tower', 'sparse_context', 'check_simulation', 'policy_scores', 'simulate']
+__all__ = ['RULES', 'AllToAll', 'SparCode', 'CodeIndex', 'equal', 'within', 'passing', 'FilterIndex', 'may_pass', 'scan',
+           'PreFilter', 'PostFilter', 'first_distinct', 'Acorn', 'FilteredVamana', 'order_of', 'Serf', 'padded', 'Ung',
+           'filtered_recall', 'effort_curve', 'price', 'DiagLinUCB', 'LinUCB', 'sparse_context', 'check_simulation',
+           'policy_scores', 'simulate', 'pick']
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #7a35b2a2
-def check_ranking(scores, relevant, k):
-    "Refuse scores and relevant items that don't fit each other."
-    if whole_number("k", k) > scores.shape[1]:
-        raise ValueError(f"k={k}: there are only {scores.shape[1]} items")
-    if np.isnan(scores).any():
-        raise ValueError("scores contain NaN: check the model's loss")
-    last, there = relevant.max(initial=-1), (relevant >= 0).any()
-    if len(relevant) != len(scores) or last >= scores.shape[1] or not there:
-        raise ValueError(f"relevant items {relevant.shape} up to {last} for scores {scores.shape}: "
-            "one row a request, items below the width, some not -1")
-
-# %% ../../nbs/collaborative/03_retrieval.ipynb #7e66de06
-def recalls(
-    scores:np.ndarray, # (n, n_items); an item at -inf is not retrieved
-    relevant:np.ndarray, # (n, r) item numbers; -1 is padding
-    k:int=50) -> np.ndarray: # (n,); nan where nothing is relevant
-    "Share of each row's relevant items among the k with the highest scores."
-    scores, relevant = np.asarray(scores), np.asarray(relevant)
-    scores = scores if scores.dtype.kind == "f" else scores.astype(float) # unsigned numbers have no opposite
-    check_ranking(scores, relevant, k)
-    top = np.argpartition(-scores, k-1, 1)[:, :k]
-    top = np.where(np.isneginf(np.take_along_axis(scores, top, 1)), -2, top)
-    hit, n = (relevant[:, :, None] == top[:, None]).any(2).sum(1), (relevant >= 0).sum(1)
-    return np.where(n > 0, hit/np.maximum(n, 1), np.nan)
-
-def recall_at(scores:np.ndarray, relevant:np.ndarray, k:int=50) -> float:
-    "Share of all relevant items that are among the k with the highest scores; arguments as in `recalls`."
-    n = (np.asarray(relevant) >= 0).sum(1)
-    return float(np.nansum(recalls(scores, relevant, k)*n)/n.sum())
-
-# %% ../../nbs/collaborative/03_retrieval.ipynb #4b15e93d
 class AllToAll(nn.Module):
     "E(t, c): perceptron on [t, c, t*c] for every pair, one hidden layer."
     def __init__(self, d:int=16, hidden:int=32):
@@ -59,13 +29,16 @@ class AllToAll(nn.Module):
         self.t, self.x = nn.Linear(d, hidden), nn.Linear(d, hidden, bias=False)
         self.tx = nn.Parameter(torch.randn(hidden, d)/d**.5)
         self.out = nn.Linear(hidden, 1, bias=False)
-    def forward(self,
-        t:Tensor, x:Tensor, # (n, d), (m, d)
-        ) -> Tensor: # (n, m)
-        n, h = len(t), len(self.tx)
-        pair = ((t[:, None]*self.tx).reshape(n*h, -1) @ x.T).reshape(n, h, -1)
-        hidden = F.relu(pair + self.t(t)[:, :, None] + self.x(x).T)
-        return torch.einsum("nhm,h->nm", hidden, self.out.weight[0])
+
+# %% ../../nbs/collaborative/03_retrieval.ipynb #7e66de06
+@patch
+def forward(self:AllToAll,
+    t:Tensor, x:Tensor, # (n, d), (m, d)
+    ) -> Tensor: # (n, m)
+    n, h = len(t), len(self.tx)
+    pair = ((t[:, None]*self.tx).reshape(n*h, -1) @ x.T).reshape(n, h, -1)
+    hidden = F.relu(pair + self.t(t)[:, :, None] + self.x(x).T)
+    return torch.einsum("nhm,h->nm", hidden, self.out.weight[0])
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #88d1b665
 class SparCode(nn.Module):
@@ -84,29 +57,36 @@ class SparCode(nn.Module):
         self.vq = ProductQuantizer(d, M, N)
         self.register_buffer("b", torch.tensor(0.))
 
-    def tokens(self, q:Tensor) -> Tensor: # (n, fields) -> (n*K, d)
-        "Unquantised tokens, those of a request in a row."
-        return self.tokenizer(q).reshape(len(q)*self.K, -1)
-    def pair_scores(self, t:Tensor, x:Tensor) -> Tensor: # (n, d), (m, d) -> (n, m)
-        "ReLU(E + b) of tokens and item vectors."
-        S = self.E(t, x)
-        if self.training:
-            self.follow(S.detach())
-        return F.relu(S + self.b)
-    def forward(self, q:Tensor, x:Tensor) -> Tensor: # (n, fields), (m, fields) -> (n, m)
-        t = self.tokens(q)
-        if self.quantise:
-            t = self.vq(t)
-        self.extra = self.vq.loss if self.quantise and self.training else 0.
-        return self.pair_scores(t, self.item(x)).reshape(len(q), self.K, -1).sum(1)
-
 # %% ../../nbs/collaborative/03_retrieval.ipynb #1b67b8cc
+@patch
+def tokens(self:SparCode, q:Tensor) -> Tensor: # (n, fields) -> (n*K, d)
+    "Unquantised tokens, those of a request in a row."
+    return self.tokenizer(q).reshape(len(q)*self.K, -1)
+
+# %% ../../nbs/collaborative/03_retrieval.ipynb #47c9a6cb
+@patch
+def pair_scores(self:SparCode, t:Tensor, x:Tensor) -> Tensor: # (n, d), (m, d) -> (n, m)
+    "ReLU(E + b) of tokens and item vectors."
+    S = self.E(t, x)
+    if self.training:
+        self.follow(S.detach())
+    return F.relu(S + self.b)
+
+# %% ../../nbs/collaborative/03_retrieval.ipynb #d33dd263
+@patch
+def forward(self:SparCode, q:Tensor, x:Tensor) -> Tensor: # (n, fields), (m, fields) -> (n, m)
+    t = self.vq(self.tokens(q)) if self.quantise else self.tokens(q)
+    self.extra = self.vq.loss if self.quantise and self.training else 0.
+    return self.pair_scores(t, self.item(x)).reshape(len(q), self.K, -1).sum(1)
+
+# %% ../../nbs/collaborative/03_retrieval.ipynb #4eb02694
 @patch
 @torch.no_grad()
 def follow(self:SparCode, S):
     "Set b so that a share `density` of the scores S is above zero (in long lists, of every eighth row)."
     self.b.copy_(-torch.quantile((S[::8] if len(S) > 64 else S).flatten(), 1-self.density))
 
+# %% ../../nbs/collaborative/03_retrieval.ipynb #fd78f88a
 @patch
 @torch.no_grad()
 def settle(self:SparCode,
@@ -116,6 +96,7 @@ def settle(self:SparCode,
         S = self.E(self.vq.words(self.every_code()), self.item(x)).numpy()
     self.b.fill_(-float(np.quantile(S, 1-self.density)))
 
+# %% ../../nbs/collaborative/03_retrieval.ipynb #b34e09d1
 @patch
 def every_code(self:SparCode) -> Tensor: # (N**M, M)
     M, N, _ = self.vq.C.shape
@@ -135,24 +116,31 @@ class CodeIndex:
             for block in model.every_code().split(512):
                 rows.append(sp.csr_matrix(model.pair_scores(model.vq.words(block), items).numpy()))
         self.scores = sp.vstack(rows, format="csr")
-    @torch.no_grad()
-    def rows(self, q:Tensor) -> np.ndarray: # (n, fields) -> (n, K)
-        "The row numbers a request reads."
-        with eval_mode(self.model):
-            return (self.model.vq.codes(self.model.tokens(q)).numpy() @ self.place).reshape(len(q), -1)
-    def search(self, q:Tensor) -> tuple[sp.csr_matrix, np.ndarray]: # (n, n_items) scores; (n,) postings read
-        "Sum of the posting lists of each request's codes."
-        z = self.rows(q)
-        n, K = z.shape
-        pick = sp.csr_matrix((np.ones(n*K, np.float32), (np.arange(n).repeat(K), z.ravel())), (n, self.scores.shape[0]))
-        return pick @ self.scores, np.diff(self.scores.indptr)[z].sum(1)
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #9736fd6a
+@patch
+@torch.no_grad()
+def rows(self:CodeIndex, q:Tensor) -> np.ndarray: # (n, fields) -> (n, K)
+    "The row numbers a request reads."
+    with eval_mode(self.model):
+        return (self.model.vq.codes(self.model.tokens(q)).numpy() @ self.place).reshape(len(q), -1)
+
+# %% ../../nbs/collaborative/03_retrieval.ipynb #dd6db06d
+@patch
+def search(self:CodeIndex, q:Tensor) -> tuple[sp.csr_matrix, np.ndarray]: # (n, n_items) scores; (n,) postings read
+    "Sum of the posting lists of each request's codes."
+    z = self.rows(q)
+    n, K = z.shape
+    pick = sp.csr_matrix((np.ones(n*K, np.float32), (np.arange(n).repeat(K), z.ravel())), (n, self.scores.shape[0]))
+    return pick @ self.scores, np.diff(self.scores.indptr)[z].sum(1)
+
+# %% ../../nbs/collaborative/03_retrieval.ipynb #a07dd314
 @patch(as_prop=True)
 def density(self:CodeIndex) -> float:
     "Share of all (code, item) scores that is stored."
     return self.scores.nnz/np.prod(self.scores.shape)
 
+# %% ../../nbs/collaborative/03_retrieval.ipynb #b276f981
 @patch
 def prune(self:CodeIndex,
     R:int, # postings a list may keep
@@ -168,38 +156,26 @@ def prune(self:CodeIndex,
     other.__dict__ |= self.__dict__ | dict(scores=S)
     return other
 
-# %% ../../nbs/collaborative/03_retrieval.ipynb #403e4e8f
-def ivf_search(
-    items:np.ndarray, # (n_items, d)
-    q:np.ndarray, # (n, d)
-    k:int=50, n_lists:int=32, n_probe:int=4, seed:int=0,
-    ) -> tuple[np.ndarray, np.ndarray]: # (n, k) item numbers, -1 where there are too few; (n,) items touched
-    "Largest inner products within the `n_probe` clusters nearest to each query (faiss IndexIVFFlat)."
-    coarse = faiss.IndexFlatIP(items.shape[1])
-    index = faiss.IndexIVFFlat(coarse, items.shape[1], n_lists, faiss.METRIC_INNER_PRODUCT)
-    index.cp.seed = seed+1
-    index.cp.min_points_per_centroid = 1
-    index.train(items)
-    index.add(items)
-    index.nprobe = n_probe
-    lists = coarse.search(q, n_probe)[1]
-    sizes = np.array([index.invlists.list_size(c) for c in range(n_lists)])
-    return index.search(q, k)[1], np.where(lists >= 0, sizes[lists], 0).sum(
-        1
-    )  # -1: there are fewer lists than asked for
-
 # %% ../../nbs/collaborative/03_retrieval.ipynb #e183a3d8
 def equal(v, want, col):
     "Where the values `v` of a column are `want`, a single value of their kind."
     if want is None or not np.isscalar(want):
         raise ValueError(f"{col}={want!r} is no value. Fix: one value, a tuple (low, high), or a set of tags")
-    numbers = pd.api.types.is_numeric_dtype(v)
-    if len(v) and numbers == isinstance(want, str):
-        raise ValueError(
-            f"{col}={want!r}: the column holds {'numbers' if numbers else 'no numbers'}. Fix: a value of its kind"
-        )
+    numbers = "numbers" if pd.api.types.is_numeric_dtype(v) else "no numbers"
+    if len(v) and (numbers == "numbers") == isinstance(want, str):
+        raise ValueError(f"{col}={want!r}: the column holds {numbers}. Fix: a value of its kind")
     return v == want
 
+# %% ../../nbs/collaborative/03_retrieval.ipynb #817ecbb7
+def within(v, lo, hi, col):
+    "Where the values `v` of a column lie between two bounds, both included; None leaves a side open."
+    if pd.isna(v).any():
+        raise ValueError(f"{pd.isna(v).sum()} values of {col} are missing: a range is not defined for them")
+    if lo is not None and hi is not None and not lo <= hi:
+        raise ValueError(f"{col} from {lo} to {hi}: the lower bound comes first")
+    return (True if lo is None else v >= lo) & (True if hi is None else v <= hi)
+
+# %% ../../nbs/collaborative/03_retrieval.ipynb #81ef57f1
 def passing(
     table:pd.DataFrame, # attributes, one row a vector
     where:dict, # column -> value, (low, high) or {tags}
@@ -209,130 +185,14 @@ def passing(
         raise ValueError(f"no column {sorted(unknown)} to filter by; the table has {list(table)}")
     mask = np.ones(len(table), bool)
     for col, want in where.items():
-        v = table[col].to_numpy()
-        if not isinstance(want, (set, frozenset)) and any(isinstance(s, (set, frozenset)) for s in v):
+        v, tags = table[col].to_numpy(), isinstance(want, (set, frozenset))
+        if not tags and any(isinstance(s, (set, frozenset)) for s in v):
             raise ValueError(f"{col} holds sets: ask for {{{want!r}}}, not {want!r}")
-        if isinstance(want, (set, frozenset)):
-            mask &= np.array([want <= s for s in v])
-        elif isinstance(want, tuple):
-            lo, hi = want
-            if pd.isna(v).any():
-                raise ValueError(f"{pd.isna(v).sum()} values of {col} are missing: a range is not defined for them")
-            if lo is not None and hi is not None and not lo <= hi:
-                raise ValueError(f"{col} from {lo} to {hi}: the lower bound comes first")
-            mask &= (True if lo is None else v >= lo) & (True if hi is None else v <= hi)
-        else:
-            mask &= equal(v, want, col)
+        mask &= np.array([want <= s for s in v]) if tags else (
+            within(v, *want, col) if isinstance(want, tuple) else equal(v, want, col))
     return mask
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #30773bf1
-def nearest_among(
-    X:np.ndarray, # (n, d)
-    k:int,
-    rows:np.ndarray|None=None, # node numbers to look among and for; all if None
-    ) -> tuple[np.ndarray, np.ndarray]: # nodes (m,) and their k nearest others (m, k), nearest first
-    "Exact nearest neighbours within a subset (faiss)."
-    rows = np.arange(len(X)) if rows is None else np.asarray(rows)
-    k = min(k, len(rows)-1)
-    if k < 1:
-        return rows, np.empty((len(rows), 0), int)
-    index = faiss.IndexFlatL2(X.shape[1])
-    index.add(X[rows])
-    found = index.search(X[rows], k+1)[1]
-    own = found == np.arange(len(rows))[:, None]
-    own[~own.any(1), -1] = True # duplicates may crowd a node out of its own list
-    return rows, rows[found[~own].reshape(len(rows), k)]
-
-def robust_prune(
-    X:np.ndarray,
-    p:int, cand:np.ndarray, # node and candidates, nearest first
-    R:int=16, alpha:float=1.2, # links to keep; slack
-    may:Callable|None=None, # (p*, candidates) -> bool: whether p* may drop them; always, if None
-    ) -> np.ndarray: # at most R nodes
-    "RobustPrune of DiskANN (Subramanya et al. 2019), with Filtered-Vamana's condition as `may`."
-    d, kept = np.linalg.norm(X[cand] - X[p], axis=1), []
-    while len(cand) and len(kept) < R:
-        kept.append(star := cand[0])
-        drop = alpha*np.linalg.norm(X[cand] - X[star], axis=1) <= d
-        if may is not None:
-            drop &= may(star, cand)
-        drop[0] = True
-        cand, d = cand[~drop], d[~drop]
-    return np.array(kept, int)
-
-# %% ../../nbs/collaborative/03_retrieval.ipynb #d14ec20b
-def vamana(
-    X:np.ndarray, # (n, d)
-    near:dict[int, np.ndarray]|None=None, # node -> candidates; the 48 nearest if None; others stay out
-    R:int=16, # links of a node
-    far:int=4, # random candidates besides
-    seed:int=0,
-    may:Callable|None=None, # (p, p*, candidates) -> bool, as in `robust_prune`
-    ) -> np.ndarray: # (n, R) node numbers, -1 where there is none
-    "Pruned proximity graph over exact candidate lists."
-    near = dict(zip(*nearest_among(X, 48))) if near is None else near
-    rng, nodes, links = np.random.default_rng(seed), np.array(list(near)), {p: [] for p in near}
-    def best(p, c): return robust_prune(X, p, by_distance(X, p, c), R, may=may and (lambda star, c: may(p, star, c)))
-    for p, c in near.items():
-        if may is None:
-            c = np.r_[c, rng.choice(nodes, min(far, len(nodes)))]
-        kept = best(p, c)
-        links[p] += kept.tolist()
-        for j in kept:
-            links[j].append(p)
-    G = np.full((len(X), R), -1)
-    for p, c in links.items():
-        c = by_distance(X, p, np.array(c, int))
-        c = best(p, c) if len(c) > R else c
-        G[p, :len(c)] = c
-    return G
-
-def by_distance(X, p, c):
-    "Distinct nodes c other than p, nearest to p first."
-    c = np.unique(c)
-    c = c[c != p]
-    return c[np.argsort(np.linalg.norm(X[c]-X[p], axis=1), kind="stable")]
-
-# %% ../../nbs/collaborative/03_retrieval.ipynb #c77e4b7f
-def walk(
-    X:np.ndarray, # (n, d)
-    Q:np.ndarray, # (q, d)
-    starts:np.ndarray, # (q, s) node numbers, -1 for none
-    ef:int, # how many nearest nodes are kept
-    expand:Callable, # (query numbers, nodes) -> (., m) node numbers, -1 for none
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # nodes (q, ef), -1 where fewer; distances (q, ef); evaluations (q,)
-    "Best-first search of a graph, all queries in step; a node's distance is evaluated once per query."
-    q = len(Q)
-    seen, evals = np.zeros((q, len(X)+1), bool), np.zeros(q, int)
-    seen[:, -1] = True # the last column stands for "none"
-    found = np.full((q, ef), -1), np.full((q, ef), np.inf), np.zeros((q, ef), bool) # nodes, distances, to be expanded
-    at, new = np.arange(q), starts
-    while len(at):
-        new = unseen(seen, at, new)
-        d = np.where(new < 0, np.inf, np.square(X[new] - Q[at, None]).sum(2))
-        evals[at] += (new >= 0).sum(1)
-        keep_nearest(found, at, new, d)
-        at = np.flatnonzero(found[2].any(1))
-        j = found[2][at].argmax(1) # the nearest open one: rows are sorted
-        found[2][at, j] = False
-        new = expand(at, found[0][at, j]) if len(at) else new
-    return *found[:2], evals
-
-def unseen(seen, at, new):
-    "The nodes that each query meets for the first time, sorted; the rest become -1. They count as seen from now on."
-    new = np.sort(np.where(seen[at[:, None], new], -1, new), 1)
-    new[:, 1:][new[:, 1:] == new[:, :-1]] = -1
-    seen[at[:, None], new] = True
-    return new
-
-def keep_nearest(found, at, new, d):
-    "Merge new nodes into the sorted rows `at` of the results, in place."
-    joined = [np.c_[a[at], b] for a, b in zip(found, (new, d, np.isfinite(d)))]
-    best = np.argsort(joined[1], 1, kind="stable")[:, :found[0].shape[1]]
-    for a, b in zip(found, joined):
-        a[at] = np.take_along_axis(b, best, 1)
-
-# %% ../../nbs/collaborative/03_retrieval.ipynb #3ac6a596
 class FilterIndex:
     "Common part of the filtered indexes: vectors, attributes, masks, and picking the results that pass."
     def __init__(self,
@@ -346,32 +206,39 @@ class FilterIndex:
         self.X,self.table = np.ascontiguousarray(X, np.float32),table.reset_index(drop=True)
         self.build(**kwargs)
     def build(self): pass
-    def masks(self, where:Sequence[dict]) -> np.ndarray: # (q, n) bool
-        "Which vectors pass each query's filter; equal filters are evaluated once."
-        known = {}
-        keys = [str(sorted(w.items(), key=str)) for w in where]
-        for k, w in zip(keys, where):
-            if k not in known:
-                known[k] = passing(self.table, w)
-        return np.stack([known[k] for k in keys])
-    def search(self,
-        Q:np.ndarray, # (q, d)
-        where:Sequence[dict], # a filter for each query
-        k:int=10, ef:int=40, # neighbours; effort of the search
-        ) -> tuple[np.ndarray, np.ndarray]: # (q, k) node numbers, -1 where there are too few; (q,) distance evaluations
-        "Nearest vectors that pass."
-        if len(Q) != len(where):
-            raise ValueError(f"{len(Q)} queries but {len(where)} filters: give one for each")
-        if not np.isfinite(Q).all():
-            raise ValueError("the queries contain NaN or infinity")
-        ok = self.masks(where)
-        ids, dist, evals = self.find(np.asarray(Q, np.float32), where, ok, max(ef, k))
-        hit = (ids >= 0) & np.take_along_axis(np.c_[ok, np.zeros(len(Q), bool)], ids, 1)
-        order = np.argsort(np.where(hit, dist, np.inf), 1, kind="stable")[:, :k]
-        top = np.where(np.take_along_axis(hit, order, 1), np.take_along_axis(ids, order, 1), -1)
-        return np.pad(top, ((0, 0), (0, k-top.shape[1])), constant_values=-1), evals
 
-# %% ../../nbs/collaborative/03_retrieval.ipynb #1a14450c
+# %% ../../nbs/collaborative/03_retrieval.ipynb #d730b9f7
+@patch
+def masks(self:FilterIndex, where:Sequence[dict]) -> np.ndarray: # (q, n) bool
+    "Which vectors pass each query's filter; equal filters are evaluated once."
+    keys = [str(sorted(w.items(), key=str)) for w in where]
+    known = {k: passing(self.table, w) for k, w in dict(zip(keys, where)).items()}
+    return np.stack([known[k] for k in keys])
+
+# %% ../../nbs/collaborative/03_retrieval.ipynb #a13e9527
+@patch
+def search(self:FilterIndex,
+    Q:np.ndarray, # (q, d)
+    where:Sequence[dict], # a filter for each query
+    k:int=10, ef:int=40, # neighbours; effort of the search
+    ) -> tuple[np.ndarray, np.ndarray]: # (q, k) node numbers, -1 where there are too few; (q,) distance evaluations
+    "Nearest vectors that pass."
+    if len(Q) != len(where):
+        raise ValueError(f"{len(Q)} queries but {len(where)} filters: give one for each")
+    if not np.isfinite(Q).all():
+        raise ValueError("the queries contain NaN or infinity")
+    ok = self.masks(where)
+    ids, dist, evals = self.find(np.asarray(Q, np.float32), where, ok, max(ef, k))
+    hit = (ids >= 0) & may_pass(ok, ids)
+    order = np.argsort(np.where(hit, dist, np.inf), 1, kind="stable")[:, :k]
+    top = np.where(np.take_along_axis(hit, order, 1), np.take_along_axis(ids, order, 1), -1)
+    return np.pad(top, ((0, 0), (0, k-top.shape[1])), constant_values=-1), evals
+
+# %% ../../nbs/collaborative/03_retrieval.ipynb #f737909d
+def may_pass(ok, ids): # (q, n) bool, (q, m) node numbers -> (q, m) bool, False for -1
+    return np.take_along_axis(np.c_[ok, np.zeros(len(ok), bool)], ids, 1)
+
+# %% ../../nbs/collaborative/03_retrieval.ipynb #2c329c45
 def scan(X, Q, ok, ef):
     "The `ef` nearest that pass, their distances, and the evaluations: as many as pass."
     centre = X.mean(0, dtype=np.float64) # far from the origin the products cancel
@@ -380,10 +247,12 @@ def scan(X, Q, ok, ef):
     best = np.argsort(d, 1)[:, :ef]
     return best, np.take_along_axis(d, best, 1), ok.sum(1)
 
+# %% ../../nbs/collaborative/03_retrieval.ipynb #2e25a009
 class PreFilter(FilterIndex):
     "Compare with everything that passes: exact."
     def find(self, Q, where, ok, ef): return scan(self.X, Q, ok, ef)
 
+# %% ../../nbs/collaborative/03_retrieval.ipynb #80bac934
 class PostFilter(FilterIndex):
     "Walk a plain graph, strike out afterwards."
     def build(self, R=16, seed=0):
@@ -391,11 +260,17 @@ class PostFilter(FilterIndex):
     def find(self, Q, where, ok, ef):
         return walk(self.X, Q, np.tile(self.starts, (len(Q), 1)), ef, lambda q, p: self.G[p])
 
-def entries(X, seed, n=8):
-    "The most central node and some random ones."
-    return np.r_[np.linalg.norm(X-X.mean(0), axis=1).argmin(), np.random.default_rng(seed).integers(len(X), size=n-1)]
-
 # %% ../../nbs/collaborative/03_retrieval.ipynb #007f8565
+def first_distinct(c, m):
+    "The first m different numbers of each row, -1 skipped and used to fill up."
+    o = np.argsort(c, 1, kind="stable")
+    s = np.take_along_axis(c, o, 1)
+    again = np.zeros(c.shape, bool)
+    np.put_along_axis(again, o[:, 1:], s[:, 1:] == s[:, :-1], 1)
+    c = np.where(again, -1, c)
+    return np.take_along_axis(c, np.argsort(c < 0, 1, kind="stable")[:, :m], 1)
+
+# %% ../../nbs/collaborative/03_retrieval.ipynb #a5ea77ba
 class Acorn(FilterIndex):
     "ACORN (Patel et al. 2024): unpruned lists; passing nodes only, over two hops (gamma=1) or longer lists."
     def build(self, M=16, gamma=1, seed=0):
@@ -407,30 +282,24 @@ class Acorn(FilterIndex):
         if self.gamma == 1:
             c = np.concatenate([c, self.G[c].reshape(len(p), -1)], 1)
         return first_distinct(np.where(np.take_along_axis(ok, c, 1), c, -1), self.M)
-    def find(self, Q, where, ok, ef):
-        ids, dist, evals = scan(self.X, Q, ok, ef)
-        far = np.flatnonzero(ok.mean(1) >= 1/self.gamma if self.gamma > 1 else np.ones(len(Q), bool))
-        if len(far):
-            open_, starts = np.c_[ok, np.zeros(len(Q), bool)][far], np.tile(self.starts, (len(far), 1))
-            found = walk(self.X, Q[far], starts, ids.shape[1], lambda q, p: self.expand(open_[q], p))
-            ids[far], dist[far], evals[far] = found
-        return ids, dist, evals
 
-def first_distinct(c, m):
-    "The first m different numbers of each row, -1 skipped and used to fill up."
-    o = np.argsort(c, 1, kind="stable")
-    s = np.take_along_axis(c, o, 1)
-    again = np.zeros(c.shape, bool)
-    np.put_along_axis(again, o[:, 1:], s[:, 1:] == s[:, :-1], 1)
-    c = np.where(again, -1, c)
-    return np.take_along_axis(c, np.argsort(c < 0, 1, kind="stable")[:, :m], 1)
+# %% ../../nbs/collaborative/03_retrieval.ipynb #ac78e1f1
+@patch
+def find(self:Acorn, Q, where, ok, ef): # noqa: F811
+    ids, dist, evals = scan(self.X, Q, ok, ef)
+    far = np.flatnonzero(ok.mean(1) >= 1/self.gamma if self.gamma > 1 else np.ones(len(Q), bool))
+    if len(far):
+        open_, starts = ok[far], np.tile(self.starts, (len(far), 1))
+        ids[far], dist[far], evals[far] = walk(self.X, Q[far], starts, ids.shape[1],
+            lambda q, p: self.expand(open_[q], p))
+    return ids, dist, evals
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #f0632846
 class FilteredVamana(FilterIndex):
     "Filtered-DiskANN's graph (Gollapudi et al. 2023) for equality on one column, or for one tag of a set column."
     def build(self, column, R=16, L=48, seed=0):
-        self.column = column
-        sets = [v if isinstance(v, (set, frozenset)) else {v} for v in self.table[column]]
+        self.column, v = column, self.table[column]
+        sets = [s if isinstance(s, (set, frozenset)) else {s} for s in v]
         self.labels = {v: k for k, v in enumerate(sorted(set().union(*sets)))}
         B = np.array([[v in s for v in self.labels] for s in sets])
         near = {i: [] for i in range(len(B))}
@@ -453,12 +322,12 @@ def label(self:FilteredVamana, w):
         raise ValueError(f"this index answers one value of {self.column!r}, not {w}")
     return want
 
+# %% ../../nbs/collaborative/03_retrieval.ipynb #7148e7b7
 @patch
 def find(self:FilteredVamana, Q, where, ok, ef): # noqa: F811
     numbers = [self.labels.get(self.label(w)) for w in where]
     starts = np.array([[-1]*4 if k is None else self.start[k] for k in numbers])
-    ok = np.c_[ok, np.zeros(len(Q), bool)]
-    return walk(self.X, Q, starts, ef, lambda q, p: np.where(np.take_along_axis(ok[q], self.G[p], 1), self.G[p], -1))
+    return walk(self.X, Q, starts, ef, lambda q, p: np.where(may_pass(ok[q], self.G[p]), self.G[p], -1))
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #d867b6df
 def order_of(column):
@@ -467,6 +336,7 @@ def order_of(column):
         raise ValueError(f"{column.isna().sum()} values of {column.name} are missing: they have no place in its order")
     return np.argsort(column.to_numpy(), kind="stable")
 
+# %% ../../nbs/collaborative/03_retrieval.ipynb #b8e9f6f3
 class Serf(FilterIndex):
     """One graph for all ranges `(None, high)`: links with the interval of their life (half-bounded SeRF, Zuo et al.
     2024)."""
@@ -484,89 +354,36 @@ class Serf(FilterIndex):
         for a, l in enumerate(life):
             E[a, :len(l)] = np.array(l).reshape(-1, 3)
         self.to, self.born, self.died = E.transpose(2, 0, 1)
-    def link(self, alive, dead, a, c, t, R):
-        "Node a keeps the best R of its living links and c, at time t."
-        for j in c:
-            alive.setdefault(j, t)
-        if len(alive) > R:
-            keep = set(robust_prune(self.Y, a, by_distance(self.Y, a, np.array(list(alive))), R).tolist())
-            for j in [j for j in alive if j not in keep]:
-                dead.append((j, alive.pop(j), t))
 
-# %% ../../nbs/collaborative/03_retrieval.ipynb #b8e9f6f3
+# %% ../../nbs/collaborative/03_retrieval.ipynb #b8550d5f
+@patch
+def link(self:Serf, alive, dead, a, c, t, R):
+    "Node a keeps the best R of its living links and c, at time t."
+    for j in c:
+        alive.setdefault(j, t)
+    if len(alive) > R:
+        keep = set(robust_prune(self.Y, a, by_distance(self.Y, a, np.array(list(alive))), R).tolist())
+        for j in [j for j in alive if j not in keep]:
+            dead.append((j, alive.pop(j), t))
+
+# %% ../../nbs/collaborative/03_retrieval.ipynb #e074bdb0
 @patch
 def find(self:Serf, Q, where, ok, ef): # noqa: F811
     for w in where:
         if set(w) != {self.column} or not isinstance(w[self.column], tuple) or w[self.column][0] is not None:
-            raise ValueError(f"this index answers {{{self.column!r}: (None, high)}}, not {w}. Fix: RangeTree")
+            raise ValueError(f"this index answers {{{self.column!r}: (None, high)}}, not {w}. Fix: Acorn for a range with two ends")
     r = np.array([np.searchsorted(self.sorted, w[self.column][1], "right") for w in where]) # how many pass
     starts = np.where(r[:, None] > 0, (r[:, None]*np.array([0, .25, .5, .75])).astype(int), -1)
     def expand(q, p): return np.where((self.born[p] < r[q, None]) & (r[q, None] <= self.died[p]), self.to[p], -1)
     ids, dist, evals = walk(self.Y, Q, starts, ef, expand)
     return np.where(ids < 0, -1, self.order[ids]), dist, evals
 
-# %% ../../nbs/collaborative/03_retrieval.ipynb #ba6b1be2
-class RangeTree(FilterIndex):
-    "A graph for each part of a binary tree over a column's order: any range (a stand-in for two-sided SeRF)."
-    def build(self, column, R=16, L=48, leaf=64, seed=0):
-        self.column, self.order, n = column, order_of(self.table[column]), len(self.X)
-        self.Y, self.sorted = self.X[self.order], self.table[column].to_numpy()[self.order]
-        self.levels, size = [], n
-        while size > leaf: # parts of `size` ranks, the last one shorter
-            near = {}
-            for a in range(0, n, size):
-                near |= dict(zip(*nearest_among(self.Y, L, np.arange(a, min(a+size, n)))))
-            self.levels.append((size, vamana(self.Y, near, R, far=0, seed=seed)))
-            size = -(-size//2)
-    def ranks(self, w): # a <= rank < b of the rows that pass
-        if set(w) != {self.column} or not isinstance(w[self.column], tuple):
-            raise ValueError(f"this index answers a range of {self.column!r}, not {w}")
-        lo, hi = w[self.column]
-        return (0 if lo is None else np.searchsorted(self.sorted, lo),
-            len(self.Y) if hi is None else np.searchsorted(self.sorted, hi, "right"))
-
-# %% ../../nbs/collaborative/03_retrieval.ipynb #f9a8c2f3
-@patch
-def parts(self:RangeTree, a, b):
-    "Whole parts (level, start) that tile the ranks a <= r < b, largest first, and the ranges left over."
-    n, out, rest = len(self.Y), [], [(a, b)]
-    for l, (size, _) in enumerate(self.levels):
-        left = []
-        for a, b in rest:
-            first, last = -(-a//size), -(-n//size) if b == n else b//size
-            if first >= last:
-                left.append((a, b))
-                continue
-            out += [(l, k*size) for k in range(first, last)]
-            left += [(a, first*size), (min(last*size, n), b)]
-        rest = [x for x in left if x[0] < x[1]]
-    return out, rest
-
+# %% ../../nbs/collaborative/03_retrieval.ipynb #3cbd565a
 def padded(lists): # rows of one length, filled up by -1
     width = max(1, max(map(len, lists)))
     return np.array([[*l, *[-1]*(width-len(l))] for l in lists], int)
 
-# %% ../../nbs/collaborative/03_retrieval.ipynb #8fd654a1
-@patch
-def ways_in(self:RangeTree, whole, level):
-    "Four start nodes in each whole part of this level."
-    size = lambda s: min(self.levels[level][0], len(self.Y)-s)
-    return [s + (2*j+1)*size(s)//8 for l, s in whole if l == level for j in range(4)]
-
-@patch
-def find(self:RangeTree, Q, where, ok, ef): # noqa: F811
-    spans = [self.parts(*self.ranks(w)) for w in where]
-    ids = padded([[r for x in rest for r in range(*x)] for _, rest in spans])
-    found = [(ids, np.where(ids < 0, np.inf, np.square(self.Y[ids]-Q[:, None]).sum(2)), (ids >= 0).sum(1))]
-    for l, (_, G) in enumerate(self.levels):
-        S = padded([self.ways_in(whole, l) for whole, _ in spans])
-        if (S >= 0).any():
-            found.append(walk(self.Y, Q, S, ef, lambda q, p, G=G: G[p]))
-    ids, d, evals = zip(*found)
-    ids = np.concatenate(ids, 1)
-    return np.where(ids < 0, -1, self.order[ids]), np.concatenate(d, 1), sum(evals)
-
-# %% ../../nbs/collaborative/03_retrieval.ipynb #780f181b
+# %% ../../nbs/collaborative/03_retrieval.ipynb #ba6b1be2
 class Ung(FilterIndex):
     "Unified navigating graph (Cai et al. 2024): a graph for each set of tags, links to minimal supersets."
     def build(self, column, R=16, L=48, seed=0):
@@ -577,21 +394,27 @@ class Ung(FilterIndex):
         for r in self.rows:
             near |= dict(zip(*nearest_among(self.X, L, r)))
         self.G = np.c_[vamana(self.X, near, R, far=0, seed=seed), padded(self.cross())]
-    def cross(self): # node -> nearest node in each minimal superset of its own set
-        out = [[] for _ in self.X]
-        for s, r in zip(self.sets, self.rows):
-            for u in self.minimal(s, proper=True):
-                d = np.square(self.X[r][:, None]-self.X[self.rows[u]]).sum(2)
-                for p, j in zip(r, self.rows[u][d.argmin(1)]):
-                    out[p].append(j)
-        return out
-    def minimal(self, want, proper=False): # group numbers
-        "Smallest sets that contain `want`: none of them contains another one."
-        out = []
-        for k, s in enumerate(self.sets): # by size, so subsets come first
-            if want <= s and not (proper and s == want) and not any(self.sets[o] <= s for o in out):
-                out.append(k)
-        return out
+
+# %% ../../nbs/collaborative/03_retrieval.ipynb #f17a12ba
+@patch
+def cross(self:Ung): # node -> nearest node in each minimal superset of its own set
+    out = [[] for _ in self.X]
+    for s, r in zip(self.sets, self.rows):
+        for u in self.minimal(s, proper=True):
+            d = np.square(self.X[r][:, None]-self.X[self.rows[u]]).sum(2)
+            for p, j in zip(r, self.rows[u][d.argmin(1)]):
+                out[p].append(j)
+    return out
+
+# %% ../../nbs/collaborative/03_retrieval.ipynb #e940c7f5
+@patch
+def minimal(self:Ung, want, proper=False): # group numbers
+    "Smallest sets that contain `want`: none of them contains another one."
+    out = []
+    for k, s in enumerate(self.sets): # by size, so subsets come first
+        if want <= s and not (proper and s == want) and not any(self.sets[o] <= s for o in out):
+            out.append(k)
+    return out
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #1f4e85ed
 @patch
@@ -604,8 +427,7 @@ def find(self:Ung, Q, where, ok, ef): # noqa: F811
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #07253946
 def filtered_recall(
-    found:np.ndarray, exact:np.ndarray, # (q, k) node numbers, -1 for none
-    ) -> float:
+    found:np.ndarray, exact:np.ndarray) -> float: # (q, k) node numbers, -1 for none
     "Mean share of the exact results that were found; queries without any match are left out."
     have = [(len(set(a[a >= 0]) & set(b[b >= 0])), (b >= 0).sum()) for a, b in zip(found, exact)]
     return float(np.mean([h/n for h, n in have if n]))
@@ -626,6 +448,7 @@ def effort_curve(
             break
     return pd.DataFrame(rows)
 
+# %% ../../nbs/collaborative/03_retrieval.ipynb #bddf990c
 def price(
     curve:pd.DataFrame, # of `effort_curve`
     n_passing:float, # vectors that pass, mean over queries
@@ -647,17 +470,23 @@ class DiagLinUCB:
             raise ValueError(f"alpha={alpha}: must not be negative")
         self.alpha,self.d,self.touched = alpha,np.ones((n_items, C)),0
         self.b = np.zeros((n_items, C)) if prior is None else prior.astype(float).copy()
-    def moments(self,
-        items:np.ndarray, # (m,)
-        c:np.ndarray, w:np.ndarray, # (K,) clusters of the context and their weights
-        ) -> tuple[np.ndarray, np.ndarray]: # (m,) mean and variance
-        d = self.d[items[:, None], c]
-        return (w*self.b[items[:, None], c]/d).sum(1), (w*w/d).sum(1)
-    def update(self, j:int, c:np.ndarray, w:np.ndarray, r:float):
-        "Learn that item j was shown in context (c, w) and brought r."
-        self.d[j, c] += w*w
-        self.b[j, c] += w*r
-        self.touched += 2*len(c)
+
+# %% ../../nbs/collaborative/03_retrieval.ipynb #e9901017
+@patch
+def moments(self:DiagLinUCB,
+    items:np.ndarray, # (m,)
+    c:np.ndarray, w:np.ndarray, # (K,) clusters of the context and their weights
+    ) -> tuple[np.ndarray, np.ndarray]: # (m,) mean and variance
+    d = self.d[items[:, None], c]
+    return (w*self.b[items[:, None], c]/d).sum(1), (w*w/d).sum(1)
+
+# %% ../../nbs/collaborative/03_retrieval.ipynb #c3bcbf72
+@patch
+def update(self:DiagLinUCB, j:int, c:np.ndarray, w:np.ndarray, r:float):
+    "Learn that item j was shown in context (c, w) and brought r."
+    self.d[j, c] += w*w
+    self.b[j, c] += w*r
+    self.touched += 2*len(c)
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #41b00f1c
 class LinUCB:
@@ -674,20 +503,6 @@ class LinUCB:
         self.touched += v.size**2 + len(c)
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #12bb6554
-def item_tower(
-    clicks:sp.csr_matrix, # (n_users, n_items); columns of fresh items are empty
-    features:np.ndarray, # (n_items, f)
-    dim:int=16, ridge:float=1., seed:int=0,
-    ) -> tuple[np.ndarray, np.ndarray]:  # user vectors (n_users, dim), item vectors (n_items, dim)
-    "Truncated SVD of the log; item vectors regressed on features where there are clicks, predicted for all."
-    from sklearn.decomposition import TruncatedSVD
-    from sklearn.linear_model import Ridge
-    clicks = canonical(clicks)
-    svd = TruncatedSVD(dim, random_state=seed)
-    U = svd.fit_transform(clicks)
-    old = clicks.getnnz(0) > 0
-    return U, Ridge(ridge).fit(features[old], svd.components_.T[old]).predict(features)
-
 def sparse_context(
     U:np.ndarray, centres:np.ndarray, # (n_users, d), (C, d)
     K:int=4, temperature:float=.1,
@@ -706,6 +521,7 @@ def sparse_context(
 # %% ../../nbs/collaborative/03_retrieval.ipynb #732cd243
 RULES = ("ucb", "greedy", "thompson", "epsilon", "tower", "random")
 
+# %% ../../nbs/collaborative/03_retrieval.ipynb #5c8dde28
 def check_simulation(day, rule, epsilon):
     "Refuse an unknown rule and what is no probability."
     if rule not in RULES:
@@ -715,6 +531,7 @@ def check_simulation(day, rule, epsilon):
     if not (day["p"].min() >= 0 and day["p"].max() <= 1):
         raise ValueError(f"click probabilities from {day['p'].min():g} to {day['p'].max():g}: must lie in 0..1")
 
+# %% ../../nbs/collaborative/03_retrieval.ipynb #dafd0176
 def policy_scores(day, model, rule, u, epsilon, rng):
     "What the rule thinks of each candidate of user u."
     items = day["cand"][u]
@@ -726,7 +543,7 @@ def policy_scores(day, model, rule, u, epsilon, rng):
     width = dict(ucb=1., thompson=rng.normal(size=len(items))).get(rule, 0.)
     return mean + model.alpha*var**.5*width
 
-# %% ../../nbs/collaborative/03_retrieval.ipynb #dafd0176
+# %% ../../nbs/collaborative/03_retrieval.ipynb #40dab03a
 def simulate(
     day:dict, # p (n_users, n_items) click probabilities, c, x, cand, tower: see `day`
     model, # DiagLinUCB, LinUCB or None for the tower alone
@@ -735,18 +552,20 @@ def simulate(
     ) -> pd.DataFrame: # one row an event: user, item, click, regret against the best candidate
     "Show one item to each arriving user; update the model `delay` events later."
     check_simulation(day, rule, epsilon)
-    whole_number("events", events)
     whole_number("delay", delay)
     rng, arrive = np.random.default_rng([seed, 1]), np.random.default_rng([seed, 2])
-    users, coins, waiting, rows = arrive.integers(len(day["p"]), size=events), arrive.random(events), [], []
+    users, coins = arrive.integers(len(day["p"]), size=whole_number("events", events)), arrive.random(events)
+    waiting, rows = [], []
     for u, coin in zip(users, coins):
-        score, items, p = policy_scores(day, model, rule, u, epsilon, rng), day["cand"][u], day["p"][u]
-        j = items[rng.choice(np.flatnonzero(score == score.max()))]
-        click = float(coin < p[j])
-        rows.append((u, j, click, p[items].max() - p[j]))
-        waiting.append((j, day["c"][u], day["x"][u], click))
+        j = pick(day["cand"][u], policy_scores(day, model, rule, u, epsilon, rng), rng)
+        p = day["p"][u]
+        rows.append((u, j, float(coin < p[j]), p[day["cand"][u]].max() - p[j]))
+        waiting.append((j, day["c"][u], day["x"][u], rows[-1][2]))
         if model is not None and len(waiting) >= delay:
             for e in waiting:
                 model.update(*e)
             waiting = []
     return pd.DataFrame(rows, columns=["user", "item", "click", "regret"])
+
+# %% ../../nbs/collaborative/03_retrieval.ipynb #a7005410
+def pick(items, score, rng): return items[rng.choice(np.flatnonzero(score == score.max()))] # ties by lot
