@@ -10,27 +10,19 @@ from recbook.collaborative.retrieval import (
     LinUCB,
     PostFilter,
     PreFilter,
-    RangeTree,
     Serf,
     SparCode,
     Ung,
     effort_curve,
     filtered_recall,
     first_distinct,
-    item_tower,
-    ivf_search,
-    nearest_among,
     passing,
     price,
-    recall_at,
-    recalls,
-    robust_prune,
     simulate,
     sparse_context,
-    vamana,
-    walk,
 )
-from recbook.towers import sampled_softmax
+from recbook.metrics import recall_at, recalls
+from recbook.towers import item_tower, ivf_search, nearest_among, robust_prune, sampled_softmax, vamana, walk
 from recbook.world import World
 
 
@@ -218,7 +210,6 @@ INDEXES = [
     (Acorn, dict(gamma=4), FILTERS),
     (FilteredVamana, dict(column="kind"), ["kind"]),
     (Serf, dict(column="year"), ["until", "nobody"]),
-    (RangeTree, dict(column="year", leaf=20), ["until", "window", "nobody"]),
     (Ung, dict(column="tags"), ["tags"]),
 ]
 
@@ -247,7 +238,6 @@ def test_specialists_never_evaluate_what_does_not_pass(shop):
     for make, kw, name in (
         (FilteredVamana, dict(column="kind"), "kind"),
         (Serf, dict(column="year"), "until"),
-        (RangeTree, dict(column="year", leaf=20), "window"),
         (Ung, dict(column="tags"), "tags"),
     ):
         _, evals = make(X, table, **kw).search(Q, [FILTERS[name]]*len(Q), 10, 500)
@@ -260,17 +250,6 @@ def test_serf_graph_at_each_time_has_only_living_links(shop):
     for r in (1, 50, 200):
         alive = (s.born < r) & (r <= s.died) & (s.to >= 0)
         assert alive[:r].sum(1).max() <= 6 and s.to[:r][alive[:r]].max(initial=-1) < r
-
-
-def test_range_tree_parts_tile_the_range(shop):
-    X, table, _ = shop
-    t = RangeTree(X, table, column="year", leaf=10)
-    for a, b in ((0, 200), (3, 4), (17, 160), (150, 200), (5, 5)):
-        whole, rest = t.parts(a, b)
-        covered = [r for l, s in whole for r in range(s, min(s + t.levels[l][0], 200))] + [
-            r for x in rest for r in range(*x)
-        ]
-        assert sorted(covered) == list(range(a, b))
 
 
 def test_ung_minimal_supersets():
@@ -294,7 +273,6 @@ def test_filtered_search_refuses_bad_input(shop):
     for index, bad in (
         (FilteredVamana(X, table, column="kind"), dict(kind=("x", "y"))),
         (Serf(X, table, column="year"), dict(year=(1950, None))),
-        (RangeTree(X, table, column="year"), dict(kind="x")),
         (Ung(X, table, column="tags"), dict(kind="x")),
     ):
         with pytest.raises(ValueError, match="answers"):
@@ -451,7 +429,6 @@ many = dict(
         (lambda: passing(tb, dict(n=(3, 1))), "lower bound"),
         (lambda: passing(tb, dict(year=(1, 2))), "missing"),
         (lambda: Serf(np.ones((3, 2), np.float32), tb, column="year"), "missing"),
-        (lambda: RangeTree(np.ones((3, 2), np.float32), tb, column="year"), "missing"),
         (lambda: DiagLinUCB(3, 2, prior=np.ones(3)), "prior"),
         (lambda: DiagLinUCB(3, 2, prior=np.ones((2, 3))), "prior"),
         (lambda: DiagLinUCB(3, 2, alpha=-1), "alpha=-1"),
@@ -521,7 +498,6 @@ def test_a_scan_is_exact_far_from_the_origin(off):
 
 
 def test_no_more_items_are_touched_than_there_are_and_unsigned_scores_rank():
-    from recbook.collaborative.retrieval import ivf_search, recalls
     rng = np.random.default_rng(0)
     X = rng.normal(size=(400, 8)).astype("f4")
     assert (ivf_search(X, X[:10], 10, n_lists=4, n_probe=8)[1] == 400).all()

@@ -10,7 +10,6 @@ ORDER = [c for part in BOOK for c in (part["chapters"] if isinstance(part, dict)
 CHAPTERS = [c for c in ORDER if c.split("/")[0] not in ("foundations", "workshop") and "/" in c]
 PENDING = {
     "implicit",
-    "retrieval",
     "alignment",
     "unlearning",
     "editing",
