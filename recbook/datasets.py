@@ -33,7 +33,6 @@ def _read_registry(path, changed):
         _check_spec(d, path)
     return sets
 
-# %% ../nbs/foundations/03_datasets.ipynb #597aef61
 def _registry():
     p = root()/"data"/"datasets.toml"
     return _read_registry(p, p.stat().st_mtime_ns if p.exists() else 0)
@@ -72,7 +71,6 @@ def _check_name(name, where):
     ):
         raise ValueError(f"{where}: {name!r} would lie outside the cache. Fix: a relative path without '..'")
 
-# %% ../nbs/foundations/03_datasets.ipynb #411309c4
 def _spec(name):
     "The registry entry of `name`; ValueError with the nearest names when there is none."
     reg = _registry()
@@ -93,7 +91,6 @@ def datasets_list() -> pd.DataFrame: # one row per set
 # %% ../nbs/foundations/03_datasets.ipynb #ec24d311
 _passed = set()
 
-# %% ../nbs/foundations/03_datasets.ipynb #efd2c29f
 def _check(path, want):
     """`path` if its sha256 is `want`, else ValueError; this process reads a file that passed again only when it has
     changed."""
@@ -108,7 +105,6 @@ def _check(path, want):
     _passed.add(key)
     return path
 
-# %% ../nbs/foundations/03_datasets.ipynb #b9752d7d
 def _mirror():
     "The folder $RECBOOK_MIRROR, or None."
     if not (env := os.environ.get("RECBOOK_MIRROR")):
@@ -118,7 +114,6 @@ def _mirror():
         f"RECBOOK_MIRROR is {env!r}, which is not a folder. Fix: point it to one that holds <name>/<file>, or unset it")
     return p
 
-# %% ../nbs/foundations/03_datasets.ipynb #cc40a115
 def _session():
     "A requests session that cannot speak plain http, not even when redirected."
     import requests # here, not above: most runs never download
@@ -141,7 +136,6 @@ def _stream(limit):
                         raise ValueError(f"it is longer than the {limit} bytes that are allowed")
     return get
 
-# %% ../nbs/foundations/03_datasets.ipynb #ab6e5518
 def _check_url(url):
     if not url.startswith("https://"):
         raise ValueError(
@@ -197,7 +191,6 @@ def _member(archive, member, size, rar=False):
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, RuntimeError,
     subprocess.CalledProcessError) # what a broken archive raises
 
-# %% ../nbs/foundations/03_datasets.ipynb #f4bc5a0c
 def _unpack(name, url, folder):
     "Download the archive `url`, check each of its registered members, put those into `folder`, drop the archive."
     files = [f for f in _spec(name)["file"] if f.get("archive")==url]
@@ -226,7 +219,6 @@ def _registered(archive, f, rar):
         f"{f['member']} in {f['archive']}: expected sha256 {f['sha256']}, got {got}.\n{fix}")
     return data
 
-# %% ../nbs/foundations/03_datasets.ipynb #2f79a6bf
 def _inside(folder, name):
     "`folder/name`, refused if that leads out of the cache by '..', by an absolute name or through a link."
     _check_name(name, "the registry")
@@ -237,7 +229,6 @@ def _inside(folder, name):
         )
     return p
 
-# %% ../nbs/foundations/03_datasets.ipynb #4ac3c197
 _shown = set()
 
 # %% ../nbs/foundations/03_datasets.ipynb #ecbf7206
@@ -250,7 +241,6 @@ def _show_terms(spec):
     _shown.add(spec["name"])
     _remember(mark)
 
-# %% ../nbs/foundations/03_datasets.ipynb #bd529366
 def _find(name, f):
     "Where the file is on disk, unchecked: mirror, then cache; None when it must be downloaded."
     _check_name(name, "the registry")
@@ -304,7 +294,6 @@ def verify(
 # %% ../nbs/foundations/03_datasets.ipynb #c56a77d6
 _loaders = {}
 
-# %% ../nbs/foundations/03_datasets.ipynb #019e33ce
 def _loader(*names): # a set, or set/part
     def deco(f):
         _loaders.update(dict.fromkeys(names, f))
@@ -426,7 +415,6 @@ def _filmtrust(get):
     df = pd.DataFrame(rows, columns=["user","item","rating"])
     return Interactions.from_frame(df, rating="rating", duplicates="last", name="filmtrust")
 
-# %% ../nbs/foundations/03_datasets.ipynb #3d51e816
 @_loader("filmtrust/trust")
 def _trust(get):
     "Directed trust between original user ids: src trusts dst; some of them rated nothing."
@@ -468,14 +456,12 @@ def _ml_kg(get):
         _lines(get("ml-100k.kg"), _fields("\t", str, str, str), skip=1), columns=["head", "relation", "tail"]
     )
 
-# %% ../nbs/foundations/03_datasets.ipynb #54773972
 @_loader("movielens-100k/link")
 def _ml_link(get):
     "Which entity of movielens-100k/kg a film is; `item` is the 0-based id."
     df = pd.DataFrame(_lines(get("ml-100k.link"), _fields("\t", int, str), skip=1), columns=["item","entity"])
     return df.assign(item=df["item"]-1)
 
-# %% ../nbs/foundations/03_datasets.ipynb #c63c1e79
 @_loader("influence-graphs/nethept")
 def _nethept(get):
     "Directed edges, weight = activation probability (weighted cascade)."

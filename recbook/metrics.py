@@ -4,7 +4,8 @@
 
 # %% ../nbs/foundations/06_metrics.ipynb #c8048b27
 from __future__ import annotations
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 import numpy as np, pandas as pd, torch
 from scipy.sparse import csr_matrix
 from torch import Tensor
@@ -13,9 +14,9 @@ from .data import canonical, whole_number
 # %% auto #0
 __all__ = ['Scorer', 'topk', 'best_columns', 'first_of_ties', 'dot', 'fresh', 'table', 'user_numbers', 'scores_of', 'mask_of',
            'hide', 'seen_last', 'recommend', 'items_of', 'hits', 'ranking_values', 'cutoffs', 'check_reachable',
-           'evaluate', 'check_ranking', 'recalls', 'recall_at', 'labelled', 'probabilities', 'auc', 'gauc', 'logloss',
-           'ece', 'amounts', 'exposures', 'coverage', 'gini', 'entropy', 'diversity', 'mean_popularity',
-           'individual_unfairness']
+           'evaluate', 'Outcome', 'ranked', 'check_ranking', 'recalls', 'recall_at', 'labelled', 'probabilities', 'auc',
+           'gauc', 'logloss', 'ece', 'amounts', 'exposures', 'coverage', 'gini', 'entropy', 'diversity',
+           'mean_popularity', 'individual_unfairness']
 
 # %% ../nbs/foundations/06_metrics.ipynb #ffc0d169
 def topk(
@@ -256,6 +257,30 @@ def evaluate(
     return pd.DataFrame(
         {m: v for c in ks for m, v in ranking_values(h, n[users], c).items()}, index=pd.Index(users, name="user")
     )
+
+# %% ../nbs/foundations/06_metrics.ipynb #e31c75b8
+@dataclass
+class Outcome:
+    "What one run reached."
+    values:dict # metric -> number, or (n_units,) array, a number for each user or query, nan where it has none
+    valid:float|None = None # validation value, larger is better: the only thing tuning sees
+    curve:Sequence[float] = () # validation values during training, in order, equally spaced
+
+# %% ../nbs/foundations/06_metrics.ipynb #82b78854
+def ranked(
+    score, # scorer: user numbers (b,) -> scores (b, n_items)
+    split, # train, valid, test
+    k:int=20,
+    curve:Sequence[float]=(), # validation values; tuning sees their best
+    ) -> Outcome: # values recall@k, ndcg@k (n_users,), nan for users without a test item
+    "The outcome of a ranking run; none of train or valid is recommended."
+    train, valid, test = split
+    known = (train.csr() + valid.csr()).astype(bool).astype(np.float32) if len(valid) else train.csr()
+    df = evaluate(score, test, known, k=k).reindex(range(train.n_users))
+    best = max(curve, default=None)
+    if best is None and len(valid):
+        best = evaluate(score, valid, train, k=k)[f"recall@{k}"].mean()
+    return Outcome({m: df[m].to_numpy() for m in (f"recall@{k}", f"ndcg@{k}")}, best, curve)
 
 # %% ../nbs/foundations/06_metrics.ipynb #5b618b31
 def check_ranking(scores, relevant, k):

@@ -13,23 +13,15 @@ from numbers import Integral, Real
 import numpy as np, pandas as pd
 from tqdm.auto import tqdm
 from .datasets import _registry
-from .metrics import evaluate
+from .metrics import Outcome, ranked
 from .provenance import Store, digest, distribution
 
 # %% auto #0
-__all__ = ['ROLES', 'LIBRARIES', 'Outcome', 'Method', 'check_axis', 'settings', 'Case', 'trial_key', 'names_of', 'run_trial',
-           'pack', 'unpack', 'run_all', 'in_turn', 'spread', 'keyed', 'Tuned', 'tune', 'check_names', 'check_seeds',
+__all__ = ['ROLES', 'LIBRARIES', 'Method', 'check_axis', 'settings', 'Case', 'trial_key', 'names_of', 'run_trial', 'pack',
+           'unpack', 'run_all', 'in_turn', 'spread', 'keyed', 'Tuned', 'tune', 'check_names', 'check_seeds',
            'check_alike', 'limits_of', 'text', 'score_all', 'best_of', 'edges', 'beyond', 'widened', 'choice', 'follow',
            'climbing', 'over_seeds', 'rows_of', 'values', 'same_units', 'per_seed', 'derive', 'best_rival', 'NotAlive',
-           'alive', 'ranked']
-
-# %% ../nbs/foundations/17_trials.ipynb #e31c75b8
-@dataclass
-class Outcome:
-    "What one run reached."
-    values:dict # metric -> number, or (n_units,) array, a number for each user or query, nan where it has none
-    valid:float|None = None # validation value, larger is better: the only thing tuning sees
-    curve:Sequence[float] = () # validation values during training, in order, equally spaced
+           'alive']
 
 # %% ../nbs/foundations/17_trials.ipynb #7a06b27a
 ROLES = ("method", "rival", "placebo", "ablation", "oracle")
@@ -523,19 +515,3 @@ def alive(
             f"{ceiling:.4g}: mend the system before you measure it"
         )
     return ok
-
-# %% ../nbs/foundations/17_trials.ipynb #82b78854
-def ranked(
-    score, # scorer: user numbers (b,) -> scores (b, n_items)
-    split, # train, valid, test
-    k:int=20,
-    curve:Sequence[float]=(), # validation values; tuning sees their best
-    ) -> Outcome: # values recall@k, ndcg@k (n_users,), nan for users without a test item
-    "The outcome of a ranking run; none of train or valid is recommended."
-    train, valid, test = split
-    known = (train.csr() + valid.csr()).astype(bool).astype(np.float32) if len(valid) else train.csr()
-    df = evaluate(score, test, known, k=k).reindex(range(train.n_users))
-    best = max(curve, default=None)
-    if best is None and len(valid):
-        best = evaluate(score, valid, train, k=k)[f"recall@{k}"].mean()
-    return Outcome({m: df[m].to_numpy() for m in (f"recall@{k}", f"ndcg@{k}")}, best, curve)
