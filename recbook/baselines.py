@@ -4,15 +4,20 @@
 
 # %% ../nbs/foundations/08_baselines.ipynb #09c80bad
 from __future__ import annotations
+from collections.abc import Callable
+from contextlib import nullcontext
+from weakref import ref
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .data import Interactions
 from .metrics import Scorer, dot, evaluate
-from .training import batches, fit
+from .training import batches, eval_mode, fit
 
 # %% auto #0
-__all__ = ['popularity', 'MF', 'bpr_loss', 'uniform_negatives', 'clicked', 'train_bpr', 'watch']
+__all__ = ['popularity', 'MF', 'bpr_loss', 'uniform_negatives', 'clicked', 'train_bpr', 'watch', 'free_items', 'click_keys',
+           'rejecting', 'from_cdf', 'fixed_sampler', 'pair_scores', 'dns_sampler', 'SortedFactors', 'aobpr_sampler',
+           'inbatch_sampler', 'sampled_bpr', 'row_norms']
 
 # %% ../nbs/foundations/08_baselines.ipynb #f2bab5eb
 def popularity(
@@ -94,3 +99,161 @@ def watch(valid, train, k=20):
     "A function for `fit` that measures recall and NDCG on `valid`, items of `train` left out."
     names = [f"recall@{k}", f"ndcg@{k}"]
     return lambda m: evaluate(dot(*m()), valid, train, k=k).mean()[names].to_dict()
+
+# %% ../nbs/foundations/08_baselines.ipynb #364025c1
+def free_items(keys, n_items, users, draw):
+    "Draw items with `draw(rows)` (rows: what to fill) until none is known; `keys`: sorted pair numbers u*n_items+i."
+    j, rows = torch.empty(users.shape, dtype=torch.long), torch.ones(users.shape, dtype=torch.bool)
+    for _ in range(1000):
+        j[rows] = draw(rows)
+        rows = clicked(keys, users*n_items + j)
+        if not rows.any():
+            return j
+    raise ValueError(f"{int(rows.sum())} rows found no unclicked item in 1000 draws, first user {int(users[rows][0])}: "
+        "the proposal covers nothing but clicks")
+
+# %% ../nbs/foundations/08_baselines.ipynb #645346d1
+def click_keys(train, exclude=None):
+    "Sorted pair numbers of the clicks of `train` and `exclude`; a user with every item has no negative: refused."
+    parts = [train] + ([exclude] if exclude is not None else [])
+    keys = np.unique(np.concatenate([x.user*train.n_items + x.item for x in parts]))
+    if (full := np.bincount(keys//train.n_items).max()) >= train.n_items:
+        raise ValueError(f"a user has all {full} items: no negative exists; drop that user")
+    return torch.from_numpy(keys)
+
+# %% ../nbs/foundations/08_baselines.ipynb #a55010cd
+def rejecting(train, n, propose, exclude=None):
+    "A sampler (users, pos, model) -> (B, n) that draws again what is known; `propose` gives `draw(rows)`."
+    if n < 1:
+        raise ValueError(f"n={n}: at least one negative")
+    keys = click_keys(train, exclude)
+    def sampler(users, pos, model=None):
+        u = users.cpu().repeat_interleave(n)
+        return free_items(keys, train.n_items, u, propose(u, pos.cpu(), model)).view(-1, n).to(users.device)
+    return sampler
+
+# %% ../nbs/foundations/08_baselines.ipynb #cb3fa78e
+def from_cdf(cdf, n, g):
+    return torch.searchsorted(cdf, torch.rand(n, generator=g, dtype=torch.double)).clamp(max=len(cdf)-1)
+
+# %% ../nbs/foundations/08_baselines.ipynb #81bcbfa9
+def fixed_sampler(
+    train:Interactions,
+    n:int=1, # negatives for each row
+    power:float=0., # item weight is clicks^power: 0 uniform, 1 popularity, .75 as in word2vec
+    exclude:Interactions|None=None, # further pairs that are no negatives: validation clicks
+    seed:int=0,
+    ) -> Callable: # (users (B,), pos (B,), model=None) -> (B, n)
+    "Negatives from one item distribution, a user's known clicks excluded."
+    g, counts = torch.Generator().manual_seed(seed), np.bincount(train.item, minlength=train.n_items)
+    p = torch.from_numpy(np.maximum(counts, 1.)**power)
+    cdf = p.cumsum(0)/p.sum()
+    def propose(u, pos, model): return lambda rows: from_cdf(cdf, int(rows.sum()), g)
+    return rejecting(train, n, propose, exclude)
+
+# %% ../nbs/foundations/08_baselines.ipynb #3a1d830b
+@torch.no_grad()
+def pair_scores(model, users, items): # (B,), (B, m) -> (B, m)
+    "Scores of each row's items: `model.score(users, items)` if the model has it, else inner products of `model()`."
+    if hasattr(model, "score"):
+        return model.score(users, items)
+    if model is None:
+        raise ValueError("this sampler asks the model: call it as sampler(users, pos, model)")
+    with eval_mode(model) if isinstance(model, nn.Module) else nullcontext():
+        U, I = model()
+    return torch.bmm(F.embedding(items, I), F.embedding(users, U)[:, :, None])[..., 0]
+
+# %% ../nbs/foundations/08_baselines.ipynb #574b3a05
+def dns_sampler(
+    train:Interactions,
+    n:int=1,
+    M:int=8, # candidates for each negative
+    exclude:Interactions|None=None, # see `fixed_sampler`
+    seed:int=0,
+    ) -> Callable:
+    "Dynamic negative sampling: the best-scored of M uniform candidates (Zhang et al. 2013)."
+    if M < 1:
+        raise ValueError(f"M={M}: at least one candidate")
+    draw = fixed_sampler(train, n*M, exclude=exclude, seed=seed)
+    def sampler(users, pos, model):
+        J = draw(users, pos)
+        if M == 1:
+            return J
+        best = pair_scores(model, users, J).view(len(J), n, M).argmax(2, keepdim=True)
+        return J.view(len(J), n, M).gather(2, best)[..., 0]
+    return sampler
+
+# %% ../nbs/foundations/08_baselines.ipynb #35e07784
+class SortedFactors:
+    "Item lists sorted by each factor, refreshed every `every` looks and for another model."
+    def __init__(self, every): self.every, self.looks, self.of = every, 0, lambda: None
+    def __call__(self, model):
+        U, I = (x.detach().cpu() for x in model())
+        if self.looks % self.every == 0 or self.of() is not model:
+            self.of, self.looks = ref(model), 0
+            self.order,self.sd = I.argsort(0, descending=True),I.std(0)
+        self.looks += 1
+        return U, self.order, self.sd
+
+# %% ../nbs/foundations/08_baselines.ipynb #55d766c3
+def aobpr_sampler(
+    train:Interactions,
+    n:int=1,
+    lam:float=.05, # mean rank, as a share of the catalogue
+    every:int=20, # calls between refreshes of the sorted lists
+    exclude:Interactions|None=None, # see `fixed_sampler`
+    seed:int=0,
+    ) -> Callable:
+    "Adaptive oversampling: geometric ranks in the sorted lists of single factors (Rendle & Freudenthaler 2014)."
+    if not lam > 0:
+        raise ValueError(f"lam={lam}: the mean rank must be positive")
+    m, g, lists = train.n_items, torch.Generator().manual_seed(seed), SortedFactors(every)
+    p = torch.exp(-torch.arange(m, dtype=torch.double)/(lam*m))
+    cdf = p.cumsum(0)/p.sum()
+    def propose(u, pos, model):
+        U, order, sd = lists(model)
+        def draw(rows):
+            W = U[u[rows]]
+            f = torch.multinomial(W.abs()*sd + 1e-12, 1, generator=g)
+            r = from_cdf(cdf, len(W), g)
+            return order[torch.where(W.gather(1, f)[:, 0] > 0, r, m-1-r), f[:, 0]]
+        return draw
+    return rejecting(train, n, propose, exclude)
+
+# %% ../nbs/foundations/08_baselines.ipynb #2f89e324
+def inbatch_sampler(
+    train:Interactions,
+    n:int=1,
+    exclude:Interactions|None=None, # see `fixed_sampler`
+    seed:int=0,
+    ) -> Callable:
+    "Negatives from the other rows' positives; a row that keeps hitting its user's clicks gets a uniform item."
+    m, g = train.n_items, torch.Generator().manual_seed(seed)
+    def propose(u, pos, model):
+        tries = iter(range(10**6))
+        def draw(rows):
+            k = int(rows.sum())
+            pool = pos if next(tries) < 20 else torch.arange(m)
+            return pool[torch.randint(len(pool), (k,), generator=g)]
+        return draw
+    return rejecting(train, n, propose, exclude)
+
+# %% ../nbs/foundations/08_baselines.ipynb #b07c12a7
+def sampled_bpr(
+    model:nn.Module, # model() gives user and item vectors; model.E0 holds its parameters by row
+    batch, # users, clicked items, each (b,)
+    sampler:Callable, # (users, pos, model) -> (b, n)
+    l2:float=1e-4,
+    ) -> Tensor: # scalar
+    "BPR against a sampler's negatives; one pass through the model serves the sampler, too."
+    u, i = batch
+    U, I = model()
+    J = sampler(u, i, lambda: (U.detach(), I.detach()))
+    s = lambda J: (F.embedding(J, I)*F.embedding(u, U)[:, None]).sum(2)
+    return F.softplus(s(J) - s(i[:, None])).mean() + l2*row_norms(model, u, i, J)
+
+# %% ../nbs/foundations/08_baselines.ipynb #55875490
+def row_norms(model, u, i, J):
+    "Half the squared norm of the batch's layer-0 rows, per click."
+    rows = F.embedding(torch.cat([u, model.n_users+i, model.n_users+J.reshape(-1)]), model.E0)
+    return rows.square().sum()/(2*len(u))

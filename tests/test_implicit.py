@@ -6,16 +6,15 @@ import torch.nn.functional as F
 from scipy.special import expit
 from scipy.stats import chisquare, norm
 from sklearn.metrics import mutual_info_score
-from recbook.baselines import MF
+from recbook.baselines import MF, aobpr_sampler, dns_sampler, fixed_sampler, inbatch_sampler, pair_scores, sampled_bpr
 from recbook.collaborative.graph_cf import LightGCN, adjacency, sparse_tensor, sym_norm
-from recbook.collaborative.implicit import (
-    aobpr_sampler, auto_sample, batch_softmax, BiasMF, dcg, dns_sampler, expomf, exposure_posterior,
-    field_relatedness, fixed_sampler, inbatch_sampler, ips_bias_variance, ips_loss, item_propensity, ItemTower,
-    mixture_loss, mutual_information, NBPO, nbpo_loss, nbpo_weights, pair_scores, point_losses, RandomPairs,
-    sampled_bpr, SamplerSearch, search_gradient, SelfSupervision, train_pairs, train_sampled, train_two_tower,
-    TwoTower, view_mask, wmf_loss,
-)
+from recbook.collaborative.implicit import auto_sample, BiasMF, CatalogueTowers, dcg, expomf, exposure_posterior
+from recbook.collaborative.implicit import field_relatedness, ips_bias_variance, ips_loss, item_propensity, ItemTower
+from recbook.collaborative.implicit import mixture_loss, mutual_information, NBPO, nbpo_loss, nbpo_weights
+from recbook.collaborative.implicit import point_losses, RandomPairs, SamplerSearch, search_gradient, SelfSupervision
+from recbook.collaborative.implicit import train_pairs, train_sampled, train_two_tower, view_mask, wmf_loss
 from recbook.data import Interactions, ratio_split
+from recbook.towers import batch_softmax
 from recbook.training import set_seed
 from recbook.world import World
 
@@ -490,7 +489,7 @@ def test_tower_ignores_what_is_hidden_and_what_is_padding():
     )
     h = t(all_, torch.tensor([False, True]))
     assert torch.allclose(h[1], h[3], atol=1e-6) # differ only in the hidden field
-    assert torch.allclose(t(all_, value_dropout=1.), t(all_, torch.tensor([True, True])), atol=1e-6)
+    assert torch.allclose(t(all_, drop=1.), t(all_, torch.tensor([True, True])), atol=1e-6)
 
 
 def test_batch_softmax_options():
@@ -511,7 +510,7 @@ def test_two_tower_learns_and_repeats(w, train, how):
     out = []
     for _ in range(2):
         set_seed(0)
-        m = TwoTower(60, ItemTower([f[c] for c in f], dim=4, hidden=16, out=8))
+        m = CatalogueTowers(60, ItemTower([f[c] for c in f], dim=4, hidden=16, out=8))
         out.append(train_two_tower(m, train, how, field_relatedness(f), steps=30, batch_size=64).loss.tolist())
     assert out[0] == out[1] and out[0][-1] < out[0][0]
 
@@ -623,7 +622,7 @@ def test_a_missing_value_is_a_category():
 
 
 def test_scoring_candidates_leaves_batch_statistics_alone_and_lists_belong_to_their_model():
-    from recbook.collaborative.implicit import SortedFactors
+    from recbook.baselines import SortedFactors
     class Normed(torch.nn.Module):
         def __init__(self):
             super().__init__()

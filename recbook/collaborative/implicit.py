@@ -5,8 +5,6 @@
 # %% ../../nbs/collaborative/02_implicit.ipynb #00000004
 from __future__ import annotations
 from collections.abc import Callable
-from contextlib import nullcontext
-from weakref import ref
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -14,20 +12,20 @@ from scipy.sparse import csr_matrix
 from scipy.special import expit
 from torch import Tensor, nn
 from torch.func import functional_call
-from ..baselines import clicked
+from ..baselines import aobpr_sampler, click_keys, dns_sampler, fixed_sampler, free_items, inbatch_sampler
+from ..baselines import pair_scores, row_norms, sampled_bpr
 from ..data import Interactions, new_pairs
 from ..metrics import topk
+from ..towers import Tower, TwoTower, batch_softmax
 from ..training import batches, eval_mode, fit, set_seed
 
 # %% auto #0
-__all__ = ['VERSIONS', 'nbpo_weights', 'original', 'surrogate', 'hybrid', 'no_flips', 'nbpo_loss', 'free_items', 'click_keys',
-           'NBPO', 'inner', 'ascend', 'point_losses', 'check_shares', 'ips_loss', 'ips_bias_variance', 'BiasMF',
-           'wmf_loss', 'RandomPairs', 'train_pairs', 'exposure_posterior', 'weighted_least_squares', 'expomf',
-           'item_propensity', 'dcg', 'rejecting', 'from_cdf', 'fixed_sampler', 'pair_scores', 'dns_sampler',
-           'SortedFactors', 'aobpr_sampler', 'inbatch_sampler', 'sampled_bpr', 'row_norms', 'fit_clicks',
-           'train_sampled', 'mixture_loss', 'check_simplex', 'held_out_loss', 'search_gradient', 'SamplerSearch',
-           'one_of_each', 'auto_sample', 'search_stage', 'mutual_information', 'field_relatedness', 'view_mask',
-           'related_fields', 'ItemTower', 'TwoTower', 'batch_softmax', 'SelfSupervision', 'train_two_tower']
+__all__ = ['VERSIONS', 'nbpo_weights', 'original', 'surrogate', 'hybrid', 'no_flips', 'nbpo_loss', 'NBPO', 'inner', 'ascend',
+           'point_losses', 'check_shares', 'ips_loss', 'ips_bias_variance', 'BiasMF', 'wmf_loss', 'RandomPairs',
+           'train_pairs', 'exposure_posterior', 'weighted_least_squares', 'expomf', 'item_propensity', 'dcg',
+           'fit_clicks', 'train_sampled', 'mixture_loss', 'check_simplex', 'held_out_loss', 'search_gradient',
+           'SamplerSearch', 'one_of_each', 'auto_sample', 'search_stage', 'mutual_information', 'field_relatedness',
+           'view_mask', 'related_fields', 'ItemTower', 'CatalogueTowers', 'SelfSupervision', 'train_two_tower']
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #0000000c
 def nbpo_weights(
@@ -64,26 +62,6 @@ def nbpo_loss(
     "NBPO as a loss for any pair of scorers: backward() gives minus the weights of `nbpo_weights`."
     a, b = nbpo_weights(*(x.detach().clamp(-10, 10).sigmoid() for x in (score, flip)), clicked, version)
     return -(a*score + b*flip).sum()
-
-# %% ../../nbs/collaborative/02_implicit.ipynb #00000013
-def free_items(keys, n_items, users, draw):
-    "Draw items with `draw(rows)` (rows: what to fill) until none is known; `keys`: sorted pair numbers u*n_items+i."
-    j, rows = torch.empty(users.shape, dtype=torch.long), torch.ones(users.shape, dtype=torch.bool)
-    for _ in range(1000):
-        j[rows] = draw(rows)
-        rows = clicked(keys, users*n_items + j)
-        if not rows.any():
-            return j
-    raise ValueError(f"{int(rows.sum())} rows found no unclicked item in 1000 draws, first user {int(users[rows][0])}: "
-        "the proposal covers nothing but clicks")
-
-def click_keys(train, exclude=None):
-    "Sorted pair numbers of the clicks of `train` and `exclude`; a user with every item has no negative: refused."
-    parts = [train] + ([exclude] if exclude is not None else [])
-    keys = np.unique(np.concatenate([x.user*train.n_items + x.item for x in parts]))
-    if (full := np.bincount(keys//train.n_items).max()) >= train.n_items:
-        raise ValueError(f"a user has all {full} items: no negative exists; drop that user")
-    return torch.from_numpy(keys)
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #0404fbf6
 class NBPO:
@@ -323,135 +301,7 @@ def dcg(
         raise ValueError("no user has a gain among the ranked items: check the mask")
     return (gain.gather(1, top)/torch.log2(torch.arange(2, k+2.)))[users].sum(1).mean().item()
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #7e3a8375
-def rejecting(train, n, propose, exclude=None):
-    "A sampler (users, pos, model) -> (B, n) that draws again what is known; `propose` gives `draw(rows)`."
-    if n < 1:
-        raise ValueError(f"n={n}: at least one negative")
-    keys = click_keys(train, exclude)
-    def sampler(users, pos, model=None):
-        u = users.cpu().repeat_interleave(n)
-        return free_items(keys, train.n_items, u, propose(u, pos.cpu(), model)).view(-1, n).to(users.device)
-    return sampler
-
-def from_cdf(cdf, n, g):
-    return torch.searchsorted(cdf, torch.rand(n, generator=g, dtype=torch.double)).clamp(max=len(cdf)-1)
-
-def fixed_sampler(
-    train:Interactions,
-    n:int=1, # negatives for each row
-    power:float=0., # item weight is clicks^power: 0 uniform, 1 popularity, .75 as in word2vec
-    exclude:Interactions|None=None, # further pairs that are no negatives: validation clicks
-    seed:int=0,
-    ) -> Callable: # (users (B,), pos (B,), model=None) -> (B, n)
-    "Negatives from one item distribution, a user's known clicks excluded."
-    g, counts = torch.Generator().manual_seed(seed), np.bincount(train.item, minlength=train.n_items)
-    p = torch.from_numpy(np.maximum(counts, 1.)**power)
-    cdf = p.cumsum(0)/p.sum()
-    def propose(u, pos, model): return lambda rows: from_cdf(cdf, int(rows.sum()), g)
-    return rejecting(train, n, propose, exclude)
-
-@torch.no_grad()
-def pair_scores(model, users, items): # (B,), (B, m) -> (B, m)
-    "Scores of each row's items: `model.score(users, items)` if the model has it, else inner products of `model()`."
-    if hasattr(model, "score"):
-        return model.score(users, items)
-    if model is None:
-        raise ValueError("this sampler asks the model: call it as sampler(users, pos, model)")
-    with eval_mode(model) if isinstance(model, nn.Module) else nullcontext():
-        U, I = model()
-    return torch.bmm(F.embedding(items, I), F.embedding(users, U)[:, :, None])[..., 0]
-
-def dns_sampler(
-    train:Interactions,
-    n:int=1,
-    M:int=8, # candidates for each negative
-    exclude:Interactions|None=None, # see `fixed_sampler`
-    seed:int=0,
-    ) -> Callable:
-    "Dynamic negative sampling: the best-scored of M uniform candidates (Zhang et al. 2013)."
-    if M < 1:
-        raise ValueError(f"M={M}: at least one candidate")
-    draw = fixed_sampler(train, n*M, exclude=exclude, seed=seed)
-    def sampler(users, pos, model):
-        J = draw(users, pos)
-        if M == 1:
-            return J
-        best = pair_scores(model, users, J).view(len(J), n, M).argmax(2, keepdim=True)
-        return J.view(len(J), n, M).gather(2, best)[..., 0]
-    return sampler
-
-class SortedFactors:
-    "Item lists sorted by each factor, refreshed every `every` looks and for another model."
-    def __init__(self, every): self.every, self.looks, self.of = every, 0, lambda: None
-    def __call__(self, model):
-        U, I = (x.detach().cpu() for x in model())
-        if self.looks % self.every == 0 or self.of() is not model:
-            self.of, self.looks = ref(model), 0
-            self.order,self.sd = I.argsort(0, descending=True),I.std(0)
-        self.looks += 1
-        return U, self.order, self.sd
-
-def aobpr_sampler(
-    train:Interactions,
-    n:int=1,
-    lam:float=.05, # mean rank, as a share of the catalogue
-    every:int=20, # calls between refreshes of the sorted lists
-    exclude:Interactions|None=None, # see `fixed_sampler`
-    seed:int=0,
-    ) -> Callable:
-    "Adaptive oversampling: geometric ranks in the sorted lists of single factors (Rendle & Freudenthaler 2014)."
-    if not lam > 0:
-        raise ValueError(f"lam={lam}: the mean rank must be positive")
-    m, g, lists = train.n_items, torch.Generator().manual_seed(seed), SortedFactors(every)
-    p = torch.exp(-torch.arange(m, dtype=torch.double)/(lam*m))
-    cdf = p.cumsum(0)/p.sum()
-    def propose(u, pos, model):
-        U, order, sd = lists(model)
-        def draw(rows):
-            W = U[u[rows]]
-            f = torch.multinomial(W.abs()*sd + 1e-12, 1, generator=g)
-            r = from_cdf(cdf, len(W), g)
-            return order[torch.where(W.gather(1, f)[:, 0] > 0, r, m-1-r), f[:, 0]]
-        return draw
-    return rejecting(train, n, propose, exclude)
-
-def inbatch_sampler(
-    train:Interactions,
-    n:int=1,
-    exclude:Interactions|None=None, # see `fixed_sampler`
-    seed:int=0,
-    ) -> Callable:
-    "Negatives from the other rows' positives; a row that keeps hitting its user's clicks gets a uniform item."
-    m, g = train.n_items, torch.Generator().manual_seed(seed)
-    def propose(u, pos, model):
-        tries = iter(range(10**6))
-        def draw(rows):
-            k = int(rows.sum())
-            pool = pos if next(tries) < 20 else torch.arange(m)
-            return pool[torch.randint(len(pool), (k,), generator=g)]
-        return draw
-    return rejecting(train, n, propose, exclude)
-
 # %% ../../nbs/collaborative/02_implicit.ipynb #8da2ad28
-def sampled_bpr(
-    model:nn.Module, # model() gives user and item vectors; model.E0 holds its parameters by row
-    batch, # users, clicked items, each (b,)
-    sampler:Callable, # (users, pos, model) -> (b, n)
-    l2:float=1e-4,
-    ) -> Tensor: # scalar
-    "BPR against a sampler's negatives; one pass through the model serves the sampler, too."
-    u, i = batch
-    U, I = model()
-    J = sampler(u, i, lambda: (U.detach(), I.detach()))
-    s = lambda J: (F.embedding(J, I)*F.embedding(u, U)[:, None]).sum(2)
-    return F.softplus(s(J) - s(i[:, None])).mean() + l2*row_norms(model, u, i, J)
-
-def row_norms(model, u, i, J):
-    "Half the squared norm of the batch's layer-0 rows, per click."
-    rows = F.embedding(torch.cat([u, model.n_users+i, model.n_users+J.reshape(-1)]), model.E0)
-    return rows.square().sum()/(2*len(u))
-
 def fit_clicks(model, train:Interactions, loss, batch_size:int=1024, seed:int=0, device:str="cpu", **kwargs):
     "`fit` on batches of (user, item) clicks; `kwargs` (steps, lr, evaluate, ...) go to it."
     loader = batches(train.user, train.item, batch_size=batch_size, seed=seed)
@@ -659,71 +509,33 @@ def related_fields(relatedness, rng):
     return np.argsort(-close)[:len(M)//2 + 1]
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #a928f437
-class ItemTower(nn.Module):
-    "Categorical fields -> MLP -> unit vector; masked fields show a learned default (after Yao et al. 2021)."
+class ItemTower(Tower):
+    "A tower that keeps its catalogue and reads item numbers; hidden fields show a learned default (Yao et al. 2021)."
     def __init__(self,
         fields:list, # one (n_items,) or (n_items, values) int array a field; -1 pads
-        dim:int=16, # width of a field's embedding
-        hidden:int=128, out:int=32):
-        super().__init__()
+        dim:int=16, hidden:int=128, out:int=32): # widths: a value's embedding, the hidden layer, the vector
         X = [torch.tensor(np.asarray(f)).reshape(len(f), -1) for f in fields]
         if len(lens := {len(f) for f in X}) != 1:
             raise ValueError(f"fields of different lengths {sorted(lens)}: one row per item in each")
-        start = np.cumsum([0] + [int(f.max())+1 for f in X])
-        self.register_buffer("slots", torch.cat([torch.where(f < 0, -1, f+int(s)) for f, s in zip(X, start)], 1))
-        self.register_buffer("field", torch.cat([torch.full((f.shape[1],), j) for j, f in enumerate(X)]))
-        self.k,self.dim = len(X),dim
-        self.values,self.default = nn.Embedding(int(start[-1]), dim),nn.Parameter(torch.randn(len(X), dim)*.1)
-        nn.init.normal_(self.values.weight, std=.1)
-        self.mlp = nn.Sequential(nn.Linear(self.k*dim, hidden), nn.ReLU(), nn.Linear(hidden, out))
+        super().__init__([int(f.max())+1 for f in X], out, dim, hidden, [f.shape[1] for f in X], unit=True)
+        self.register_buffer("rows", torch.cat(X, 1))
+        self.k = len(X)
 
-    def fields(self, items, value_dropout): # (b,) -> (b, k, dim)
-        "The mean embedding of each field's values; the learned default where none is left."
-        s = self.slots[items]
-        there = (s >= 0).float()
-        if value_dropout:
-            there = there*(torch.rand_like(there) >= value_dropout)
-        add = lambda x: x.new_zeros(len(s), self.k, *x.shape[2:]).index_add_(1, self.field, x)
-        count = add(there)[..., None]
-        total = add(self.values(s.clamp(min=0))*there[..., None])
-        return torch.where(count > 0, total/count.clamp(min=1), self.default)
-
-    def forward(self, items, hide=None, value_dropout:float=0.): # (b,), (k,) bool -> (b, out)
-        E = self.fields(items, value_dropout)
-        if hide is not None:
-            E = torch.where(hide.to(E.device)[:, None], self.default, E)
-        return F.normalize(self.mlp(E.flatten(1)), dim=1)
+    def forward(self, items, hide=None, drop:float=0.): # (b,), (k,) bool -> (b, out)
+        return super().forward(self.rows[items], hide, drop)
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #875f760c
-class TwoTower(nn.Module):
-    "A query tower on user ids and an `ItemTower`; `model()` gives unit vectors of all users and items."
-    def __init__(self, n_users:int, tower:ItemTower, dim:int=32):
-        super().__init__()
-        self.users,self.items = nn.Embedding(n_users, dim),tower
-        self.query = nn.Sequential(nn.Linear(dim, 64), nn.ReLU(), nn.Linear(64, tower.mlp[-1].out_features))
-    def encode(self, u): return F.normalize(self.query(self.users(u)), dim=1)
+class CatalogueTowers(TwoTower):
+    "Two towers on user and item numbers; `model()` gives unit vectors of all users and items."
+    def __init__(self, n_users:int, item:ItemTower, dim:int=32):
+        super().__init__(Tower([n_users], item.mlp[-1].out_features, dim, unit=True), item)
+
+    def encode(self, u): return self.query(u[:, None])
 
     def forward(self):
-        at = self.users.weight.device
-        users, items = (torch.arange(n, device=at) for n in (self.users.num_embeddings, len(self.items.slots)))
-        return self.encode(users), self.items(items)
-
-# %% ../../nbs/collaborative/02_implicit.ipynb #8fdde5da
-def batch_softmax(
-    Q:Tensor, X:Tensor, # (b, d), (b, d) unit vectors, row i of X belongs to row i of Q
-    tau:float=.1,
-    log_freq:Tensor|None=None, # (b,) log sampling frequency of the rows of X, subtracted from the logits
-    ids:Tensor|None=None, # (b,) what the rows of X are: equal ids are not each other's negatives
-    ) -> Tensor: # scalar
-    "In-batch softmax; with two views of the same items it is the contrastive loss (Yao et al. 2021)."
-    if not tau > 0:
-        raise ValueError(f"tau={tau}: the temperature must be positive")
-    S = Q @ X.T/tau
-    if log_freq is not None:
-        S = S - log_freq
-    if ids is not None:
-        S = S.masked_fill((ids[:, None] == ids) & ~torch.eye(len(ids), dtype=torch.bool, device=ids.device), -torch.inf)
-    return F.cross_entropy(S, torch.arange(len(S), device=S.device))
+        at = self.item.rows.device
+        users, items = (torch.arange(n, device=at) for n in (self.query.sizes[0], len(self.item.rows)))
+        return self.encode(users), self.item(items)
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #942c3e95
 class SelfSupervision:
@@ -742,13 +554,13 @@ class SelfSupervision:
         self.rng,self.g = np.random.default_rng(seed),torch.Generator().manual_seed(seed)
 
     def __call__(self, tower:ItemTower) -> Tensor: # scalar
-        items = self.pool[torch.randint(len(self.pool), (self.n,), generator=self.g)].unique().to(tower.slots.device)
+        items = self.pool[torch.randint(len(self.pool), (self.n,), generator=self.g)].unique().to(tower.rows.device)
         masks = view_mask(tower.k, self.how, self.relatedness, self.rng)
         return batch_softmax(*(tower(items, hide, self.drop) for hide in masks), self.tau)
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #7dad1a7c
 def train_two_tower(
-    model:TwoTower,
+    model:CatalogueTowers,
     train:Interactions,
     how:str|None="cfm", # views: see `view_mask`; None: no self-supervision; "fd": dropout in the main task only
     relatedness=None,
@@ -766,7 +578,7 @@ def train_two_tower(
         contrast = SelfSupervision(train, how, relatedness, uniform, kwargs["batch_size"], seed=seed)
     def loss(m, batch):
         u, i = batch
-        hide = view_mask(m.items.k, "fd", rng=rng)[0] if how == "fd" else None
-        main = batch_softmax(m.encode(u), m.items(i, hide), tau, freq.to(i.device)[i], i)
-        return main + alpha*contrast(m.items) if contrast else main
+        hide = view_mask(m.item.k, "fd", rng=rng)[0] if how == "fd" else None
+        main = batch_softmax(m.encode(u), m.item(i, hide), tau, freq.to(i.device)[i], i)
+        return main + alpha*contrast(m.item) if contrast else main
     return fit_clicks(model, train, loss, seed=seed, **kwargs)
