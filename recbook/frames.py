@@ -12,7 +12,7 @@ from .data import Interactions, _check_frame, _parts, _refuse
 
 # %% auto #0
 __all__ = ['RULES', 'stripped', 'sort_of', 'id_faults', 'seconds', 'number_faults', 'faults', 'told', 'described', 'merged',
-           'from_frame', 'check_columns', 'number_of', 'id_of', 'recommend', 'forget']
+           'from_frame', 'check_columns', 'number_of', 'id_of', 'ids_of', 'recommend', 'forget']
 
 # %% ../nbs/foundations/02_frames.ipynb #595f7761
 def stripped(s):
@@ -137,7 +137,7 @@ def from_frame(
     "Interactions from a table with arbitrary ids; a ValueError tells all that is wrong, a warning what is not used."
     _check_frame(df)
     cols = dict(user=user, item=item, rating=rating, time=time, split=split)
-    cols = check_columns(df, {k: c for k, c in cols.items() if c is not None}, duplicates)
+    cols = check_columns(df, {k: c for k, c in cols.items() if c is not None or k in ("user", "item")}, duplicates)
     new = pd.DataFrame({k: df[c].to_numpy() for k, c in cols.items()})
     for k in {"rating", "time"} & set(new):
         new[k] = seconds(new[k])
@@ -152,7 +152,7 @@ def check_columns(df, cols, duplicates):
     "`cols`, when the table has them and they hold what they should."
     if duplicates not in RULES:
         raise ValueError(f"duplicates={duplicates!r}. Fix: one of {list(RULES)}")
-    if missing := [c for c in cols.values() if c not in df]:
+    if missing := [c for c in cols.values() if not isinstance(c, (str, int, tuple)) or c not in df]:
         raise ValueError(f"no column(s) {missing}, have {list(df)}. Fix: name yours")
     if text := told(df, cols, duplicates):
         raise ValueError(text)
@@ -168,15 +168,14 @@ def number_of(
     of:str="users", # or "items"
     ) -> np.ndarray: # (n,) numbers, as `x.user` or `x.item` hold them
     "The book's numbers of your ids; an unknown one is named, with the nearest that is known."
-    known = getattr(x, of)
-    if known is None or "id" not in known:
-        raise ValueError(f"these {of} have no ids of their own. Fix: read the table with from_frame")
+    known = ids_of(x, of)
     ids = pd.Index(np.atleast_1d(np.asarray(ids, dtype=object)))
-    at = pd.Index(known["id"]).get_indexer(ids)
+    at = pd.Index(known).get_indexer(ids)
     if (at < 0).any():
         gone = ids[at < 0][0]
-        near = difflib.get_close_matches(str(gone), known["id"].astype(str), n=1)
-        raise ValueError(f"no {of[:-1]} {gone!r}" + (f". Did you mean {near[0]!r}?" if near else ""))
+        texts = {str(k): k for k in pd.Series(known).tolist()}
+        near = difflib.get_close_matches(str(gone), texts, n=1)
+        raise ValueError(f"no {of[:-1]} {gone!r}" + (f". Did you mean {texts[near[0]]!r}?" if near else ""))
     return at
 
 # %% ../nbs/foundations/02_frames.ipynb #4edaee15
@@ -186,7 +185,20 @@ def id_of(
     of:str="users", # or "items"
     ) -> np.ndarray: # (n,) your ids
     "Your ids of the book's numbers."
-    return getattr(x, of)["id"].to_numpy()[np.atleast_1d(numbers)]
+    known, numbers = ids_of(x, of), np.atleast_1d(numbers)
+    if len(bad := numbers[(numbers < 0) | (numbers >= len(known))]):
+        raise ValueError(f"{of} are numbered 0..{len(known)-1}, not {bad[0]}")
+    return known[numbers]
+
+# %% ../nbs/foundations/02_frames.ipynb #5fd4938d
+def ids_of(x, of):
+    "All ids of users or items, in order of their numbers."
+    if of not in ("users", "items"):
+        raise ValueError(f"of={of!r}: must be 'users' or 'items'")
+    known = getattr(x, of)
+    if known is None or "id" not in known:
+        raise ValueError(f"these {of} have no ids of their own. Fix: read the table with from_frame")
+    return known["id"].to_numpy()
 
 # %% ../nbs/foundations/02_frames.ipynb #3c73b043
 def recommend(
@@ -196,11 +208,13 @@ def recommend(
     k:int=10, # how many items
     ) -> pd.DataFrame: # item (your id), score; best first, fewer than k when few are new
     "The k best items that this user does not have."
-    u = number_of(x, user)
+    u = number_of(x, [user])
     s = score(u)
     s = np.asarray(s.detach().cpu() if hasattr(s, "detach") else s).astype(float).reshape(-1)
     if len(s) != x.n_items:
         raise ValueError(f"{len(s)} scores for {x.n_items} items: the scorer belongs to other data")
+    if np.isnan(s).any():
+        raise ValueError("the scorer gives NaN: check the training of its model")
     s[x.item[x.user == u[0]]] = -np.inf
     best = np.argsort(-s, kind="stable")[:k]
     best = best[np.isfinite(s[best])]

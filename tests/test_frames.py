@@ -90,3 +90,21 @@ def test_forget_leaves_nothing_of_a_user():
     assert id_of(left, left.user).tolist() == ["bob"] and (left.n_users, left.n_items) == (3, 3)
     with pytest.raises(ValueError, match="no user 'nobody'"):
         forget(x, "nobody")
+
+
+@pytest.mark.parametrize(
+    "call, says",
+    [
+        (lambda x: from_frame(LOG, None, "what"), "no column"),
+        (lambda x: from_frame(LOG, ["who"], "what"), "no column"),
+        (lambda x: number_of(x, "ann", "user"), "must be 'users' or 'items'"),
+        (lambda x: number_of(from_frame(LOG.assign(who=[1, 2, 1, 3]), **READ), "1"), "Did you mean 1?"),
+        (lambda x: id_of(x, 3), "numbered 0..2"),
+        (lambda x: id_of(x, -1), "numbered 0..2"),
+        (lambda x: recommend(lambda u: np.full(3, np.nan), x, "ann"), "NaN"),
+        (lambda x: recommend(lambda u: np.ones((2, 3)), x, ["ann", "bob"]), "no user|other data"),
+    ],
+)
+def test_odd_input_is_named(call, says):
+    with pytest.raises(ValueError, match=says):
+        call(from_frame(LOG, **READ))
