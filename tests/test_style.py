@@ -11,7 +11,6 @@ CHAPTERS = [c for c in ORDER if c.split("/")[0] not in ("foundations", "workshop
 PENDING = {
     "implicit",
     "retrieval",
-    "alignment",
     "unlearning",
     "editing",
 }  # not yet moved onto `trials`
