@@ -6,7 +6,7 @@
 from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import contextmanager
-import torch
+import numpy as np, torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -17,7 +17,8 @@ from .training import eval_mode
 # %% auto #0
 __all__ = ['ItemTrie', 'tree_mask', 'subtrees', 'path', 'prompts_for', 'read_prompts', 'reads_on', 'keeps_only', 'reads_trees',
            'node_logprobs', 'tree_logprobs', 'path_logprobs', 'rank_items', 'constrained_beam', 'beam_batch',
-           'kept_prompts', 'plain_prompts', 'extend', 'valid_rate', 'generated', 'own_settings_aside']
+           'kept_prompts', 'plain_prompts', 'extend', 'valid_rate', 'generated', 'own_settings_aside', 'sampled_texts',
+           'catalogue_policy', 'draw_items']
 
 # %% ../nbs/foundations/13_decode.ipynb #4ebd338a
 class ItemTrie:
@@ -389,3 +390,33 @@ def own_settings_aside(model, plain=None):
     finally:
         for m, g in zip(parts, before):
             m.generation_config = g
+
+# %% ../nbs/foundations/13_decode.ipynb #bf00827c
+def sampled_texts(model, tok, prompts:Sequence[str], n:int, seed:int=0, **how) -> list[str]: # see `generated`
+    "What the model writes behind the prompts, n tokens at most; the random state stays."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return tok.batch_decode(generated(model, tok, prompt_ids(tok, prompts), n, **how), skip_special_tokens=True)
+
+# %% ../nbs/foundations/13_decode.ipynb #2f9b3bb2
+def catalogue_policy(model, tok, prompts:Sequence[str], trie:ItemTrie, batch_size:int=32) -> tuple[Tensor, Tensor]:
+    "The model as an exact distribution over titles: log-probabilities (n, n_items), probability (n,) of any title."
+    lp = rank_items(model, tok, prompts, trie, batch_size).double()
+    return lp.log_softmax(1), lp.exp().sum(1)
+
+# %% ../nbs/foundations/13_decode.ipynb #7f811fa4
+@torch.no_grad()
+def draw_items(
+    model, tok, prompts:Sequence[str], trie:ItemTrie,
+    greedy:bool=False, # the likeliest token each time, instead of a sample
+    seed:int=0, batch_size:int=256) -> np.ndarray: # (n,) item numbers
+    "What the model recommends: one item a prompt, decoded token by token inside the trie."
+    out, spelt = [], lambda t: trie.item[trie._node[tuple(t[:t.index(trie.eos) + 1])]].item()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for k in range(0, len(prompts), batch_size):
+            ids = prompt_ids(tok, prompts[k:k+batch_size])
+            inside = trie.prefix_fn(max(map(len, ids)))
+            y = generated(model, tok, ids, trie.depth, greedy, stop=trie.eos, prefix_allowed_tokens_fn=inside)
+            out += map(spelt, y.tolist())
+    return np.array(out)

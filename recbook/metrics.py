@@ -16,7 +16,8 @@ __all__ = ['Scorer', 'topk', 'best_columns', 'first_of_ties', 'dot', 'fresh', 't
            'hide', 'seen_last', 'recommend', 'items_of', 'hits', 'ranking_values', 'cutoffs', 'check_reachable',
            'evaluate', 'Outcome', 'ranked', 'check_ranking', 'recalls', 'recall_at', 'labelled', 'probabilities', 'auc',
            'gauc', 'logloss', 'ece', 'amounts', 'exposures', 'coverage', 'gini', 'entropy', 'diversity',
-           'mean_popularity', 'individual_unfairness']
+           'mean_popularity', 'individual_unfairness', 'times_made', 'div_ratio', 'or_ratio', 'genre_gaps', 'mgu',
+           'dgu', 'distinct']
 
 # %% ../nbs/foundations/06_metrics.ipynb #ffc0d169
 def topk(
@@ -458,3 +459,50 @@ def individual_unfairness(
     u = np.asarray(utility, float)
     nn = NearestNeighbors(n_neighbors=neighbours).fit(X).kneighbors(return_distance=False) # oneself left out
     return float(np.abs(u[nn] - u[:, None]).mean())
+
+# %% ../nbs/foundations/06_metrics.ipynb #d3b90ac7
+def times_made(top, weight=None) -> np.ndarray: # items of recommendations, any shape; weight of each -> (n_items,)
+    "How often each item was recommended; refuses empty lists and -1 for none."
+    if not np.size(top):
+        raise ValueError("no recommendations: nothing to count")
+    if (low := np.min(top)) < 0:
+        raise ValueError(f"item {low} among the recommendations: items are numbers from 0; leave empty places out")
+    return np.bincount(np.ravel(top), None if weight is None else np.ravel(weight))
+
+# %% ../nbs/foundations/06_metrics.ipynb #84b14885
+def div_ratio(top) -> float: # (n, k) recommended items
+    "DivRatio: distinct items per recommendation made (SPRec)."
+    return (times_made(top) > 0).sum()/np.size(top)
+
+# %% ../nbs/foundations/06_metrics.ipynb #80138083
+def or_ratio(top, most:int=3, weight=None) -> float: # (n, k) recommended items, and a weight of each
+    "ORRatio: share of all recommendations that the `most` most recommended items take (SPRec)."
+    if most < 1:
+        raise ValueError(f"most={most}: must be at least 1")
+    made = np.sort(times_made(top, weight))
+    return float(made[-most:].sum()/made.sum())
+
+# %% ../nbs/foundations/06_metrics.ipynb #87fa630a
+def genre_gaps(top, history, G, weight=None) -> np.ndarray: # items, ragged items, (n_items, n_genres) -> (n_genres,)
+    "Share of each genre among recommendations minus its share in the histories."
+    G, old = np.asarray(G, float), np.concatenate([np.ravel(h) for h in history])
+    made, was = times_made(top, weight), G[old].sum(0)
+    new = made @ G[:len(made)]
+    return new/new.sum() - was/was.sum()
+
+# %% ../nbs/foundations/06_metrics.ipynb #a1f77d4e
+def mgu(gaps) -> float:
+    "Mean group unfairness: mean absolute gap."
+    return float(np.abs(gaps).mean())
+
+def dgu(gaps) -> float:
+    "Difference of group unfairness: largest gap minus smallest."
+    return float(np.max(gaps) - np.min(gaps))
+
+# %% ../nbs/foundations/06_metrics.ipynb #152effc0
+def distinct(texts:Sequence[str], n:int=2) -> float:
+    "Different n-grams over all n-grams of the texts."
+    g = [tuple(t[k:k+n]) for t in map(str.split, texts) for k in range(len(t)-n+1)]
+    if not g:
+        raise ValueError(f"no text has {n} words")
+    return len(set(g))/len(g)

@@ -5,16 +5,19 @@
 # %% ../nbs/foundations/05_world.ipynb #08b2c36c
 from __future__ import annotations
 import zlib
+from collections.abc import Sequence
 from functools import wraps
 from numbers import Real
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from scipy.optimize import brentq
 from scipy.special import expit, log_softmax
+from scipy.stats import norm
 from .data import Interactions, whole_number
 
 # %% auto #0
-__all__ = ['CUES', 'ASPECTS', 'REQUEST', 'ITEM', 'finite', 'World', 'aspect', 'unique_titles', 'exercises', 'noisy_copy']
+__all__ = ['CUES', 'ASPECTS', 'REQUEST', 'ITEM', 'TASTES', 'OCCASIONS', 'finite', 'World', 'aspect', 'unique_titles', 'exercises',
+           'noisy_copy', 'world_sequences', 'Crowd']
 
 # %% ../nbs/foundations/05_world.ipynb #17910f6e
 CUES = dict(  # attribute -> value -> cue words used in titles and reviews
@@ -390,3 +393,81 @@ def noisy_copy(truth, n_values, noise, rng):
     names = rng.integers(n_values, size=(truth.max()+1, 2))
     code = names[truth, rng.integers(2, size=len(truth))]
     return np.where(rng.random(len(truth)) < noise, rng.integers(n_values, size=len(truth)), code)
+
+# %% ../nbs/foundations/05_world.ipynb #f07e74e7
+TASTES = [v for a in ("mood", "genre", "setting") for v in CUES[a]]
+
+# %% ../nbs/foundations/05_world.ipynb #39aee9fa
+@patch(as_prop=True)
+@aspect
+def taste_words(self:World, rng) -> pd.DataFrame:
+    "True taste of each user: +1 for four words that attract, -1 for four that repel, 0 for the others; (n_users, 26)."
+    E = np.zeros((self.n_users, len(TASTES)), int)
+    for e in E:
+        e[rng.choice(len(TASTES), 8, replace=False)] = [1]*4 + [-1]*4
+    return pd.DataFrame(E, columns=TASTES)
+
+# %% ../nbs/foundations/05_world.ipynb #62016d9d
+@patch(as_prop=True)
+def item_words(self:World) -> np.ndarray: # (n_items, 3)
+    "Mood, genre and setting of each item."
+    return self.items[["mood", "genre", "setting"]].to_numpy()
+
+# %% ../nbs/foundations/05_world.ipynb #0c5385bc
+@patch(as_prop=True)
+def opinions(self:World) -> np.ndarray: # (n_users, n_items)
+    "Probability that a user likes an item: sigmoid of 3 times (attracting minus repelling words)."
+    X = np.stack([(self.item_words == v).any(1) for v in TASTES], 1)
+    return expit(3*(self.taste_words.to_numpy() @ X.T))
+
+# %% ../nbs/foundations/05_world.ipynb #f8145070
+def world_sequences(
+    p, # (n_users, n_items) the true distribution of the next item, rows sum to 1
+    n:int=12, seed:int=0) -> np.ndarray: # (n_users, n) items in order
+    "Draw each user's items one after another from `p`, without repetition: the n largest of log p + Gumbel noise."
+    if n > (least := (p > 0).sum(1).min()):
+        raise ValueError(f"n={n}: some user has only {least} items with positive probability")
+    with np.errstate(divide="ignore"):
+        s = np.log(p) + np.random.default_rng(seed).gumbel(size=p.shape)
+    return np.argsort(-s, axis=1)[:, :n]
+
+# %% ../nbs/foundations/05_world.ipynb #08b66d57
+OCCASIONS = ["evening", "holiday", "party", "study"]
+
+# %% ../nbs/foundations/05_world.ipynb #360c1607
+class Crowd:
+    "Groups of judges who rate answers (mood, genre, setting) to requests (occasions); all distributions are exact."
+    shares = np.array([.4, .25, .15, .12, .08])
+    def __init__(self, w:World, per_group:int=20): # whose seed decides the tastes; judges in each group
+        if per_group < 1:
+            raise ValueError(f"per_group={per_group}: every group needs a judge")
+        rng = w.rng("crowd")
+        groups = rng.normal(0, .5, (5, 1, len(TASTES))) + rng.normal(0, .2, (5, per_group, len(TASTES)))
+        self.effects = pd.DataFrame(groups.reshape(-1, len(TASTES)), columns=TASTES)
+        self.suits = pd.DataFrame(rng.normal(0, .5, (len(OCCASIONS), len(TASTES))), OCCASIONS, TASTES)
+
+# %% ../nbs/foundations/05_world.ipynb #fbdaa4a9
+@patch
+def by_group(self:Crowd, requests:Sequence[str], answers) -> np.ndarray: # n words, (n, 3) -> (n, 5 groups, 5 stars)
+    "Share of each star among the judges of each group."
+    a = np.asarray(answers)
+    row, column = self.suits.index.get_indexer(requests), self.suits.columns.get_indexer(a.ravel()).reshape(a.shape)
+    fit = self.suits.to_numpy()[row[:, None], column].sum(1)
+    mean = 3 + fit[:, None] + self.effects.to_numpy()[:, column].sum(2).T
+    below = norm.cdf((np.arange(1.5, 5) - mean[..., None])/.4) # (n, judges, 4)
+    return np.diff(below, axis=2, prepend=0, append=1).reshape(len(a), 5, -1, 5).mean(2)
+
+# %% ../nbs/foundations/05_world.ipynb #c99058af
+@patch
+def population(self:Crowd, requests, answers, shares=None) -> np.ndarray: # (n, 5)
+    "Share of each star in the population, or under other group shares."
+    shares = self.shares if shares is None else np.asarray(shares)
+    return np.einsum("ngk,g->nk", self.by_group(requests, answers), shares)
+
+# %% ../nbs/foundations/05_world.ipynb #d503c29d
+@patch
+def labels(self:Crowd, requests, answers, n:int, rng, panel=None) -> np.ndarray: # (rows, 5 groups, 5 stars) counts
+    "n judges a row, their groups drawn from the panel's shares."
+    P = self.by_group(requests, answers)
+    of = rng.multinomial(n, self.shares if panel is None else panel, size=len(P))
+    return rng.multinomial(of, P/P.sum(2, keepdims=True))

@@ -73,7 +73,6 @@ from recbook.llm.alignment import (
     token_columns,
     train_with,
     trl_args,
-    truth_of,
     world_sequences,
     writer_prompt,
 )
@@ -799,16 +798,10 @@ def test_aligned_writer_prefers_what_succeeded(speaker, chatter):
     assert gap(m) > gap(speaker) + .5
 
 
-def test_diversity_and_truth():
+def test_diversity():
     assert distinct(["a b c", "a b"]) == 2/3 and distinct(["a b c", "a b"], 1) == 3/5
     with pytest.raises(ValueError, match="3 words"):
         distinct(["a b"], 3)
-    taste = pd.Series(dict(sea=1, calm=-1, dark=0))
-    assert (
-        truth_of("SEA SEA", taste) == (1, 0.5)
-        and truth_of("sea DARK unknown", taste) == (0, 0)
-        and truth_of("", taste) == (0, 0)
-    )
 
 
 # DPRM

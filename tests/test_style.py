@@ -9,7 +9,7 @@ BOOK = yaml.safe_load((root()/"_quarto.yml").read_text(encoding="utf-8"))["book"
 ORDER = [c for part in BOOK for c in (part["chapters"] if isinstance(part, dict) else [part])]
 CHAPTERS = [c for c in ORDER if c.split("/")[0] not in ("foundations", "workshop") and "/" in c]
 PENDING = {"unlearning", "editing"} # not yet moved onto `trials`
-LARGE = {"implicit", "alignment", "unlearning", "editing"} # still above the sizes
+LARGE = {"implicit", "unlearning", "editing"} # still above the sizes
 NO_WORDS = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
 
