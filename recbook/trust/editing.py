@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy, difflib, hashlib, json, re, warnings
 from collections import namedtuple
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from types import SimpleNamespace
@@ -28,18 +28,18 @@ from ..world import CUES, World
 
 # %% auto #0
 __all__ = ['LINES', 'PAIRS', 'RELATIONS', 'ONE_HOP', 'TWO_HOP', 'OPTIONS', 'Targets', 'METHODS', 'answer_loss', 'FRAME', 'KINDS',
-           'LEVELS', 'say', 'Facts', 'fresh_llama', 'fact_lm', 'labelled', 'single', 'answer_nll', 'answer_scores',
-           'accuracy', 'Edit', 'refuse', 'check_request', 'check_requests', 'check_layers', 'weight_of', 'harmonic',
-           'evaluate_edits', 'questions', 'next_logprobs', 'drift', 'module_at', 'first', 'in_rows', 'hooked',
-           'span_ids', 'place_in', 'span_of', 'subject_noise', 'restored', 'answer_probability', 'causal_trace',
-           'numbered', 'places_of', 'passes', 'sites', 'read_at', 'mean_keys', 'spaced', 'options_of', 'targets',
-           'z_loss', 'minimise', 'compute_z', 'shifted_logits', 'at_site', 'continuations', 'sample_prefixes',
-           'rome_update', 'memit_update', 'null_space', 'alphaedit_update', 'rect', 'prune', 'finetune', 'Memory',
-           'remember', 'key_moments', 'check_memory', 'firm', 'edit', 'write', 'change', 'zsre_edits', 'zsre_edit',
-           'known_rows', 'name_rows', 'rehearsal_loss', 'answer_batches', 'two_speeds', 'rehearse', 'reader_lm',
-           'saved', 'lte_prompt', 'descriptor', 'EditMemory', 'Level', 'alignment_rows', 'grid_of', 'outside_of',
-           'free_form', 'some_object', 'lookalikes', 'invented_items', 'learn_to_edit', 'lessons', 'in_order',
-           'weights_mark']
+           'LEVELS', 'say', 'Facts', 'fresh_llama', 'fact_lm', 'refuse', 'labelled', 'single', 'answer_nll',
+           'answer_scores', 'accuracy', 'Edit', 'check_request', 'check_requests', 'check_layers', 'weight_of',
+           'harmonic', 'evaluate_edits', 'questions', 'next_logprobs', 'drift', 'module_at', 'first', 'in_rows',
+           'hooked', 'span_ids', 'place_in', 'span_of', 'subject_noise', 'restored', 'answer_probability',
+           'causal_trace', 'numbered', 'places_of', 'passes', 'sites', 'read_at', 'mean_keys', 'spaced', 'options_of',
+           'targets', 'z_loss', 'minimise', 'compute_z', 'shifted_logits', 'at_site', 'continuations',
+           'sample_prefixes', 'rome_update', 'memit_update', 'null_space', 'alphaedit_update', 'rect', 'prune',
+           'fit_weight', 'Memory', 'remember', 'key_moments', 'check_memory', 'firm', 'edit', 'write', 'change',
+           'zsre_edits', 'zsre_edit', 'known_rows', 'name_rows', 'rehearsal_loss', 'answer_batches', 'two_speeds',
+           'rehearse', 'reader_lm', 'saved', 'lte_prompt', 'descriptor', 'EditMemory', 'Level', 'alignment_rows',
+           'grid_of', 'outside_of', 'free_form', 'some_object', 'lookalikes', 'invented_items', 'learn_to_edit',
+           'lessons', 'in_order', 'weights_mark']
 
 # %% ../../nbs/trust/03_editing.ipynb #571108b8
 LINES = """brand label Acme Bolt Corvo Delta Ember Fable Gusto Halo Isar Juno Kite Lumen Mira Nova Orbit Pico
@@ -124,10 +124,13 @@ def fact_lm(facts:Facts, steps:int=800, seed:int=0) -> tuple[PreTrainedModel, Pr
     return load_lm(cached("causal", docs, kind, lambda to: read(docs, to, build, 0, steps, seed, 2048, 256, .0012, 64)))
 
 # %% ../../nbs/trust/03_editing.ipynb #5fba503c
+def refuse(bad, why):
+    if bad:
+        raise ValueError(why)
+
 def labelled(tok, prompts:Sequence[str], answers:Sequence[str]) -> tuple: # batch, and labels (n, T)
     "Prompts with their answers behind them (blanks included); labels: an answer's tokens where they are predicted, else -100."
-    if len(prompts) != len(answers):
-        raise ValueError(f"{len(prompts)} prompts, {len(answers)} answers: these are pairs")
+    refuse(len(prompts) != len(answers), f"{len(prompts)} prompts, {len(answers)} answers: these are pairs")
     P, A = token_columns(tok, prompts, answers, eos=False)
     x = padded(tok, [p + a[:-1] for p, a in zip(P, A)])
     labels = torch.full_like(x["input_ids"], -100)
@@ -178,10 +181,6 @@ class Edit:
 
 
 # %% ../../nbs/trust/03_editing.ipynb #f5a2cf3d
-def refuse(bad, why):
-    if bad:
-        raise ValueError(why)
-
 def check_request(r, k=0):
     "The request as an `Edit`; empty answers and prompts without their subject are refused."
     r = r if isinstance(r, Edit) else Edit(**r)
@@ -243,11 +242,9 @@ def harmonic(*shares) -> float:
 
 # %% ../../nbs/trust/03_editing.ipynb #db00e0c6
 def evaluate_edits(
-    model, tok,
-    edits:Sequence[Edit],
-    reads:Callable=list, # prompts -> what the model reads, e.g. `EditMemory.prompts`
-    ) -> dict[str, float]: # `_argmax`: the strict version, greedy decoding writes the right answer
-    "Efficacy, generalisation, specificity, their harmonic mean `score`, and portability (two-hop answers, strict)."
+    model, tok, edits:Sequence[Edit],
+    reads:Callable=list) -> dict[str, float]: # prompts -> what the model reads, e.g. `EditMemory.prompts`
+    "Efficacy, generalisation, specificity (`_argmax`: strict), their harmonic mean `score`, portability (strict)."
     q = questions(edits)
     lp, hit = answer_scores(model, tok, reads(q.prompt.tolist())*2, [*q.good, *q.bad])
     q = q.assign(lenient=(lp[:len(q)] > lp[len(q):]).numpy(), strict=hit[:len(q)].numpy())
@@ -257,10 +254,9 @@ def evaluate_edits(
 
 def questions(edits):
     "All questions about the edits: kind, prompt, the good answer and the bad one."
-    if not len(edits):
-        raise ValueError("no edits: nothing to judge")
-    if bare := [e.prompt for e in edits if not e.old.strip()]:
-        raise ValueError(f"edit {bare[0]!r} has no old answer: efficacy compares the new one with it, fill in `old`")
+    refuse(not len(edits), "no edits: nothing to judge")
+    bare = [e.prompt for e in edits if not e.old.strip()]
+    refuse(bare, f"edit {bare[:1]} has no old answer: efficacy compares the new one with it, fill in `old`")
     rows = [("efficacy", e.prompt, e.new, e.old) for e in edits]
     rows += [("generalisation", p, e.new, e.old) for e in edits for p in e.paraphrases]
     rows += [("specificity", p, a, e.new) for e in edits for p, a in e.neighbours]
@@ -272,15 +268,12 @@ def questions(edits):
 def next_logprobs(model, tok, prompts:Sequence[str], batch_size:int=256) -> Tensor: # (n, vocab)
     "Log-probabilities of the next token after each prompt."
     ids = prompt_ids(tok, prompts)
-    if not ids:
-        raise ValueError("no prompts: nothing to compare")
+    refuse(not ids, "no prompts: nothing to compare")
     parts = [padded(tok, ids[k:k+batch_size]).to(model.device) for k in range(0, len(ids), batch_size)]
     with eval_mode(model):
         return torch.cat([last_logits(model, x).log_softmax(-1).float().cpu() for x in parts])
 
-def drift(
-    before:Tensor, after:Tensor, # (n, vocab) log-probabilities
-    ) -> float: # nats
+def drift(before:Tensor, after:Tensor) -> float: # (n, vocab) log-probabilities -> nats
     "Mean Kullback-Leibler divergence of the edited model from the original one."
     return (before.exp()*(before - after)).sum(-1).mean().item()
 
@@ -304,16 +297,11 @@ def in_rows(h, length):
     "States as (rows, length, width), also where a model has flattened them (OPT)."
     return h if h.ndim == 3 else h.view(-1, length, h.shape[-1])
 
-@contextmanager
 def hooked(module, f, length=None):
     "Inside the block, what `module` puts out becomes f of it; `length` of the texts, for models that flatten states."
     def changed(h): return f(in_rows(h, length)).view(h.shape)
     def hook(m, i, out): return (changed(out[0]), *out[1:]) if isinstance(out, tuple) else changed(out)
-    h = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        h.remove()
+    return module.register_forward_hook(hook) # a context manager
 
 # %% ../../nbs/trust/03_editing.ipynb #c6591226
 def span_ids(tok, text):
@@ -395,12 +383,8 @@ def places_of(where, T):
 def passes(model, module, x):
     "What goes into `module` and what comes out when the model reads the batch `x`, (rows, length, width) each."
     seen = {}
-    h = module.register_forward_hook(lambda m, i, o: seen.update(i=i[0], o=first(o)))
-    try:
-        with eval_mode(model):
-            whole_model(model).base_model(**x, use_cache=False)
-    finally:
-        h.remove()
+    with eval_mode(model), module.register_forward_hook(lambda m, i, o: seen.update(i=i[0], o=first(o))):
+        whole_model(model).base_model(**x, use_cache=False)
     return tuple(in_rows(seen[k], x["input_ids"].shape[1]) for k in "io")
 
 def sites(tok, requests, site="last", prefix=""):
@@ -428,7 +412,7 @@ OPTIONS = dict(
     lr=.5, steps=25, stop=.05, # a request whose loss is below `stop` is done
     kl=.0625, kl_prompt="{} is a", decay=.5, # weights of the divergence on that prompt and of |delta|/|h|^2
     clamp=.75, # |delta| <= clamp |h|
-    lam=15000., mu=1., share=.4, ft={}, # of MEMIT and its kin, AlphaEdit, RECT; steps, lr, clamp of `finetune`
+    lam=15000., mu=1., share=.4, ft={}, # of MEMIT and its kin, AlphaEdit, RECT; steps, lr, clamp of `fit_weight`
 )
 
 def options_of(given):
@@ -528,8 +512,7 @@ def at_site(model, block, t):
 # %% ../../nbs/trust/03_editing.ipynb #75907139
 def continuations(model, tok, prompts:Sequence[str], length:int=24, seed:int=0, least:int|None=None) -> list[str]:
     "What the model goes on to say, sampled; at least `least` tokens (all if None)."
-    if not len(prompts) or length < 2:
-        raise ValueError(f"{len(prompts)} prompts, length={length}: need at least one prompt and two tokens")
+    refuse(not len(prompts) or length < 2, f"{len(prompts)} prompts, length={length}: need one and two tokens at least")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         y = generated(model, tok, prompt_ids(tok, prompts), length, min_new_tokens=length if least is None else least)
@@ -591,18 +574,12 @@ def alphaedit_update(
 
 
 # %% ../../nbs/trust/03_editing.ipynb #a812a532
-def rect(
-    W:Tensor, D:Tensor, # weight and its change
-    share:float=.4, # of the entries, those that change most relative to the weight
-    ) -> Tensor:
+def rect(W:Tensor, D:Tensor, share:float=.4) -> Tensor: # weight, its change; share of the entries
     "RECT: keep only the largest relative changes."
     rel = (D/W.clamp(min=1e-12).where(W > 0, W.clamp(max=-1e-12))).abs()
     return D*(rel >= rel.flatten().kthvalue(max(1, int((1-share)*rel.numel()))).values)
 
-def prune(
-    W:Tensor, D:Tensor, # original weight and the total change since
-    base:float|None=1.2, # of the logarithm; None: the one with which it starts off with slope 1, whatever the size of W
-    ) -> Tensor:
+def prune(W:Tensor, D:Tensor, base:float|None=1.2) -> Tensor: # weight, its total change; None: slope 1 from the start
     "PRUNE: singular values of the total change above the largest one of the weight grow only with their logarithm."
     U, s, V = torch.linalg.svd(D, full_matrices=False)
     top = torch.linalg.matrix_norm(W, 2)
@@ -611,12 +588,10 @@ def prune(
     return U*torch.minimum(s, small) @ V
 
 # %% ../../nbs/trust/03_editing.ipynb #72a480c7
-def finetune(
+def fit_weight(
     model, tok, requests:Sequence[Edit],
     W:Tensor, # the weight that may move
-    steps:int=20, lr:float=1e-3,
-    clamp:float|None=None, # largest change of an entry, FT with norm constraint
-    ):
+    steps:int=20, lr:float=1e-3, clamp:float|None=None): # clamp: largest change of an entry, FT with norm constraint
     "Plain gradient descent on the new answers (the papers' FT)."
     x, labels = labelled(tok, [r.prompt for r in requests], [" "+r.new for r in requests])
     x, leaf = x.to(model.device), W if W.is_leaf else W._base
@@ -692,13 +667,12 @@ def edit(
     ) -> Memory|None: # pass it to the next call
     "Change facts in the weights of a causal language model."
     requests, layers, o = check_requests(requests), check_layers(layers), options_of(options)
-    if method not in METHODS:
-        raise ValueError(f"method={method!r}: must be one of {METHODS}")
+    refuse(method not in METHODS, f"method={method!r}: must be one of {METHODS}")
     layers = layers[-1:] if method in ("ft", "ft-clamp", "rome") else layers
     W = {l: weight_of(module_at(model, module, l)) for l in layers}
     with eval_mode(model):
         if method.startswith("ft"):
-            finetune(model, tok, requests, W[layers[0]], **(dict(clamp=.02 if method == "ft-clamp" else None) | o.ft))
+            fit_weight(model, tok, requests, W[layers[0]], **(dict(clamp=.02 if method == "ft-clamp" else None) | o.ft))
             return memory
         firm_memory = check_memory(memory or remember(model, tok, preserve, layers, module), layers, method)
         for some in [[r] for r in requests] if method == "rome" else [requests]:
@@ -734,9 +708,7 @@ def change(method, W, R, K, known, o):
     return rect(W, D, o.share) if method == "rect" else D
 
 # %% ../../nbs/trust/03_editing.ipynb #ea8cc500
-def zsre_edits(
-    n:int=300, # records
-    longest:int=14) -> list[Edit]: # characters of an answer
+def zsre_edits(n:int=300, longest:int=14) -> list[Edit]: # n records; longest: characters of an answer
     "Records of ZsRE (KnowEdit's test file) with short answers whose subject stands in both questions, in the file's order."
     name, out = "ZsRE/ZsRE-test-all.json", {}
     for x in json.loads(fetch("knowedit", [name])[name].read_text(encoding="utf-8")):
@@ -829,11 +801,8 @@ def saved(to, *parts):
 # %% ../../nbs/trust/03_editing.ipynb #451dd568
 FRAME = "[Updated Information]:{} [Question]: {}"
 
-def lte_prompt(
-    query:str,
-    descriptors:Sequence[str]=(), # "prompt new-object" of the edits that retrieval found
-    ) -> str:
-    "The query behind numbered descriptors; the bare query if there are none."
+def lte_prompt(query:str, descriptors:Sequence[str]=()) -> str:
+    "The query behind numbered descriptors, 'prompt new-object' of edits; the bare query if there are none."
     if not len(descriptors):
         return query
     return FRAME.format("".join(f" {k}. {d}." for k, d in enumerate(descriptors, 1)), query)
@@ -849,7 +818,7 @@ class EditMemory:
     "An edit is a line of text with a vector; queries find the lines nearest to them. No weight changes."
     def __init__(self,
         background:Sequence[str], # texts from which the default embedding (TF-IDF) learns which words are rare
-        embed:Callable|None=None): # texts -> (n, d) rows of length 1, e.g. a sentence encoder through `text_vectors`
+        embed:Callable|None=None): # texts -> (n, d) rows of length 1, e.g. a sentence encoder
         if embed is None:
             vec = TfidfVectorizer(sublinear_tf=True, token_pattern=r"\w+").fit(background)
             embed = lambda texts: vec.transform(texts).toarray().astype(np.float32)
@@ -871,10 +840,8 @@ def add(self:EditMemory, edits:Sequence[Edit|dict]) -> EditMemory:
 @patch
 def search(self:EditMemory, queries:Sequence[str], k:int=3) -> np.ndarray: # (n, k) numbers of lines, nearest first
     "The k nearest lines of each query by dot product; ties go to the earlier line."
-    if not len(self):
-        raise ValueError("the memory is empty: add edits first")
-    if k < 1:
-        raise ValueError(f"k={k}: must be at least 1")
+    refuse(not len(self), "the memory is empty: add edits first")
+    refuse(k < 1, f"k={k}: must be at least 1")
     return np.argsort(-(self.embed(list(queries)) @ self.vectors.T), 1, kind="stable")[:, :k]
 
 @patch
@@ -898,12 +865,9 @@ class Level(NamedTuple):
 
 # %% ../../nbs/trust/03_editing.ipynb #0765b434
 def alignment_rows(
-    facts:Facts,
-    subjects:Sequence[str], # whose facts are edited; keep those of the test out
-    n_edits:int=2000,
-    level:Level|None=None, # LTE's own if None
-    kinds:Sequence[str]=KINDS, # which cells of the grid; free form for about every fifth edit only
-    seed:int=0) -> pd.DataFrame: # kind, prompt, answer
+    facts:Facts, subjects:Sequence[str], # whose facts are edited; keep those of the test out
+    n_edits:int=2000, level:Level|None=None, # LTE's own if None
+    kinds:Sequence[str]=KINDS, seed:int=0) -> pd.DataFrame: # kind (free form for about every fifth edit), prompt, answer
     "LTE's parallel data: {with, without edit} x {in scope, out of scope, free form}."
     near, level, out = lookalikes(facts, subjects), level or Level(), []
     rng, rows, names = np.random.default_rng([facts.seed, seed]), list(near), invented_items(facts)
@@ -965,10 +929,8 @@ def invented_items(facts):
 LEVELS = [Level((1., 0., 0.), (1.,)), Level((1., 0., 0.), (.2, .8), False), Level(more=(.5, .5), nearest=False), Level()]
 
 def learn_to_edit(
-    model, tok, facts:Facts,
-    subjects:Sequence[str], # whose facts the training edits
-    levels:Sequence[Level]=LEVELS, kinds:Sequence[str]=KINDS,
-    steps:int=600, # of 128 rows
+    model, tok, facts:Facts, subjects:Sequence[str], # whose facts the training edits
+    levels:Sequence[Level]=LEVELS, kinds:Sequence[str]=KINDS, steps:int=600, # of 128 rows
     seed:int=0) -> tuple[PreTrainedModel, pd.DataFrame]: # and how it went: step, level, kind, accuracy
     "LTE's alignment phase: a copy of `model`, fine-tuned on the answers alone, easy rows first; from the cache."
     def build(to):
