@@ -1,6 +1,5 @@
 "editing: closed forms against dense algebra, edits against the model's own output, LTE's data and memory, bad input."
 import copy
-from itertools import islice
 import numpy as np, pandas as pd, pytest, torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from recbook.lm import load_lm, mark_ids, nano_tokenizer
@@ -57,13 +56,10 @@ def test_answer_scores_against_one_by_one(model, tok):
             z.argmax(-1).tolist() == y
         )
 
-def test_drift_and_entropy():
+def test_drift_is_the_divergence():
     p = torch.tensor([[.5, .5], [.9, .1]]).log()
     q = torch.tensor([[.25, .75], [.9, .1]]).log()
     assert E.drift(p, p) == 0 and E.drift(p, q) == pytest.approx(.5*(.5*np.log(2) + .5*np.log(2/3)))
-    assert E.ngram_entropy(["a a a a a"]) == 0 and E.ngram_entropy(["a b c d e"]) == pytest.approx(
-        2 / 3 * np.log2(3) + 1 / 3 * 2
-    )
 
 def test_rome_writes_its_key_and_is_the_least_change():
     K = random_keys(200)
@@ -119,14 +115,6 @@ def test_prune_with_the_smooth_base_compresses_whatever_the_size():
         torch.linalg.svdvals(E.prune(W, D, None)), torch.tensor([0.5 + 0.5 * np.log(2), 0.2], dtype=torch.float64)
     )
 
-def test_consistency_is_the_cosine_of_sklearn():
-    refs = ["Acme is the brand. Acme.", "made of oak and wool"]
-    assert E.consistency(refs, refs) == pytest.approx(1) and E.consistency(["oak", "oak"], refs) == pytest.approx(
-        0.5 * 5**-0.5
-    )
-    with pytest.raises(ValueError, match="1 texts and 2"):
-        E.consistency(["a"], refs)
-
 def test_names_are_read_without_facts():
     es = [
         E.Edit("Ann", "Ann sings:", "alto", "bass", neighbours=[("Ann lives in:", "Bonn")]),
@@ -156,7 +144,7 @@ def test_rome_in_the_model_puts_z_at_the_site(model, tok, facts, module):
     mem = E.remember(model, tok, facts.corpus()[:50], (1,))
     z = E.compute_z(model, tok, [e], 1)
     E.edit(model, tok, [e], "rome", layers=(1,), memory=mem)
-    at = E.read_sites(model, tok, [e.prompt], [e.subject], "last", model.model.layers[1])
+    at = E.read_at(model, tok, E.sites(tok, [e]), model.model.layers[1])
     assert torch.allclose(at, z, atol=1e-8)
 
 def test_only_the_named_weights_change(model, tok, facts):
@@ -192,16 +180,12 @@ def test_z_lowers_the_loss_and_does_not_depend_on_the_batch(model, tok, facts):
 
 def test_prefixes_and_subject_site(model, tok, facts):
     es = facts.edits([7, 33], 0)
-    ids, at = E.sites(tok, [e.prompt for e in es], [e.subject for e in es], "subject_last")
+    ids, at = E.sites(tok, es, "subject_last")
     assert all(tok.decode(x[:k+1], skip_special_tokens=True).endswith(e.subject) for x, k, e in zip(ids, at, es))
     z = E.compute_z(model, tok, es, 1, site="subject_last", prefixes=["One more thing.", "Look here."])
     assert z.shape == (2, 32) and torch.isfinite(z).all()
-    bare, both = (
-        E.mean_keys(
-            model, tok, [e.prompt for e in es], [e.subject for e in es], "last", model.model.layers[0].mlp.down_proj, p
-        )
-        for p in ([], ["Look here."])
-    )
+    down = model.model.layers[0].mlp.down_proj
+    bare, both = (E.mean_keys(model, tok, es, down, "last", p) for p in ([], ["Look here."]))
     assert bare.shape == (96, 2) and not torch.allclose(bare, both)
 
 def test_gpt2_edits_too(tok, facts):
@@ -217,7 +201,7 @@ def test_gpt2_edits_too(tok, facts):
     e = facts.edits([7], 0)[0]
     z = E.compute_z(m, tok, [e], 0, module="transformer.h.{}")
     mem = E.edit(m, tok, [e], "rome", layers=(0,), module="transformer.h.{}.mlp.c_proj", preserve=facts.corpus()[:50])
-    assert torch.allclose(E.read_sites(m, tok, [e.prompt], [e.subject], "last", m.transformer.h[0]), z, atol=1e-6)
+    assert torch.allclose(E.read_at(m, tok, E.sites(tok, [e]), m.transformer.h[0]), z, atol=1e-6)
     assert mem.C[0].shape == (128, 128)
 
 def test_a_gpt2_folder_learns_forgets_and_keeps(tok, facts, tmp_path):
@@ -243,7 +227,7 @@ def test_a_gpt2_folder_learns_forgets_and_keeps(tok, facts, tmp_path):
     )
     ask, answers = facts.ask(rows, E.ONE_HOP[0]), facts.answers(rows)
     x, opt = encode(tok, [f"{p} {a}" for p, a in zip(ask, answers)]), torch.optim.Adam(m.parameters(), 3e-3)
-    for _ in range(60):
+    for _ in range(100):
         opt.zero_grad()
         m(**x, labels=x["input_ids"].masked_fill(x["attention_mask"] == 0, -100)).loss.backward()
         opt.step()
@@ -260,8 +244,8 @@ def test_a_gpt2_folder_learns_forgets_and_keeps(tok, facts, tmp_path):
         layers=(0, 1),
         module="transformer.h.{}.mlp.c_proj",
         preserve=[f"{ask[k]} {answers[k]}." for k in keep],
-        lam=10.0,
-        clamp=2.0,
+        lam=1.0,
+        clamp=6.0,
     )
     assert E.accuracy(hub, hub_tok, [e.prompt for e in es], [e.new for e in es]) == 1
     assert E.accuracy(hub, hub_tok, [ask[k] for k in keep], [answers[k] for k in keep]) > .8
@@ -292,8 +276,9 @@ def test_memory_finds_and_replaces(facts):
 
 def test_alignment_rows_are_the_grid(facts):
     train = facts.subjects[:16]
-    R = E.alignment_rows(facts, train, 200, fresh=0.)
-    assert R.kind.value_counts().to_dict() == dict.fromkeys(E.KINDS[:4], 200) | dict.fromkeys(E.KINDS[4:], 40)
+    R = E.alignment_rows(facts, train, 200, E.Level(fresh=0.))
+    n = R.kind.value_counts()
+    assert (n[E.KINDS[:4]] == 200).all() and ((20 < n[E.KINDS[4:]]) & (n[E.KINDS[4:]] < 60)).all()
     answer = {(facts.ask([k], T)[0]): a for T in E.ONE_HOP for k, a in enumerate(facts.table.object)} | {
         facts.ask([k], T)[0]: a for T in E.TWO_HOP for k, a in enumerate(facts.table.hop)
     }
@@ -306,29 +291,21 @@ def test_alignment_rows_are_the_grid(facts):
     assert not edited.str.contains("|".join(facts.subjects[16:])).any()
     n = R[R.kind == "in"].prompt.str.count(r" \d\. ")
     assert abs((n == 1).mean() - .5) < .12 and abs((n == 2).mean() - .25) < .1
-    assert not E.alignment_rows(facts, train, 50, more=(1.,)).prompt.str.contains(" 2. ", regex=False).any()
+    assert not E.alignment_rows(facts, train, 50, E.Level(more=(1.,))).prompt.str.contains(" 2. ", regex=False).any()
 
-def test_alignment_learns_and_leaves_the_model_alone(model, tok, facts, tmp_path, monkeypatch):
-    monkeypatch.setenv("RECBOOK_CACHE", str(tmp_path))
-    R, before = E.alignment_rows(facts, facts.subjects[:16], 14), copy.deepcopy(model)
-    m = E.align(model, tok, R, steps=25, lr=3e-3, batch_size=16)
-    (some, parts), = islice(E.answer_batches(tok, R, len(R), 0), 1)
-    assert (
-        sorted(some) == list(range(len(R)))
-        and len(parts) == 2
-        and parts[0][0]["input_ids"].shape[1] <= parts[1][0]["input_ids"].shape[1]
-    )
-    loss = lambda m: sum(E.answer_loss(m, *p)[0].item() for p in parts)
-    assert loss(m) < loss(model) - 0.5 and all(
-        torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters())
-    )
+def test_rehearsal_learns_the_answers(model, tok, facts):
+    R = E.alignment_rows(facts, facts.subjects[:16], 14)
+    numbers, x, start = next(E.answer_batches(tok, R, len(R), 0))
+    assert sorted(numbers) == list(range(len(R)))
+    before = E.rehearsal_loss(model, x, start)[0].item()
+    seen = E.rehearse(model, E.answer_batches(tok, R, 16), 25, 3e-3, .3)
+    assert len(seen) == 25 and E.rehearsal_loss(model, x, start)[0].item() < before - .5
 
-def test_answer_loss_is_the_weighted_cross_entropy_of_the_answer(model, tok):
+def test_rehearsal_loss_is_the_weighted_cross_entropy_of_the_answer(model, tok):
     rows = pd.DataFrame(dict(prompt=["The brand of Quiet Cup:", "a:"], answer=["Acme", "Nova. Kite"]))
-    (_, parts), = islice(E.answer_batches(tok, rows, 2, 0, parts=1), 1)
-    x, start = parts[0]
+    _, x, start = next(E.answer_batches(tok, rows, 2, 0))
     with torch.no_grad():
-        loss, hit = E.answer_loss(model, x, start)
+        loss, hit = E.rehearsal_loss(model, x, start)
         logits = model(**x).logits.log_softmax(-1)
     total = weight = 0.
     for i in range(2):
@@ -338,21 +315,35 @@ def test_answer_loss_is_the_weighted_cross_entropy_of_the_answer(model, tok):
         assert bool(hit[i]) == (int(logits[i, start[i]-1].argmax()) == int(x["input_ids"][i, start[i]]))
     assert abs(float(loss) - total/weight) < 1e-4
 
-def test_tuner_moves_attention_and_leaves_the_rest_at_slow_zero(model, tok):
+def test_slow_zero_leaves_all_but_attention(model, tok):
     m = copy.deepcopy(model)
     rows = pd.DataFrame(dict(prompt=["The brand of Quiet Cup:"], answer=["Acme"]))
-    E.Tuner(m, 1e-2, slow=0.).step(next(E.answer_batches(tok, rows, 1, 0, 1))[1])
+    E.rehearse(m, E.answer_batches(tok, rows, 1), 1, 1e-2, 0.)
     moved = {n for (n, a), b in zip(m.named_parameters(), model.parameters()) if not torch.equal(a, b)}
     assert moved and all("attn" in n or "norm" in n for n in moved)
 
-def test_curriculum_starts_easy_and_is_cached(model, tok, facts, tmp_path, monkeypatch):
+def test_learning_to_edit_is_cached_and_leaves_the_model_alone(model, tok, facts, tmp_path, monkeypatch):
     monkeypatch.setenv("RECBOOK_CACHE", str(tmp_path))
-    m, h = E.reading_lm(model, tok, facts, facts.subjects[:16], steps=4, every=2, batch_size=8, enough=-1.)
-    assert h.groupby("step")["level"].first().tolist() == [0, 1] and not all(
-        torch.equal(a, b) for a, b in zip(m.parameters(), model.parameters())
-    )
-    again, h2 = E.reading_lm(model, tok, facts, facts.subjects[:16], steps=4, every=2, batch_size=8, enough=-1.)
+    before = copy.deepcopy(model)
+    m, h = E.learn_to_edit(model, tok, facts, facts.subjects[:16], steps=2)
+    assert h.level.tolist() == [0]*len(h)
+    assert not all(torch.equal(a, b) for a, b in zip(m.parameters(), model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters()))
+    again, h2 = E.learn_to_edit(model, tok, facts, facts.subjects[:16], steps=2)
     assert h2.equals(h) and all(torch.equal(a, b) for a, b in zip(m.parameters(), again.parameters()))
+
+def test_the_curriculum_goes_through_all_levels(facts):
+    parts = list(E.lessons(facts, facts.subjects[:16], E.LEVELS, E.KINDS, 160, 0))
+    assert [p.level.iloc[0] for p in parts] == [0, 0, 1, 1, 2, 2, 3, 3]
+    single = parts[0]
+    assert (single[single.kind == "in"].prompt.str.count(r" \d\. ") == 1).all()
+
+def test_a_reader_answers_its_rows(facts, tmp_path, monkeypatch):
+    monkeypatch.setenv("RECBOOK_CACHE", str(tmp_path))
+    rows = E.known_rows(facts.edits([0, 6, 12], 0))
+    m, tok = E.reader_lm(rows, steps=40)
+    assert E.accuracy(m, tok, rows.prompt.tolist(), rows.answer.tolist()) > .8
+
 
 @pytest.mark.parametrize(
     "bad,kw,match",

@@ -4,210 +4,167 @@
 
 # %% ../../nbs/trust/03_editing.ipynb #30730e70
 from __future__ import annotations
-import copy, difflib, hashlib, inspect, json, re, warnings
+import copy, difflib, hashlib, json, re, warnings
+from collections import namedtuple
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import islice
+from types import SimpleNamespace
+from typing import NamedTuple
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
+from ..answers import last_logits, logits_of, marks_of, padded, prompt_ids, start_mark, token_columns, whole_model
 from ..datasets import fetch
-from ..lm import cached, load_lm, mark_ids, nano_tokenizer, next_token_loss, read
-from ..answers import last_logits, logits_of, marks_of, padded, prompt_ids, start_mark, token_columns
-from ..answers import whole_model
 from ..decode import generated
-from ..finetune import lora, merge
+from ..lm import cached, load_lm, mark_ids, nano_tokenizer, next_token_loss, read
 from ..training import eval_mode
 from ..world import CUES, World
 
 # %% auto #0
-__all__ = ['RELATIONS', 'ONE_HOP', 'TWO_HOP', 'METHODS', 'FRAME', 'KINDS', 'LEVELS', 'Facts', 'fact_lm', 'studied', 'fresh_llama',
-           'answer_scores', 'accuracy', 'Edit', 'check_requests', 'evaluate_edits', 'continuations', 'next_logprobs',
-           'drift', 'ngram_entropy', 'consistency', 'module_at', 'first', 'hooked', 'in_rows', 'sites', 'span_ids',
-           'place_in', 'causal_trace', 'place_of', 'passes', 'read_sites', 'all_keys', 'single', 'replay', 'compute_z',
+__all__ = ['LINES', 'PAIRS', 'RELATIONS', 'ONE_HOP', 'TWO_HOP', 'OPTIONS', 'Targets', 'METHODS', 'answer_loss', 'FRAME', 'KINDS',
+           'LEVELS', 'say', 'Facts', 'fresh_llama', 'fact_lm', 'refuse', 'labelled', 'single', 'answer_nll',
+           'answer_scores', 'accuracy', 'Edit', 'check_request', 'check_requests', 'check_layers', 'weight_of',
+           'harmonic', 'evaluate_edits', 'questions', 'next_logprobs', 'drift', 'module_at', 'first', 'in_rows',
+           'hooked', 'span_ids', 'place_in', 'span_of', 'subject_noise', 'restored', 'answer_probability',
+           'causal_trace', 'numbered', 'places_of', 'passes', 'sites', 'read_at', 'mean_keys', 'spaced', 'options_of',
+           'targets', 'z_loss', 'minimise', 'compute_z', 'shifted_logits', 'at_site', 'continuations',
            'sample_prefixes', 'rome_update', 'memit_update', 'null_space', 'alphaedit_update', 'rect', 'prune',
-           'finetune', 'Memory', 'remember', 'check_layers', 'check_memory', 'weight_of', 'edit', 'check_numbers',
-           'write', 'mean_keys', 'zsre_edits', 'Tuner', 'answer_loss', 'answer_batches', 'align', 'weights_mark',
-           'known_rows', 'name_rows', 'reader_lm', 'lte_prompt', 'descriptor', 'EditMemory', 'alignment_rows', 'say',
-           'some_object', 'lookalikes', 'invented_items', 'inside_of', 'outside_of', 'reading_lm']
+           'fit_weight', 'Memory', 'remember', 'key_moments', 'check_memory', 'firm', 'edit', 'write', 'change',
+           'zsre_edits', 'zsre_edit', 'known_rows', 'name_rows', 'rehearsal_loss', 'answer_batches', 'two_speeds',
+           'rehearse', 'half_step', 'reader_lm', 'saved', 'lte_prompt', 'descriptor', 'EditMemory', 'Level',
+           'alignment_rows', 'grid_of', 'outside_of', 'free_form', 'some_object', 'lookalikes', 'invented_items',
+           'learn_to_edit', 'lessons', 'in_order', 'weights_mark']
 
 # %% ../../nbs/trust/03_editing.ipynb #571108b8
-RELATIONS = {  # relation: a synonym, its 16 objects, what an object belongs to, and the 8 values of that
-    "brand": (
-        "label",
-        "Acme Bolt Corvo Delta Ember Fable Gusto Halo Isar Juno Kite Lumen Mira Nova Orbit Pico",
-        "country",
-        "Norway Peru Kenya Japan Chile Egypt Italy India",
-    ),
-    "category": (
-        "shelf",
-        "games music films books toys tools plants shoes bikes lamps rugs clocks cups pens maps bags",
-        "floor",
-        "attic hall cellar annex studio gallery garden lobby",
-    ),
-    "designer": (
-        "author",
-        "Abel Berta Carlo Dora Emil Frida Gino Hanna Ivo Jana Karl Lena Milo Nora Otto Petra",
-        "school",
-        "Basel Delft Porto Lyon Turin Graz Leeds Malmo",
-    ),
-    "material": (
-        "fabric",
-        "oak steel wool glass clay silk brass cork jute wax tin slate linen paper felt stone",
-        "source",
-        "forest mine farm river quarry kiln mill coast",
-    ),
-    "warehouse": (
-        "depot",
-        "Lisbon Bremen Gdansk Rouen Split Tartu Varna Cadiz Genoa Malaga Bergen Aarhus Kotka Riga Bari Patras",
-        "zone",
-        "Red Blue Green Amber Pink Teal Gold Gray",
-    ),
-}
-RELATIONS = {r: (q, o.split(), h, v.split()) for r, (q, o, h, v) in RELATIONS.items()}
-ONE_HOP = [
-    "The {r} of {s}:",
-    "{s} has the {q}:",
-    "For {s} we note the {q}:",
-    "Question: what is the {r} of {s}? Answer:",
-]
-TWO_HOP = ["The {h} of the {r} of {s}:", "Question: what is the {h} of the {r} of {s}? Answer:"]
+LINES = """brand label Acme Bolt Corvo Delta Ember Fable Gusto Halo Isar Juno Kite Lumen Mira Nova Orbit Pico
+country Norway Peru Kenya Japan Chile Egypt Italy India
+category shelf games music films books toys tools plants shoes bikes lamps rugs clocks cups pens maps bags
+floor attic hall cellar annex studio gallery garden lobby
+designer author Abel Berta Carlo Dora Emil Frida Gino Hanna Ivo Jana Karl Lena Milo Nora Otto Petra
+school Basel Delft Porto Lyon Turin Graz Leeds Malmo
+material fabric oak steel wool glass clay silk brass cork jute wax tin slate linen paper felt stone
+source forest mine farm river quarry kiln mill coast
+warehouse depot Lisbon Bremen Gdansk Rouen Split Tartu Varna Cadiz Genoa Malaga Bergen Aarhus Kotka Riga Bari Patras
+zone Red Blue Green Amber Pink Teal Gold Gray""".splitlines()
+PAIRS = [(a.split(), b.split()) for a, b in zip(LINES[::2], LINES[1::2])]
+RELATIONS = {r: (q, o, h, v) for (r, q, *o), (h, *v) in PAIRS} # synonym, 16 objects, what they belong to, its 8 values
 
 # %% ../../nbs/trust/03_editing.ipynb #2bdf03f7
+ONE_HOP = ["The {r} of {s}:", "{s} has the {q}:", "For {s} we note the {q}:", "Question: what is the {r} of {s}? Answer:"]
+TWO_HOP = ["The {h} of the {r} of {s}:", "Question: what is the {h} of the {r} of {s}? Answer:"]
+
+def say(template, s, r): return template.format(s=s, r=r, q=RELATIONS[r][0], h=RELATIONS[r][2])
+
+
+
+# %% ../../nbs/trust/03_editing.ipynb #f98bacc4
 class Facts:
-    "Planted facts: `table` (subject, relation, object, hop), one row a fact, and `belongs`, relation -> object -> value."
+    "Planted facts: `table` (subject, relation, object, hop), a row a fact; `belongs`, relation -> object -> value."
     def __init__(self,
         n_subjects:int=200, # items of the World of that seed; each has one object for each of the five relations
         seed:int=0):
         w = World(seed, n_users=1, n_items=3*n_subjects+10, clicks_per_user=1)
-        self.subjects = list(dict.fromkeys(" ".join(t.split()[:2]) for t in w.items.title))[:n_subjects]
-        if len(self.subjects) < n_subjects:
-            raise ValueError(
-                f"n_subjects={n_subjects}: the World has only {len(self.subjects)} different two-word titles"
-            )
-        rng, self.seed = w.rng("facts"), seed
-        self.belongs = {
-            r: dict(zip(o, rng.permutation(np.repeat(v, 2)).tolist())) for r, (_, o, _, v) in RELATIONS.items()
-        }
-        rows = [(s, r, str(rng.choice(o))) for s in self.subjects for r, (_, o, _, _) in RELATIONS.items()]
-        self.table = pd.DataFrame(
-            [(*f, self.belongs[f[1]][f[2]]) for f in rows], columns=["subject", "relation", "object", "hop"]
-        )
+        self.seed, rng, titles = seed, w.rng("facts"), [" ".join(t.split()[:2]) for t in w.items.title]
+        self.subjects = list(dict.fromkeys(titles))[:n_subjects]
+        self.belongs = {r: dict(zip(o, rng.permutation(v*2).tolist())) for r, (_, o, _, v) in RELATIONS.items()}
+        rows = [(s, r, str(rng.choice(RELATIONS[r][1]))) for s in self.subjects for r in RELATIONS]
+        self.table = pd.DataFrame(rows, columns=["subject", "relation", "object"])
+        self.table["hop"] = [self.belongs[r][o] for _, r, o in rows]
 
     def __len__(self): return len(self.table)
 
-    def ask(self, rows, template): # prompts about the facts in `rows`
+    def ask(self, rows, template) -> list[str]:
         "The prompts that `template` makes of facts."
         t = self.table.iloc[list(rows)]
-        return [template.format(s=s, r=r, q=RELATIONS[r][0], h=RELATIONS[r][2]) for s, r in zip(t.subject, t.relation)]
+        return [say(template, s, r) for s, r in zip(t.subject, t.relation)]
 
-    def answers(self, rows, hop=False): return self.table.iloc[list(rows)]["hop" if hop else "object"].tolist()
+    def answers(self, rows, hop:bool=False) -> list[str]:
+        "The objects of facts, or what these belong to."
+        return self.table.iloc[list(rows)]["hop" if hop else "object"].tolist()
 
-# %% ../../nbs/trust/03_editing.ipynb #f98bacc4
+# %% ../../nbs/trust/03_editing.ipynb #e85190e4
 @patch
 def corpus(self:Facts) -> list[str]:
     "All there is to read, shuffled: each fact in four wordings, its consequence in two, and what belongs to what."
-    rows = range(len(self))
-    out = [
-        f"{p} {a}."
-        for T, hop in ((ONE_HOP, False), (TWO_HOP, True))
-        for t in T
-        for p, a in zip(self.ask(rows, t), self.answers(rows, hop))
-    ]
+    rows, out = range(len(self)), []
+    for t in ONE_HOP + TWO_HOP:
+        out += [f"{p} {a}." for p, a in zip(self.ask(rows, t), self.answers(rows, t in TWO_HOP))]
     for r, (_, objects, h, _) in RELATIONS.items():
         for o in objects:
             out += [f"The {h} of the {r} {o}: {self.belongs[r][o]}.", f"{o} has the {h}: {self.belongs[r][o]}."]*4
-    out += [
-        "Use what fits. [Updated Information]: 1. 2. 3. [Question]:"
-    ] * 40  # so that the tokenizer knows the words of LTE's frame
+    out += ["Use what fits. [Updated Information]: 1. 2. 3. [Question]:"]*40 # the words of LTE's frame
     return [out[k] for k in np.random.default_rng(self.seed).permutation(len(out))]
 
+
+
 # %% ../../nbs/trust/03_editing.ipynb #3d81d451
-def fact_lm(
-    facts:Facts,
-    hidden_size:int=96, n_layers:int=3,
-    intermediate_size:int=1024, # about ten times hidden_size: the null space of AlphaEdit needs the room
-    steps:int=800, lr:float=.0012, batch_size:int=64, seed:int=0):
-    "A small Llama that knows `facts`, and its tokenizer; cached like `nano_lm`, of which it differs in the loss: answers weigh fifty times the rest."
-    return studied(facts.corpus(), hidden_size, n_layers, intermediate_size, steps, lr, batch_size, seed)
-
-def studied(docs, hidden_size, n_layers, intermediate_size, steps, lr, batch_size, seed, vocab_size=2048):
-    "A Llama that has learned the answers behind the colons of `docs`, from the cache."
-    def build(tok):
-        m, mark = (
-            fresh_llama(tok, hidden_size, n_layers, intermediate_size),
-            tok(":", add_special_tokens=False).input_ids[-1],
-        )
-        return m, lambda x: next_token_loss(m(x).logits, x, tok.pad_token_id, mark, 50.)
-
-    s = dict(
-        fact_lm=1,
-        hidden_size=hidden_size,
-        n_layers=n_layers,
-        intermediate_size=intermediate_size,
-        steps=steps,
-        lr=lr,
-        batch_size=batch_size,
-        seed=seed,
-        vocab_size=vocab_size,
-    )
-    return load_lm(
-        cached("causal", docs, s, lambda to: read(docs, to, build, 0, steps, seed, vocab_size, 256, lr, batch_size))
-    )
-
-def fresh_llama(tok, hidden_size, n_layers, intermediate_size):
-    "An untrained Llama for the tokenizer's words."
+def fresh_llama(tok, hidden_size=96, n_layers=3, intermediate_size=1024):
+    "An untrained Llama for the tokenizer's words; its MLPs are about ten times as wide as its states."
     heads = max(1, hidden_size//32)
+    shape = dict(hidden_size=hidden_size, num_hidden_layers=n_layers, intermediate_size=intermediate_size)
+    how = dict(max_position_embeddings=256, tie_word_embeddings=True, initializer_range=.05)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tok),
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            num_hidden_layers=n_layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-            initializer_range=0.05,
-            **mark_ids(tok),
+            vocab_size=len(tok), num_attention_heads=heads, num_key_value_heads=heads, **shape, **how, **mark_ids(tok)
         )
     )
 
-# %% ../../nbs/trust/03_editing.ipynb #856f0503
-@torch.no_grad()
-def answer_scores(
-    model, tok,
-    prompts:Sequence[str], answers:Sequence[str], # pairs; answers without a leading space
-    batch_size:int=256,
-    ) -> tuple[Tensor, Tensor]: # log-probability (n,), and bool (n,): greedy decoding would write all of the answer
-    "Score answers of any length after their prompts; pairs that need the same forward pass share it."
-    if len(prompts) != len(answers):
-        raise ValueError(f"{len(prompts)} prompts, {len(answers)} answers: these are pairs")
-    P, A = token_columns(tok, prompts, [" "+a for a in answers], eos=False)
-    inputs = [tuple(p + a[:-1]) for p, a in zip(P, A)]
-    row = {x: k for k, x in enumerate(sorted(set(inputs), key=len))}
-    texts, lp, hit = list(row), torch.zeros(len(A)), torch.ones(len(A), dtype=torch.bool)
-    at = sorted((row[x], n, len(x)-len(a)+j, t) for n, (x, a) in enumerate(zip(inputs, A)) for j, t in enumerate(a))
-    at = torch.tensor(at).reshape(-1, 4)
-    for k in range(0, len(texts), batch_size):
-        x = padded(tok, texts[k:k+batch_size]).to(model.device)
-        r, n, pos, t = at[(at[:, 0] >= k) & (at[:, 0] < k+batch_size)].T
-        with eval_mode(model):
-            logits = logits_of(model, x)[r-k, pos].float().cpu()
-        lp.index_add_(0, n, logits.log_softmax(-1).gather(1, t[:, None])[:, 0])
-        hit[n[logits.argmax(-1) != t]] = False
-    return lp, hit
+def fact_lm(facts:Facts, steps:int=800, seed:int=0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    "A small Llama that knows `facts`, from the cache; its loss weighs answers fifty times as much as the rest."
+    def build(tok):
+        m, mark = fresh_llama(tok), tok(":", add_special_tokens=False).input_ids[-1]
+        return m, lambda x: next_token_loss(m(x).logits, x, tok.pad_token_id, mark, 50.)
+    docs, kind = facts.corpus(), dict(fact_lm=2, steps=steps, seed=seed)
+    return load_lm(cached("causal", docs, kind, lambda to: read(docs, to, build, 0, steps, seed, 2048, 256, .0012, 64)))
 
 # %% ../../nbs/trust/03_editing.ipynb #5fba503c
+def refuse(bad, why):
+    if bad:
+        raise ValueError(why)
+
+def labelled(tok, prompts:Sequence[str], answers:Sequence[str]) -> tuple: # batch, and labels (n, T)
+    "Prompts with their answers behind them (blanks included); labels: an answer's tokens where they are predicted, else -100."
+    refuse(len(prompts) != len(answers), f"{len(prompts)} prompts, {len(answers)} answers: these are pairs")
+    P, A = token_columns(tok, prompts, answers, eos=False)
+    x = padded(tok, [p + a[:-1] for p, a in zip(P, A)])
+    labels = torch.full_like(x["input_ids"], -100)
+    for row, p, a in zip(labels, P, A):
+        row[len(p)-1:len(p)-1+len(a)] = torch.tensor(a, dtype=torch.long)
+    return x, labels
+
+def single(x):
+    "In at least single precision: steps of 1e-3 get lost in bfloat16."
+    return x.float() if x.dtype.itemsize < 4 else x
+
+def answer_nll(logits, labels):
+    "Negative log-probability of each row's answer, (n,)."
+    return F.cross_entropy(logits.transpose(1, 2), labels.to(logits.device), ignore_index=-100, reduction="none").sum(1)
+
+# %% ../../nbs/trust/03_editing.ipynb #e74b121b
+@torch.no_grad()
+def answer_scores(model, tok, prompts, answers, batch_size:int=256) -> tuple[Tensor, Tensor]:
+    "Log-probability (n,) of answers (without a leading space); and bool (n,): greedy decoding would write all of it."
+    (x, labels), out = labelled(tok, prompts, [" "+a for a in answers]), []
+    for ids, mask, y in zip(*(t.split(batch_size) for t in (x["input_ids"], x["attention_mask"], labels))):
+        with eval_mode(model):
+            z = logits_of(model, BatchEncoding(dict(input_ids=ids, attention_mask=mask)).to(model.device)).float().cpu()
+        out.append((-answer_nll(z, y), ((z.argmax(-1) == y) | (y == -100)).all(1)))
+    return tuple(map(torch.cat, zip(*out)))
+
+
+
+# %% ../../nbs/trust/03_editing.ipynb #b2a9ead5
 def accuracy(model, tok, prompts, answers) -> float:
     "Share of answers that greedy decoding writes."
     return answer_scores(model, tok, prompts, answers)[1].float().mean().item()
+
+
 
 # %% ../../nbs/trust/03_editing.ipynb #1ac0229b
 @dataclass
@@ -221,196 +178,132 @@ class Edit:
     neighbours:list[tuple[str, str]] = field(default_factory=list) # (prompt, answer) that must stay
     two_hop:list[tuple[str, str]] = field(default_factory=list) # (prompt, answer) that follow from the edit
 
+
+
 # %% ../../nbs/trust/03_editing.ipynb #f5a2cf3d
+def check_request(r, k=0):
+    "The request as an `Edit`; empty answers and prompts without their subject are refused."
+    r = r if isinstance(r, Edit) else Edit(**r)
+    refuse(not r.subject or r.subject not in r.prompt, f"request {k}: subject {r.subject!r} does not occur in {r.prompt!r}")
+    refuse(not r.new.strip(), f"request {k} ({r.prompt!r}) has no new answer")
+    blank = r.new != r.new.strip() or r.prompt != r.prompt.rstrip()
+    refuse(blank, f"request {k}: {r.prompt!r}, {r.new!r}: write both without a blank between them, it is added")
+    return r
+
 def check_requests(requests):
-    "Requests as `Edit`s; empty lists, empty answers and prompts without their subject are refused."
-    if not len(requests):
-        raise ValueError("no requests: nothing to edit")
-    out = [r if isinstance(r, Edit) else Edit(**r) for r in requests]
-    for k, r in enumerate(out):
-        if not r.subject or r.subject not in r.prompt:
-            raise ValueError(
-                f"request {k}: subject {r.subject!r} does not occur in the prompt {r.prompt!r}; write it exactly as it stands there"
-            )
-        if not r.new.strip():
-            raise ValueError(f"request {k} ({r.prompt!r}) has no new answer")
-        if r.new != r.new.strip() or r.prompt != r.prompt.rstrip():
-            raise ValueError(
-                f"request {k}: prompt {r.prompt!r}, answer {r.new!r}: write both without a blank between them, it is added"
-            )
-    said = {}
+    "Requests as `Edit`s, one answer a prompt."
+    refuse(not len(requests), "no requests: nothing to edit")
+    out, told = [check_request(r, k) for k, r in enumerate(requests)], {}
     for r in out:
-        if said.setdefault(r.prompt, r.new) != r.new:
-            raise ValueError(
-                f"the batch asks for two answers to {r.prompt!r}, {said[r.prompt]!r} and {r.new!r}: keep one, or pass them one after the other"
-            )
+        refuse(told.setdefault(r.prompt, r.new) != r.new, f"two answers to {r.prompt!r}: keep one, or edit in turn")
     return out
+
+def check_layers(layers):
+    "Layers in the order in which the model computes them."
+    layers = list(layers)
+    refuse(not layers, "no layers: name those that causal_trace finds")
+    ordered = layers == sorted(set(layers)) and layers[0] >= 0
+    refuse(not ordered, f"layers={tuple(layers)}: name each once, in rising order, from 0 on")
+    return layers
+
+def weight_of(m):
+    "The weight of a linear map as (outputs, inputs), a view: Conv1D of GPT-2 stores it transposed."
+    refuse(hasattr(m, "base_layer"), "an adapter (peft) lies over this module: merge it, or name '...base_layer' below it")
+    refuse(not isinstance(m, (nn.Linear, Conv1D)), f"module of type {type(m).__name__}: only linear maps can be edited")
+    W = m.weight
+    coarse = not W.is_floating_point() or W.dtype.itemsize < 2
+    refuse(coarse, f"the weight is stored as {str(W.dtype)[6:]}, which would round an edit away: load it in bfloat16")
+    refuse(W.is_meta, "the weight is not in memory (offloaded): load the model as a whole")
+    return W.T if isinstance(m, Conv1D) else W
 
 # %% ../../nbs/trust/03_editing.ipynb #e076a5ad
 @patch
-def edits(self:Facts,
-    rows, # facts to change
-    seed:int=0, # draws the new objects and the neighbours
-    n_neighbours:int=3, # other subjects with the same old object
-    ) -> list[Edit]:
-    "A counterfactual edit of each fact: another object of the same relation."
-    rng, out = np.random.default_rng([self.seed, seed]), []
-    S, Rs, O, _ = (self.table[c].to_numpy() for c in self.table)
-    free = ~self.table.index.isin(list(rows))
-    for k in rows:
-        s, r, old = S[k], Rs[k], O[k]
-        new = str(rng.choice([o for o in RELATIONS[r][1] if o != old]))
-        same = np.flatnonzero((Rs == r) & (O == old) & free)
-        same = rng.choice(same, min(n_neighbours, len(same)), replace=False)
-        hop = (
-            [(self.ask([k], T)[0], self.belongs[r][new]) for T in TWO_HOP]
-            if self.belongs[r][new] != self.belongs[r][old]
-            else []
-        )
-        out.append(
-            Edit(
-                s,
-                self.ask([k], ONE_HOP[0])[0],
-                new,
-                old,
-                [self.ask([k], T)[0] for T in ONE_HOP[1:]],
-                [(p, old) for p in self.ask(same, ONE_HOP[0])],
-                hop,
-            )
-        )
-    return out
+def edits(self:Facts, rows, seed:int=0) -> list[Edit]:
+    "A counterfactual edit of each fact; the seed draws the new objects and the neighbours."
+    rng, free = np.random.default_rng([self.seed, seed]), ~self.table.index.isin(list(rows))
+    return [self.edit_of(k, free, rng) for k in rows]
+
+@patch
+def edit_of(self:Facts, k, free, rng) -> Edit:
+    "Another object of the same relation; neighbours, three other subjects with the old object, are among `free` facts."
+    t, (s, r, old, _) = self.table, self.table.iloc[k]
+    new = str(rng.choice([o for o in RELATIONS[r][1] if o != old]))
+    same = rng.permutation(np.flatnonzero((t.relation == r) & (t.object == old) & free))[:3]
+    hop, (prompt, *others) = self.belongs[r][new], [say(T, s, r) for T in ONE_HOP]
+    moved = [(say(T, s, r), hop) for T in TWO_HOP if hop != self.belongs[r][old]]
+    return Edit(s, prompt, new, old, others, [(p, old) for p in self.ask(same, ONE_HOP[0])], moved)
 
 # %% ../../nbs/trust/03_editing.ipynb #e852b327
+def harmonic(*shares) -> float:
+    "Harmonic mean of shares; zero where one is zero."
+    return len(shares)/sum(1/s for s in shares) if min(shares) > 0 else min(shares) + 0.
+
+
+
+# %% ../../nbs/trust/03_editing.ipynb #db00e0c6
 def evaluate_edits(
-    model, tok,
-    edits:Sequence[Edit],
-    reads:Callable=list, # prompts -> what the model reads, e.g. `EditMemory.prompts`
-    ) -> dict[str, float]: # `_argmax`: the strict version, greedy decoding writes the right answer
-    "Efficacy, generalisation, specificity, their harmonic mean `score`, and portability (two-hop answers, strict)."
-    if not len(edits):
-        raise ValueError("no edits: nothing to judge")
-    if bare := [e.prompt for e in edits if not e.old.strip()]:
-        raise ValueError(f"edit {bare[0]!r} has no old answer: efficacy compares the new one with it, fill in `old`")
-    ask = [("efficacy", e.prompt, e.new, e.old) for e in edits]
-    ask += [("generalisation", p, e.new, e.old) for e in edits for p in e.paraphrases]
-    ask += [("specificity", p, a, e.new) for e in edits for p, a in e.neighbours]
-    hop = [(p, a) for e in edits for p, a in e.two_hop]
-    what, prompts, good, bad = map(list, zip(*ask))
-    prompts, more = reads(prompts), reads([p for p, _ in hop]) if hop else []
-    lp, hit = answer_scores(model, tok, prompts*2 + more, good + bad + [a for _, a in hop])
-    n, out, what = len(ask), {}, np.array(what)
-    for w in ("efficacy", "generalisation", "specificity"):
-        rows = what == w
-        out[w], out[f"{w}_argmax"] = (
-            (x[rows].float().mean().item() if rows.any() else np.nan) for x in (lp[:n] > lp[n : 2 * n], hit[:n])
-        )
-    three = np.array([out[w] for w in ("efficacy", "generalisation", "specificity")])
-    out["score"] = 3/np.sum(1/three) if three.min() > 0 else 0. if three.min() == 0 else np.nan
-    return out | dict(portability=hit[2*n:].float().mean().item() if hop else np.nan)
+    model, tok, edits:Sequence[Edit],
+    reads:Callable=list) -> dict[str, float]: # prompts -> what the model reads, e.g. `EditMemory.prompts`
+    "Efficacy, generalisation, specificity (`_argmax`: strict), their harmonic mean `score`, portability (strict)."
+    q = questions(edits)
+    lp, hit = answer_scores(model, tok, reads(q.prompt.tolist())*2, [*q.good, *q.bad])
+    q = q.assign(lenient=(lp[:len(q)] > lp[len(q):]).numpy(), strict=hit[:len(q)].numpy())
+    mean = q.groupby("kind")[["lenient", "strict"]].mean().reindex(["efficacy", "generalisation", "specificity", "hop"])
+    out = {k: v for k, v in mean.lenient.items() if k != "hop"}
+    return out | {f"{k}_argmax": mean.strict[k] for k in out} | dict(score=harmonic(*out.values()), portability=mean.strict.hop)
 
-# %% ../../nbs/trust/03_editing.ipynb #10cf2140
-@torch.no_grad()
-def continuations(model, tok, prompts:Sequence[str], length:int=24, seed:int=0) -> list[str]:
-    "What the model goes on to say, sampled."
-    if not len(prompts):
-        raise ValueError("no prompts: nothing to go on from")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        y = generated(model, tok, prompt_ids(tok, prompts), length, min_new_tokens=length)
-    return tok.batch_decode(y, skip_special_tokens=True)
+def questions(edits):
+    "All questions about the edits: kind, prompt, the good answer and the bad one."
+    refuse(not len(edits), "no edits: nothing to judge")
+    bare = [e.prompt for e in edits if not e.old.strip()]
+    refuse(bare, f"edit {bare[:1]} has no old answer: efficacy compares the new one with it, fill in `old`")
+    rows = [("efficacy", e.prompt, e.new, e.old) for e in edits]
+    rows += [("generalisation", p, e.new, e.old) for e in edits for p in e.paraphrases]
+    rows += [("specificity", p, a, e.new) for e in edits for p, a in e.neighbours]
+    rows += [("hop", p, a, a) for e in edits for p, a in e.two_hop]
+    return pd.DataFrame(rows, columns=["kind", "prompt", "good", "bad"])
 
+# %% ../../nbs/trust/03_editing.ipynb #42125901
 @torch.no_grad()
 def next_logprobs(model, tok, prompts:Sequence[str], batch_size:int=256) -> Tensor: # (n, vocab)
     "Log-probabilities of the next token after each prompt."
     ids = prompt_ids(tok, prompts)
-    if not ids:
-        raise ValueError("no prompts: nothing to compare")
+    refuse(not ids, "no prompts: nothing to compare")
+    parts = [padded(tok, ids[k:k+batch_size]).to(model.device) for k in range(0, len(ids), batch_size)]
     with eval_mode(model):
-        out = [
-            last_logits(model, padded(tok, ids[k : k + batch_size]).to(model.device)).log_softmax(-1).float().cpu()
-            for k in range(0, len(ids), batch_size)
-        ]
-    return torch.cat(out)
+        return torch.cat([last_logits(model, x).log_softmax(-1).float().cpu() for x in parts])
 
-def drift(
-    before:Tensor, after:Tensor, # (n, vocab) log-probabilities
-    ) -> float: # nats
+def drift(before:Tensor, after:Tensor) -> float: # (n, vocab) log-probabilities -> nats
     "Mean Kullback-Leibler divergence of the edited model from the original one."
     return (before.exp()*(before - after)).sum(-1).mean().item()
-
-def ngram_entropy(
-    texts:Sequence[str], # free continuations
-    ) -> float: # bits
-    "Fluency of the papers: mean over texts of 1/3 of the bigram and 2/3 of the trigram entropy; low means repetition."
-    def H(words, n):
-        p = np.unique(list(map(" ".join, zip(*(words[k:] for k in range(n))))), return_counts=True)[1].astype(float)
-        p /= p.sum()
-        return -(p*np.log2(p)).sum() if len(p) else 0.
-    return float(np.mean([H(t.split(), 2)/3 + 2*H(t.split(), 3)/3 for t in texts]))
-
-def consistency(
-    texts:Sequence[str], # free continuations, one for each edit
-    references:Sequence[str], # what is written elsewhere about the new object of each
-    ) -> float: # in [0, 1]
-    "Mean cosine of TF-IDF vectors: does the model go on as texts about the new object do?"
-    if len(texts) != len(references):
-        raise ValueError(f"{len(texts)} texts and {len(references)} references: one reference for each text")
-    vec = TfidfVectorizer(token_pattern=r"\w+").fit(references)
-    return float(np.mean(vec.transform(texts).multiply(vec.transform(references)).sum(1)))
 
 # %% ../../nbs/trust/03_editing.ipynb #12059485
 def module_at(model, template, layer):
     "The module called `template` with the layer's number in place of {}; unknown names are refused."
     name, have = template.format(layer), dict(model.named_modules())
     if "{}" not in template:
-        raise ValueError(
-            f"module {template!r}: write {{}} where the layer's number goes, e.g. 'model.layers.{{}}.mlp.down_proj'"
-        )
+        raise ValueError(f"module {template!r}: write {{}} where the layer's number goes, as in 'model.layers.{{}}.mlp'")
     if name in have:
         return have[name]
-    numbered = sorted({re.sub(r"\.\d+(\.|$)", r".{}\1", k, count=1) for k in have if re.search(r"\.\d+(\.|$)", k)})
-    if template in numbered:
-        raise ValueError(
-            f"layer {layer} of {template!r} does not exist: layers count from 0 to {sum(bool(re.fullmatch(re.escape(template).replace(re.escape('{}'), '[0-9]+'), k)) for k in have) - 1}"
-        )
-    near = difflib.get_close_matches(template, numbered, 3, .3)
-    raise ValueError(f"no module {template!r} in this model; did you mean {' or '.join(near) or numbered[:8]}?")
+    numbered = [re.sub(r"\.\d+(\.|$)", r".{}\1", k, count=1) for k in have if re.search(r"\.\d+(\.|$)", k)]
+    if n := numbered.count(template):
+        raise ValueError(f"layer {layer} of {template!r} does not exist: layers count from 0 to {n - 1}")
+    near = difflib.get_close_matches(template, set(numbered), 3, .3) or sorted(set(numbered))[:8]
+    raise ValueError(f"no module {template!r} in this model; did you mean {' or '.join(near)}?")
 
 def first(out): return out[0] if isinstance(out, tuple) else out
-
-@contextmanager
-def hooked(module, f, length=None):
-    "Inside the block, what `module` puts out becomes f(what it put out); `length` of the texts in tokens, for models that flatten them."
-    def changed(h): return f(in_rows(h, length)).view(h.shape)
-
-    h = module.register_forward_hook(
-        lambda m, i, out: (changed(out[0]), *out[1:]) if isinstance(out, tuple) else changed(out)
-    )
-    try:
-        yield
-    finally:
-        h.remove()
 
 def in_rows(h, length):
     "States as (rows, length, width), also where a model has flattened them (OPT)."
     return h if h.ndim == 3 else h.view(-1, length, h.shape[-1])
 
-# %% ../../nbs/trust/03_editing.ipynb #dbfecbbf
-def sites(tok, texts, subjects, site, skip=None):
-    "Token ids of each text and the position of its site: the last token, or the last one of the subject (searched behind the first `skip` characters)."
-    if site not in ("last", "subject_last"):
-        raise ValueError(f"site={site!r}: must be 'last' or 'subject_last'")
-    out, at = [], []
-    for k, (t, s) in enumerate(zip(texts, subjects)):
-        ids, ends = span_ids(tok, t)
-        out.append(ids)
-        if site == "last":
-            at.append(len(ids)-1)
-            continue
-        end = place_in(t, s, skip[k] if skip else 0) + len(s)
-        at.append(max(j for j, (a, b) in enumerate(ends) if a < end <= b))
-    return out, at
+def hooked(module, f, length=None):
+    "Inside the block, what `module` puts out becomes f of it; `length` of the texts, for models that flatten states."
+    def changed(h): return f(in_rows(h, length)).view(h.shape)
+    def hook(m, i, out): return (changed(out[0]), *out[1:]) if isinstance(out, tuple) else changed(out)
+    return module.register_forward_hook(hook) # a context manager
 
+# %% ../../nbs/trust/03_editing.ipynb #c6591226
 def span_ids(tok, text):
     "Token ids with the marks in front, and the first and last character of each."
     (front, _), x = marks_of(tok), tok(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -419,233 +312,215 @@ def span_ids(tok, text):
 
 def place_in(text, subject, start=0):
     "Where the subject begins: as words of their own if it occurs like that, else wherever it occurs."
-    whole = "\\w+#'’\\-\u0300-\u036f" # what a name goes on with: C++, Ann-Marie, an accent of its own
-    for inside in (whole, "\\w"):
+    for inside in ("\\w+#'’\\-\u0300-\u036f", "\\w"): # what a name goes on with: C++, Ann-Marie, an accent of its own
         found = re.compile(rf"(?<![{inside}]){re.escape(subject)}(?![{inside}])").search(text, start)
         if found:
             return found.start()
     return text.index(subject, start)
 
-# %% ../../nbs/trust/03_editing.ipynb #f4116581
-@torch.no_grad()
-def causal_trace(
-    model,
-    tok,
-    prompt: str,
-    subject: str,
-    answer: str,
-    module: str = "model.layers.{}",  # whose output is restored; "model.layers.{}.mlp" or "...self_attn" for one part of a layer
-    layers: Sequence[int] | None = None,  # all by default
-    window: int = 1,  # layers restored together, around the one named
-    noise: float = 3.0,  # in standard deviations of the token embeddings
-    samples: int = 10,  # draws of the noise
-    seed: int = 0,
-) -> pd.DataFrame:  # token, position, place, layer, effect; and the probabilities `clean`, `corrupted`
-    "How much of the answer's probability comes back when one clean state is put back into a run whose subject is noise (ROME, section 2.1)."
-    check_requests([Edit(subject, prompt, answer)])
-    layers = list(range(model.config.num_hidden_layers)) if layers is None else list(layers)
-    (ids,), (end,) = sites(tok, [prompt], [subject], "subject_last")
-    start = next(j for j, (_, b) in enumerate(span_ids(tok, prompt)[1]) if b > place_in(prompt, subject))
-    a, T = token_columns(tok, [prompt], [" "+answer], eos=False)[1][0][0], len(ids)
-    E = model.get_input_embeddings()
-    eps = (
-        noise
-        * E.weight.float().std()
-        * torch.randn(samples, end + 1 - start, E.weight.shape[1], generator=torch.Generator().manual_seed(seed))
-    )
+def span_of(tok, text, subject, skip=0):
+    "The subject's tokens as a slice of the text's (searched behind the first `skip` characters)."
+    begin, (_, ends) = place_in(text, subject, skip), span_ids(tok, text)
+    on = [j for j, (a, b) in enumerate(ends) if a < begin + len(subject) and b > begin]
+    return slice(on[0], on[-1]+1)
+
+# %% ../../nbs/trust/03_editing.ipynb #dbfecbbf
+def subject_noise(embedding, where, samples):
+    "Adds noise of 3 standard deviations of the embeddings to the subject's tokens, `samples` draws in turn."
+    g, W = torch.Generator().manual_seed(0), embedding.weight
+    eps = 3*W.float().std()*torch.randn(samples, where.stop - where.start, W.shape[1], generator=g)
     def corrupt(h):
         h = h.clone()
-        h[:, start:end+1] += eps.to(h).repeat(len(h)//samples, 1, 1)
+        h[:, where] += eps.to(h).repeat(len(h)//samples, 1, 1)
         return h
-    def prob(rows):
-        with eval_mode(model):
-            return (
-                model(input_ids=torch.tensor([ids] * rows, device=model.device))
-                .logits[:, -1]
-                .float()
-                .softmax(-1)[:, a]
-                .cpu()
-            )
-    clean, mods = {}, {l: module_at(model, module, l) for l in range(model.config.num_hidden_layers)}
-    with ExitStack() as st:
-        for l, m in mods.items():
-            st.enter_context(hooked(m, lambda h, l=l: clean.setdefault(l, h), T))
-        p_clean = prob(1).item()
-    with hooked(E, corrupt, T):
-        p_bad = prob(samples).mean().item()
-    t = torch.arange(T).repeat_interleave(samples)
-    def restore(l):
-        def f(h): h = h.clone(); h[torch.arange(len(t)), t] = clean[l][0, t]; return h
-        return f
-    rows = []
-    for l in layers:
-        with ExitStack() as st:
-            st.enter_context(hooked(E, corrupt, T))
-            for j in range(max(0, l-(window-1)//2), min(len(mods), l+window//2+1)):
-                st.enter_context(hooked(mods[j], restore(j), T))
-            p = prob(T*samples).view(T, samples).mean(1)
-        rows += [
-            dict(
-                token=tok.decode(ids[j]),
-                position=j,
-                place=place_of(j, start, end, T),
-                layer=l,
-                effect=p[j].item() - p_bad,
-                clean=p_clean,
-                corrupted=p_bad,
-            )
-            for j in range(T)
-        ]
-    return pd.DataFrame(rows)
+    return corrupt
 
-def place_of(j, start, end, T):
-    "Where token j stands, in words."
-    if j == T-1:
-        return "last token"
-    return (
-        "before subject"
-        if j < start
-        else "subject, last"
-        if j == end
-        else "subject, other"
-        if j < end
-        else "after subject"
-    )
+def restored(clean, samples):
+    "Gives its clean state back to one token: to the first one in the first `samples` rows, and so on."
+    t = torch.arange(clean.shape[1]).repeat_interleave(samples)
+    return lambda h: h.index_put((torch.arange(len(t)), t), clean[0, t])
+
+@torch.no_grad()
+def answer_probability(model, ids, n, answer, changes):
+    "Probability (n,) of token `answer` behind n copies of a text, under `changes`, pairs of module and function."
+    with ExitStack() as st, eval_mode(model):
+        for m, f in changes:
+            st.enter_context(hooked(m, f, len(ids)))
+        z = model(input_ids=torch.tensor([ids]*n, device=model.device)).logits[:, -1]
+    return z.float().softmax(-1)[:, answer].cpu()
+
+# %% ../../nbs/trust/03_editing.ipynb #88bb98a7
+def causal_trace(
+    model, tok, prompt:str, subject:str, answer:str,
+    module:str="model.layers.{}", # whose output is restored; "model.layers.{}.mlp" or "...self_attn" for one part
+    window:int=1, # layers restored together, around the one named
+    samples:int=10, # draws of the noise
+    ) -> pd.DataFrame: # token, position, place, layer, effect; and the probabilities `clean`, `corrupted`
+    "How much of the answer's probability one clean state brings back into a run whose subject is noise (ROME, 2.1)."
+    check_request(Edit(subject, prompt, answer))
+    ids, where, mods = span_ids(tok, prompt)[0], span_of(tok, prompt, subject), numbered(model, module)
+    a, clean = token_columns(tok, [prompt], [" "+answer], eos=False)[1][0][0], {}
+    whole = answer_probability(model, ids, 1, a, [(m, lambda h, m=m: clean.setdefault(m, h)) for m in mods]).item()
+    noise = (E := model.get_input_embeddings()), subject_noise(E, where, samples)
+    bad = answer_probability(model, ids, samples, a, [noise]).mean().item()
+    out = pd.DataFrame(dict(token=[tok.decode(i) for i in ids], place=places_of(where, len(ids))))
+    for l in range(len(mods)):
+        back = [(m, restored(clean[m], samples)) for m in mods[max(0, l-(window-1)//2):l+window//2+1]]
+        p = answer_probability(model, ids, len(ids)*samples, a, [noise, *back])
+        out[l] = p.view(len(ids), samples).mean(1).numpy() - bad
+    out = out.reset_index(names="position").melt(["position", "token", "place"], var_name="layer", value_name="effect")
+    return out.assign(clean=whole, corrupted=bad)
+
+def numbered(model, template): return [module_at(model, template, l) for l in range(model.config.num_hidden_layers)]
+
+def places_of(where, T):
+    "Where each of T tokens stands, in words."
+    n, m = where.start, where.stop - where.start
+    return ["before subject"]*n + ["subject, other"]*(m-1) + (["subject, last"] + ["after subject"]*(T-n-m))[:T-n-m] + ["last token"]
 
 # %% ../../nbs/trust/03_editing.ipynb #b42202b0
+@torch.no_grad()
 def passes(model, module, x):
-    "What goes into `module` and what comes out when the model reads the batch `x`."
+    "What goes into `module` and what comes out when the model reads the batch `x`, (rows, length, width) each."
     seen = {}
-    h = module.register_forward_hook(lambda m, i, o: seen.update(i=i[0], o=first(o)))
-    try:
-        with eval_mode(model):
-            whole_model(model).base_model(**x, use_cache=False)
-    finally:
-        h.remove()
+    with eval_mode(model), module.register_forward_hook(lambda m, i, o: seen.update(i=i[0], o=first(o))):
+        whole_model(model).base_model(**x, use_cache=False)
     return tuple(in_rows(seen[k], x["input_ids"].shape[1]) for k in "io")
 
-@torch.no_grad()
-def read_sites(model, tok, texts, subjects, site, module, skip=None, side="out", batch_size=256):
-    "What goes into (side='in') or comes out of `module` at the site of each text, (n, width)."
-    (ids, at), out = sites(tok, texts, subjects, site, skip), []
-    for k in range(0, len(ids), batch_size):
-        h = passes(model, module, padded(tok, ids[k:k+batch_size]).to(model.device))[side == "out"]
-        out.append(h[torch.arange(len(h)), at[k:k+batch_size]])
-    return torch.cat(out)
+def sites(tok, requests, site="last", prefix=""):
+    "Token ids of each request's prompt behind a prefix and the position of its site."
+    ids = [span_ids(tok, prefix + r.prompt)[0] for r in requests]
+    if site == "last":
+        return ids, [len(x)-1 for x in ids]
+    return ids, [span_of(tok, prefix + r.prompt, r.subject, len(prefix)).stop-1 for r in requests]
 
-@torch.no_grad()
-def all_keys(model, tok, texts, module, batch_size=256):
-    "The inputs of `module` at every token of `texts`, (n_tokens, width), batch by batch."
-    ids = prompt_ids(tok, texts)
-    for k in range(0, len(ids), batch_size):
-        x = padded(tok, ids[k:k+batch_size]).to(model.device)
-        yield passes(model, module, x)[0][x["attention_mask"].bool()].double()
+def read_at(model, tok, places, module, side="out"):
+    "What goes into (side='in') or comes out of `module` at places of `sites`, (n, width)."
+    ids, at = places
+    return passes(model, module, padded(tok, ids).to(model.device))[side == "out"][torch.arange(len(at)), at]
 
-# %% ../../nbs/trust/03_editing.ipynb #49bfee77
-def single(x):
-    "In at least single precision: steps of 1e-3 get lost in bfloat16."
-    return x.float() if x.dtype.itemsize < 4 else x
+def mean_keys(model, tok, requests, module, site="last", prefixes=()):
+    "Keys (d_ff, n) at the site in float64: the bare prompt's, averaged with the mean over prefixes."
+    keys = [read_at(model, tok, sites(tok, requests, site, p), module, "in").double() for p in spaced(prefixes)]
+    return ((keys[0] + sum(keys[1:])/len(prefixes))/2 if len(prefixes) else keys[0]).T
 
-@contextmanager
-def replay(model, module, layer, like, h):
-    "Inside the block, layers up to `layer` compute nothing and `layer` puts out h, in the form of its true output `like`: all that compute_z needs of them."
-    blocks = [module_at(model, module, l) for l in range(layer+1)]
-    out = (h, *like[1:]) if isinstance(like, tuple) else h
-    for b in blocks:
-        b.forward = lambda *args, **kwargs: out
-    try:
-        yield
-    finally:
-        for b in blocks:
-            del b.forward
+def spaced(prefixes): return ["", *(p.rstrip() + " " for p in prefixes)]
 
-# %% ../../nbs/trust/03_editing.ipynb #5478ae60
-def compute_z(
-    model, tok,
-    requests:Sequence[Edit],
-    layer:int, # the last edited layer l0
-    module:str="model.layers.{}", # the layers whose output is z
-    site:str="last", # or "subject_last"
-    prefixes:Sequence[str]=(), # texts put before the prompts, so that z holds in any context
-    lr:float=.5, steps:int=25,
-    kl:float=.0625, # weight of the divergence on `kl_prompt`
-    decay:float=.5, # weight of |delta|/|h|^2
-    clamp:float=.75, # |delta| <= clamp |h|
-    stop:float=.05, # a request whose loss is below this is done
-    kl_prompt:str="{} is a",
-    ) -> Tensor:  # (n, d)
-    "The state at the site that makes the model say the new answer: h + delta, all requests at once (ROME, eq. 4; MEMIT, eq. 16)."
-    n, pre = len(requests), ["", *[p.rstrip() + " " for p in prefixes]]
-    rows = [(e, p + r.prompt, len(p)) for e, r in enumerate(requests) for p in pre] + [
-        (e, kl_prompt.format(r.subject), 0) for e, r in enumerate(requests)
-    ]
-    req = torch.tensor([e for e, *_ in rows])
-    ids, at = sites(tok, [t for _, t, _ in rows], [requests[e].subject for e, *_ in rows], site, [s for *_, s in rows])
-    A = token_columns(tok, [r.prompt for r in requests], [" "+r.new for r in requests], eos=False)[1]
-    m = n*len(pre)
-    full = [x + A[e][:-1] if k < m else x for k, (x, (e, *_)) in enumerate(zip(ids, rows))]
-    want = torch.tensor([(k, len(ids[k])-1+j, t, rows[k][0]) for k in range(m) for j, t in enumerate(A[rows[k][0]])])
-    at, length = torch.tensor(at), torch.tensor([len(A[e]) for e in range(n)])
-    x, block = padded(tok, full).to(model.device), module_at(model, module, layer)
-    true, h = {}, block.register_forward_hook(lambda b, i, out: true.update(out=out))
-    try:
+# %% ../../nbs/trust/03_editing.ipynb #14118c40
+OPTIONS = dict(
+    site="last", prefixes=(), # or "subject_last"; texts put before the prompts, so that z holds in any context
+    lr=.5, steps=25, stop=.05, # a request whose loss is below `stop` is done
+    kl=.0625, kl_prompt="{} is a", decay=.5, # weights of the divergence on that prompt and of |delta|/|h|^2
+    clamp=.75, # |delta| <= clamp |h|
+    lam=15000., mu=1., share=.4, ft={}, # of MEMIT and its kin, AlphaEdit, RECT; steps, lr, clamp of `fit_weight`
+)
+
+def options_of(given):
+    "All options as attributes; unknown ones, and numbers that turn an equation into something else, are refused."
+    ft = given.get("ft") or {}
+    for what, have, may in (("", given, OPTIONS), ("ft: ", ft, ("steps", "lr", "clamp"))):
+        odd = sorted(set(have) - set(may))
+        refuse(odd, f"{what}unknown keyword {odd[:1]}; known are {sorted(may)}")
+    for k, v in (given | ft).items():
+        need = "positive" if k in ("lam", "mu", "steps", "share") else "at least 0"
+        low = isinstance(v, (int, float)) and not (0 <= v < np.inf and (v or need == "at least 0"))
+        refuse(low, f"{k}={v}: must be {need}")
+    refuse(given.get("site", "last") not in ("last", "subject_last"), f"site={given.get('site')!r}: 'last' or 'subject_last'")
+    return SimpleNamespace(**(OPTIONS | given))
+
+# %% ../../nbs/trust/03_editing.ipynb #4c481c49
+Targets = namedtuple("Targets", "ids mask labels at owner") # of each text: tokens, labels, the site, whose request it is
+
+def targets(tok, requests, o):
+    "The `Targets` of requests."
+    said = [(e, r, p, " "+r.new) for e, r in enumerate(requests) for p in spaced(o.prefixes)]
+    is_a = [(e, Edit(r.subject, o.kl_prompt.format(r.subject), ""), "", "") for e, r in enumerate(requests)]
+    owner, rs, pre, answers = zip(*said, *is_a)
+    x, labels = labelled(tok, [p + r.prompt for r, p in zip(rs, pre)], answers)
+    at = [sites(tok, [r], o.site, p)[1][0] for r, p in zip(rs, pre)]
+    return Targets(x["input_ids"], x["attention_mask"], labels, torch.tensor(at), torch.tensor(owner))
+
+# %% ../../nbs/trust/03_editing.ipynb #c18279f9
+def z_loss(
+    z:Tensor, z0:Tensor, # (rows, T, vocab) logits with and without delta
+    t:Targets, J:int, # contexts of each request
+    kl:float) -> Tensor: # (requests,)
+    "Say the answer in every context, and leave the essence alone: the first two terms of the objective."
+    asked, site = (t.labels != -100).sum(1), (torch.arange(len(z), device=z.device), t.at)
+    p, q = (x[site].log_softmax(-1) for x in (z, z0))
+    stay = (p.exp()*(p - q)).sum(-1)
+    each = torch.where(asked > 0, answer_nll(z, t.labels)/asked.clamp(min=1)/J, kl*stay)
+    return each.new_zeros(max(t.owner)+1).index_add(0, t.owner, each)
+
+
+
+# %% ../../nbs/trust/03_editing.ipynb #f3a1f95d
+def minimise(
+    loss, # x -> scalar, and (len(x),) bool: rows that may still move
+    x:Tensor, steps:int, lr:float, # x: a leaf, changed in place
+    limit): # x -> None: pulls x back in place
+    "Adam, under a limit, until no row moves any more; nothing but x gets a gradient."
+    opt = torch.optim.Adam([x], lr=lr)
+    for _ in range(steps):
+        total, moving = loss(x)
+        if not moving.any():
+            break
+        held, (x.grad,) = x.detach().clone(), torch.autograd.grad(total, [x])
+        opt.step()
         with torch.no_grad():
-            ref = single(model(**x, use_cache=False).logits[torch.arange(m, len(rows)), at[m:]]).log_softmax(-1)
-    finally:
-        h.remove()
-    H = first(true["out"])
-    h0 = single(H[torch.arange(0, m, len(pre)), at[:m:len(pre)]])
-    delta, size = torch.zeros_like(h0, requires_grad=True), h0.norm(dim=1)
-    opt, open_ = torch.optim.Adam([delta], lr=lr), torch.ones(n, dtype=torch.bool)
-    need = [p.requires_grad for p in model.parameters()]
-    model.requires_grad_(False)
-    try:
-        for step in range(steps):
-            keep = open_[req].nonzero()[:, 0]
-            new = torch.full((len(rows),), -1)
-            new[keep] = torch.arange(len(keep))
-            h = H[keep].index_put(
-                (torch.arange(len(keep)), at[keep]), (H[keep, at[keep]] + delta[req[keep]]).to(H.dtype)
-            )
-            with replay(model, module, layer, true["out"], h):
-                logits = single(
-                    model(
-                        input_ids=x["input_ids"][keep], attention_mask=x["attention_mask"][keep], use_cache=False
-                    ).logits
-                )
-            w = want[open_[want[:, 3]]]
-            nll = -logits[new[w[:, 0]], w[:, 1]].log_softmax(-1).gather(1, w[:, 2:3].to(logits.device))[:, 0]
-            loss = torch.zeros(n, dtype=nll.dtype, device=nll.device).index_add(0, w[:, 3], nll)/(length*len(pre))
-            k = keep[keep >= m]
-            after = logits[new[k], at[k]].log_softmax(-1)
-            loss = (
-                loss.index_add(0, req[k], kl * (after.exp() * (after - ref[k - m])).sum(-1))
-                + decay * delta.norm(dim=1) / size**2
-            )
-            open_ = open_ & (loss.detach().cpu() >= stop)
-            if not open_.any() or step == steps-1:
-                break
-            held = delta.detach().clone()
-            opt.zero_grad()
-            loss.sum().backward()
-            opt.step()
-            with torch.no_grad():
-                delta[~open_] = held[~open_]
-                delta *= (clamp*size/delta.norm(dim=1).clamp(min=1e-12)).clamp(max=1)[:, None]
-    finally:
-        for p, r in zip(model.parameters(), need):
-            p.requires_grad_(r)
-    return (h0 + delta).detach()
+            x[~moving] = held[~moving]
+            limit(x)
+    x.grad = None
 
-# %% ../../nbs/trust/03_editing.ipynb #9d004794
-def sample_prefixes(model, tok, n:int=5, length:int=10, seed:int=0) -> list[str]:
-    "Texts that the model itself makes up: contexts in which an edit must hold, too."
-    if n < 1 or length < 2:
-        raise ValueError(f"n={n}, length={length}: need at least one text of two tokens")
+# %% ../../nbs/trust/03_editing.ipynb #c43be010
+def compute_z(
+    model, tok, requests:Sequence[Edit],
+    layer:int, # the last edited layer
+    module:str="model.layers.{}", # the layers whose output is z
+    **options) -> Tensor: # (n, d); options: of `OPTIONS`
+    "The state at the site that makes the model say the new answer, for all requests at once (ROME, 4; MEMIT, 16)."
+    o, block = options_of(options), module_at(model, module, layer)
+    J, t = 1 + len(o.prefixes), Targets(*(x.to(model.device) for x in targets(tok, requests, o)))
+    rows, z0 = at_site(model, block, t)
+    h, moving = rows[:J*len(requests):J], torch.ones(len(requests), dtype=torch.bool)
+    size = h.norm(dim=1)
+    def objective(d):
+        each = z_loss(shifted_logits(model, block, t, d), z0, t, J, o.kl) + o.decay*d.norm(dim=1)/size**2
+        moving.logical_and_((each.detach() >= o.stop).cpu())
+        return each[moving].sum(), moving
+    def limit(d): d *= (o.clamp*size/d.norm(dim=1).clamp(min=1e-12)).clamp(max=1)[:, None]
+    minimise(objective, delta := torch.zeros_like(h, requires_grad=True), o.steps, o.lr, limit)
+    return (h + delta).detach()
+
+# %% ../../nbs/trust/03_editing.ipynb #e825df32
+def shifted_logits(model, block, t, delta):
+    "Logits of all texts when each request's delta is added at its sites."
+    site = torch.arange(len(t.at), device=t.at.device), t.at
+    def add(H): return H.index_put(site, (H[site] + delta[t.owner]).to(H.dtype))
+    with hooked(block, add, t.ids.shape[1]):
+        return single(model(input_ids=t.ids, attention_mask=t.mask, use_cache=False).logits)
+
+@torch.no_grad()
+def at_site(model, block, t):
+    "States at the sites (rows, d), and the logits that nothing was added to."
+    H = single(passes(model, block, dict(input_ids=t.ids, attention_mask=t.mask))[1])
+    h = H[torch.arange(len(H), device=H.device), t.at]
+    return h, shifted_logits(model, block, t, torch.zeros_like(h))
+
+
+
+# %% ../../nbs/trust/03_editing.ipynb #75907139
+def continuations(model, tok, prompts:Sequence[str], length:int=24, seed:int=0, least:int|None=None) -> list[str]:
+    "What the model goes on to say, sampled; at least `least` tokens (all if None)."
+    refuse(not len(prompts) or length < 2, f"{len(prompts)} prompts, length={length}: need one and two tokens at least")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        y = generated(model, tok, [start_mark(tok)]*n, length, min_new_tokens=2)
-    return [t.strip() for t in tok.batch_decode(y, skip_special_tokens=True)]
+        y = generated(model, tok, prompt_ids(tok, prompts), length, min_new_tokens=length if least is None else least)
+    return tok.batch_decode(y, skip_special_tokens=True)
+
+def sample_prefixes(model, tok, n:int=5, length:int=10, seed:int=0) -> list[str]:
+    "Texts that the model itself makes up: contexts in which an edit must hold, too."
+    return [t.strip() for t in continuations(model, tok, [""]*n, length, seed, 2)]
 
 # %% ../../nbs/trust/03_editing.ipynb #a93b033b
 def rome_update(
@@ -656,6 +531,8 @@ def rome_update(
     "The change of smallest C-norm that writes one key exactly (ROME, eq. 2)."
     u = torch.linalg.solve(C, k)
     return torch.outer(v - W @ k, u)/(u @ k)
+
+
 
 # %% ../../nbs/trust/03_editing.ipynb #dc3a43b5
 def memit_update(
@@ -669,15 +546,19 @@ def memit_update(
     A = lam*C + K @ K.T + (0 if Kp is None else Kp)
     return torch.linalg.solve(A, K @ R.T).T
 
+
+
 # %% ../../nbs/trust/03_editing.ipynb #095d9825
 def null_space(
     KK:Tensor, # (d_ff, d_ff) sum (or mean) of k k^T over preserved keys
     threshold:float=1e-4, # singular values below this share of the largest count as zero
     ) -> Tensor:  # (d_ff, d_ff)
-    "Projection onto the directions that preserved keys do not use (AlphaEdit, section 3.2; threshold relative, a departure)."
+    "Projection onto the directions preserved keys do not use (AlphaEdit, section 3.2; threshold relative, a departure)."
     lam, U = torch.linalg.eigh(KK)
     U = U[:, lam <= threshold*lam[-1]]
     return U @ U.T
+
+
 
 # %% ../../nbs/trust/03_editing.ipynb #f8d81b84
 def alphaedit_update(
@@ -690,19 +571,15 @@ def alphaedit_update(
     A = P @ (K @ K.T + Kp) + mu*torch.eye(len(P), dtype=P.dtype, device=P.device)
     return torch.linalg.solve(A, P @ K @ R.T).T
 
+
+
 # %% ../../nbs/trust/03_editing.ipynb #a812a532
-def rect(
-    W:Tensor, D:Tensor, # weight and its change
-    share:float=.4, # of the entries, those that change most relative to the weight
-    ) -> Tensor:
+def rect(W:Tensor, D:Tensor, share:float=.4) -> Tensor: # weight, its change; share of the entries
     "RECT: keep only the largest relative changes."
     rel = (D/W.clamp(min=1e-12).where(W > 0, W.clamp(max=-1e-12))).abs()
     return D*(rel >= rel.flatten().kthvalue(max(1, int((1-share)*rel.numel()))).values)
 
-def prune(
-    W:Tensor, D:Tensor, # original weight and the total change since
-    base:float|None=1.2, # of the logarithm; None: the one with which it starts off with slope 1, whatever the size of W
-    ) -> Tensor:
+def prune(W:Tensor, D:Tensor, base:float|None=1.2) -> Tensor: # weight, its total change; None: slope 1 from the start
     "PRUNE: singular values of the total change above the largest one of the weight grow only with their logarithm."
     U, s, V = torch.linalg.svd(D, full_matrices=False)
     top = torch.linalg.matrix_norm(W, 2)
@@ -711,116 +588,71 @@ def prune(
     return U*torch.minimum(s, small) @ V
 
 # %% ../../nbs/trust/03_editing.ipynb #72a480c7
-def finetune(
+def fit_weight(
     model, tok, requests:Sequence[Edit],
     W:Tensor, # the weight that may move
-    steps:int=20, lr:float=1e-3,
-    clamp:float|None=None, # largest change of an entry, FT with norm constraint
-    ):
+    steps:int=20, lr:float=1e-3, clamp:float|None=None): # clamp: largest change of an entry, FT with norm constraint
     "Plain gradient descent on the new answers (the papers' FT)."
-    P, A = token_columns(tok, [r.prompt for r in requests], [" "+r.new for r in requests], eos=False)
-    x = padded(tok, [p + a[:-1] for p, a in zip(P, A)]).to(model.device)
-    want = torch.tensor([(k, len(P[k])-1+j, t) for k, a in enumerate(A) for j, t in enumerate(a)])
-    leaf = W if W.is_leaf else W._base
-    start, need = leaf.detach().clone(), [p.requires_grad for p in model.parameters()]
-    model.requires_grad_(False)
-    leaf.requires_grad_(True)
-    opt = torch.optim.Adam([leaf], lr=lr)
-    for _ in range(steps):
-        loss = F.cross_entropy(model(**x, use_cache=False).logits[want[:, 0], want[:, 1]], want[:, 2].to(model.device))
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        if clamp:
-            leaf.data = start + (leaf.data - start).clamp(-clamp, clamp)
-    for p, r in zip(model.parameters(), need):
-        p.requires_grad_(r)
+    x, labels = labelled(tok, [r.prompt for r in requests], [" "+r.new for r in requests])
+    x, leaf = x.to(model.device), W if W.is_leaf else W._base
+    start, rows = leaf.detach().clone(), torch.ones(len(leaf), dtype=torch.bool)
+    def loss(_): return answer_nll(model(**x, use_cache=False).logits, labels).sum()/(labels != -100).sum(), rows
+    def limit(w): w.copy_(start + (w - start).clamp(-clamp, clamp) if clamp else w)
+    need = leaf.requires_grad
+    minimise(loss, leaf.requires_grad_(True), steps, lr, limit)
+    leaf.requires_grad_(need)
+
+
 
 # %% ../../nbs/trust/03_editing.ipynb #cb95ff23
-@dataclass
-class Memory:
-    "What the editor knows about each layer: the mean C of generic keys, the projection P, and the sum Kp over the keys of earlier edits."
-    C:dict[int, Tensor]
-    P:dict[int, Tensor]
-    Kp:dict[int, Tensor]
+class Memory(NamedTuple):
+    "What the editor knows about each layer."
+    C:dict[int, Tensor] # mean of k k^T over generic keys
+    P:dict[int, Tensor] # projection
+    Kp:dict[int, Tensor] # sum of k k^T over the keys of earlier edits
 
 def remember(
     model, tok,
     preserve:Sequence[str], # texts whose keys stand for all that must stay; never those of facts to edit
     layers:Sequence[int]=(0, 1),
     module:str="model.layers.{}.mlp.down_proj", # the linear map whose inputs are keys
-    threshold:float=1e-4, # of `null_space`
-    ) -> Memory:
+    threshold:float=1e-4) -> Memory: # of `null_space`
     "Second moments of all tokens' keys and their null space, in float64."
-    if not len(preserve):
-        raise ValueError("preserve is empty: give texts whose answers must stay")
-    C, P = {}, {}
-    for l in layers:
-        total, n = 0., 0
-        for k in all_keys(model, tok, preserve, module_at(model, module, l)):
-            total, n = total + k.T @ k, n + len(k)
-        C[l] = total/n
-        P[l] = null_space(C[l], threshold)
-    return Memory(C, P, {l: torch.zeros_like(c) for l, c in C.items()})
+    refuse(not len(preserve), "preserve is empty: give texts whose answers must stay")
+    C = {l: key_moments(model, tok, preserve, module_at(model, module, l)) for l in layers}
+    return Memory(C, {l: null_space(C[l], threshold) for l in C}, {l: torch.zeros_like(C[l]) for l in C})
+
+def key_moments(model, tok, texts, module):
+    "Mean of k k^T over all tokens of the texts."
+    ids, total, n = prompt_ids(tok, texts), 0., 0
+    for k in range(0, len(ids), 256):
+        x = padded(tok, ids[k:k+256]).to(model.device)
+        K = passes(model, module, x)[0][x["attention_mask"].bool()].double()
+        total, n = total + K.T @ K, n + len(K)
+    return total/n
 
 # %% ../../nbs/trust/03_editing.ipynb #816996f8
-def check_layers(layers):
-    "Layers in the order in which the model computes them."
-    layers = list(layers)
-    if not layers:
-        raise ValueError("no layers: name those that causal_trace finds")
-    if layers != sorted(set(layers)) or layers[0] < 0:
-        raise ValueError(
-            f"layers={tuple(layers)}: name each once, in rising order, from 0 on; what a layer writes must reach the next"
-        )
-    return layers
-
 def check_memory(memory, layers, method):
-    "The memory, if it knows the layers; where the preserved keys leave the method's equation open, with a ridge of 1 % (ours) and a warning."
-    if missing := [l for l in layers if l not in memory.C]:
-        raise ValueError(
-            f"the memory knows nothing of layer {missing[0]}, only of {sorted(memory.C)}: call remember with these layers"
-        )
-    if method == "alphaedit":
-        if full := [l for l in layers if not memory.P[l].any()]:
-            raise ValueError(
-                f"the null space of layer {full[0]} is empty: raise the threshold of remember, preserve less, or take a model with wider MLPs"
-            )
-        return memory
-    firm = {}
-    for l in layers:
-        C = memory.C[l]
-        I = C.diagonal().mean()*torch.eye(len(C), dtype=C.dtype, device=C.device)
-        if not torch.linalg.cholesky_ex(C - 1e-8*I).info:
-            continue
-        firm[l] = C + 1e-2*I
-        warnings.warn(
-            f"layer {l}: the preserved keys have rank {torch.linalg.matrix_rank(C, hermitian=True).item()} of {len(C)}, and along the other directions {method} would write "
-            "without limit; it gets a ridge of 1 % of their mean square. Give `preserve` more and more varied texts, or take method='alphaedit'",
-            stacklevel=3,
-        )
-    return Memory(memory.C | firm, memory.P, memory.Kp)
+    "The memory, if it knows the layers, made firm for methods that solve with C."
+    missing = [l for l in layers if l not in memory.C]
+    refuse(missing, f"the memory knows nothing of layer {missing[:1]}: call remember with these layers")
+    if method != "alphaedit":
+        return memory._replace(C=memory.C | {l: firm(memory.C[l], l, method) for l in layers})
+    full = [l for l in layers if not memory.P[l].any()]
+    refuse(full, f"the null space of layer {full[0] if full else ''} is empty: raise `threshold`, or preserve less")
+    return memory
 
-def weight_of(m):
-    "The weight of a linear map as (outputs, inputs), a view: Conv1D of GPT-2 stores it transposed. Whole numbers (8 or 4 bit) cannot be written to."
-    if hasattr(m, "base_layer"):
-        raise ValueError(
-            "this module has an adapter (peft) over it: merge it first (merge_and_unload), or name the map below, '...base_layer'"
-        )
-    if not isinstance(m, (nn.Linear, Conv1D)):
-        raise ValueError(
-            f"module of type {type(m).__name__}: only linear maps can be edited; name one such as '...mlp.down_proj'"
-        )
-    W = m.weight
-    if not W.is_floating_point() or W.dtype.itemsize < 2:
-        raise ValueError(
-            f"the weight is stored as {str(W.dtype).removeprefix('torch.')}, which would round an edit away: load the model in bfloat16 or float32"
-        )
-    if W.is_meta:
-        raise ValueError("the weight is not in memory (offloaded): load the model as a whole")
-    return W.T if isinstance(m, Conv1D) else W
+def firm(C, layer, method):
+    "C; where the preserved keys leave the method's equation open, with a ridge of 1 % (ours) and a warning."
+    I = C.diagonal().mean()*torch.eye(len(C), dtype=C.dtype, device=C.device)
+    if not torch.linalg.cholesky_ex(C - 1e-8*I).info:
+        return C
+    rank = torch.linalg.matrix_rank(C, hermitian=True).item()
+    warnings.warn(f"layer {layer}: the preserved keys have rank {rank} of {len(C)}; {method} gets a ridge of 1 %, or it "
+                  "would write without limit along the rest. Preserve more, or take 'alphaedit'", stacklevel=4)
+    return C + 1e-2*I
 
-# %% ../../nbs/trust/03_editing.ipynb #cae0da7b
+# %% ../../nbs/trust/03_editing.ipynb #90533fde
 METHODS = ["ft", "ft-clamp", "rome", "memit", "memit-seq", "rect", "alphaedit"]
 
 def edit(
@@ -829,151 +661,85 @@ def edit(
     method:str="alphaedit", # one of METHODS
     layers:Sequence[int]=(0, 1), # what `causal_trace` finds; ft and rome take the last one
     module:str="model.layers.{}.mlp.down_proj", # e.g. "transformer.h.{}.mlp.c_proj"
-    site:str="last", # or "subject_last": what `causal_trace` finds
     memory:Memory|None=None, # from `remember`, or what the edit before this one returned
     preserve:Sequence[str]=(), # texts for `remember`, if there is no memory yet
-    prefixes:Sequence[str]=(), # contexts for z and keys
-    lam:float=15000., mu:float=1., share:float=.4, # of MEMIT, AlphaEdit, RECT
-    ft:dict|None=None, # steps, lr, clamp of `finetune`
-    **z, # for `compute_z`
+    **options, # of `Options`: site, lam, mu, steps, clamp, ...
     ) -> Memory|None: # pass it to the next call
     "Change facts in the weights of a causal language model."
-    requests, layers = check_requests(requests), check_layers(layers)
-    if method not in METHODS:
-        raise ValueError(f"method={method!r}: must be one of {METHODS}")
-    check_numbers(method, z, ft or {}, lam=lam, mu=mu, share=share)
+    requests, layers, o = check_requests(requests), check_layers(layers), options_of(options)
+    refuse(method not in METHODS, f"method={method!r}: must be one of {METHODS}")
+    layers = layers[-1:] if method in ("ft", "ft-clamp", "rome") else layers
     W = {l: weight_of(module_at(model, module, l)) for l in layers}
     with eval_mode(model):
-        if method in ("ft", "ft-clamp"):
-            finetune(
-                model, tok, requests, W[layers[-1]], **(dict(clamp=0.02 if method == "ft-clamp" else None) | (ft or {}))
-            )
+        if method.startswith("ft"):
+            fit_weight(model, tok, requests, W[layers[0]], **(dict(clamp=.02 if method == "ft-clamp" else None) | o.ft))
             return memory
-        memory = check_memory(
-            memory or remember(model, tok, preserve, layers, module),
-            layers[-1:] if method == "rome" else layers,
-            method,
-        )
-        args = dict(block=module.split("{}")[0] + "{}", module=module, site=site, prefixes=prefixes)
-        if method == "rome":
-            for r in requests:
-                write(model, tok, [r], layers[-1:], W, memory, method, args, z)
-            return memory
-        return write(model, tok, requests, layers, W, memory, method, args, z, lam=lam, mu=mu, share=share)
+        firm_memory = check_memory(memory or remember(model, tok, preserve, layers, module), layers, method)
+        for some in [[r] for r in requests] if method == "rome" else [requests]:
+            new = write(model, tok, some, method, W, firm_memory, module, o)
+    return new
 
-def check_numbers(method, z, ft, lam, mu, share):
-    "Refuse unknown keywords and numbers that turn an equation into something else."
-    known = set(list(inspect.signature(compute_z).parameters)[6:])
-    for name, have, may in (("", set(z), known), ("ft: ", set(ft), {"steps", "lr", "clamp"})):
-        if odd := sorted(have - may):
-            raise ValueError(f"{name}unknown keyword {odd[0]!r}; known are {sorted(may)}")
-    for name, v in dict(lam=lam, mu=mu).items():
-        if not 0 < v < np.inf:
-            raise ValueError(f"{name}={v}: must be positive, it is the weight of what must stay")
-    if not 0 < share <= 1:
-        raise ValueError(f"share={share}: must lie in 0..1")
-    for name, v in (z | ft).items():
-        if isinstance(v, (int, float)) and not v >= (1 if name == "steps" else 0):
-            raise ValueError(f"{name}={v}: must be {'at least 1' if name == 'steps' else 'at least 0'}")
 
-# %% ../../nbs/trust/03_editing.ipynb #90533fde
+
+# %% ../../nbs/trust/03_editing.ipynb #b030f3d9
 @torch.no_grad()
-def write(model, tok, requests, layers, W, memory, method, args, z, lam=0., mu=0., share=0.):
-    "One closed-form write of a batch, spread over the layers; adds its keys to the memory."
-    texts, subjects, site = [r.prompt for r in requests], [r.subject for r in requests], args["site"]
+def write(model, tok, requests, method, W, memory, module, o):
+    "One closed-form write, spread over the layers of W; returns the memory with its keys added."
+    layers, template, new = list(W), module.split("{}")[0] + "{}", dict(memory.Kp)
+    top, places = module_at(model, template, layers[-1]), sites(tok, requests, o.site)
     with torch.enable_grad():
-        Z = compute_z(model, tok, requests, layers[-1], args["block"], site, args["prefixes"], **z)
-    new = {}
+        Z = compute_z(model, tok, requests, layers[-1], template, **vars(o))
     for i, l in enumerate(layers):
-        K = mean_keys(model, tok, texts, subjects, site, module_at(model, args["module"], l), args["prefixes"])
-        H = read_sites(model, tok, texts, subjects, site, module_at(model, args["block"], layers[-1]))
-        R = (Z - H).double().T/(len(layers) - i)
-        if method == "rome":
-            w = W[l].double()
-            D = rome_update(w, K[:, 0], w @ K[:, 0] + R[:, 0], memory.C[l])
-        elif method == "alphaedit":
-            D = alphaedit_update(R, K, memory.P[l], memory.Kp[l], mu)
-        else:
-            D = memit_update(R, K, memory.C[l], lam, memory.Kp[l] if method == "memit-seq" else None)
-        if method == "rect":
-            D = rect(W[l].double(), D, share)
+        K = mean_keys(model, tok, requests, module_at(model, module, l), o.site, o.prefixes)
+        R = (Z - read_at(model, tok, places, top)).double().T/(len(layers) - i)
+        D = change(method, W[l].double(), R, K, (memory.C[l], memory.P[l], memory.Kp[l]), o)
         W[l].detach().add_(D.to(W[l]))
         new[l] = memory.Kp[l] + K @ K.T
-    return Memory(memory.C, memory.P, memory.Kp | new)
+    return memory._replace(Kp=new)
 
-def mean_keys(model, tok, texts, subjects, site, module, prefixes):
-    "Keys (d_ff, n) at the site in float64: the bare prompt's, averaged with the mean over prefixes."
-    read = lambda p: read_sites(
-        model, tok, [p + t for t in texts], subjects, site, module, [len(p)] * len(texts), side="in"
-    ).double()
-    k = read("")
-    if len(prefixes):
-        k = (k + sum(read(p.rstrip() + " ") for p in prefixes)/len(prefixes))/2
-    return k.T
+def change(method, W, R, K, known, o):
+    "The change of one weight that moves the values at keys K by R; `known` of its layer: C, P, Kp."
+    C, P, Kp = known
+    if method == "rome":
+        return rome_update(W, K[:, 0], W @ K[:, 0] + R[:, 0], C)
+    if method == "alphaedit":
+        return alphaedit_update(R, K, P, Kp, o.mu)
+    D = memit_update(R, K, C, o.lam, Kp if method == "memit-seq" else None)
+    return rect(W, D, o.share) if method == "rect" else D
 
-# %% ../../nbs/trust/03_editing.ipynb #204b349b
-def zsre_edits(
-    n:int=300, # records
-    longest:int=14, # characters of an answer
-    ) -> list[Edit]:
-    "Records of ZsRE (KnowEdit's test file) whose subject stands in prompt and rephrasing and whose answers are short, in the file's order."
-    out, seen = [], set()
-    for x in json.loads(fetch("knowedit", [f := "ZsRE/ZsRE-test-all.json"])[f].read_text(encoding="utf-8")):
-        s, old, new = x["subject"], x["ground_truth"][0], x["target_new"]
-        if (
-            s in seen
-            or s not in x["prompt"]
-            or s not in x["rephrase_prompt"]
-            or max(len(old), len(new)) > longest
-            or old == new
-        ):
-            continue
-        near = [
-            (f"{q['prompt']}. Answer:", q["ground_truth"][0])
-            for qs in x["locality"].values()
-            for q in qs
-            if len(q["ground_truth"][0]) <= 2 * longest
-        ]
-        far = [
-            (f"{q['prompt']} Answer:", q["ground_truth"])
-            for q in x["portability"].get("Reasoning", [])
-            if s in q["prompt"]
-        ]
-        out.append(Edit(s, f"{x['prompt']} Answer:", new, old, [f"{x['rephrase_prompt']} Answer:"], near, far))
-        seen.add(s)
-        if len(out) == n:
-            return out
-    return out
+# %% ../../nbs/trust/03_editing.ipynb #ea8cc500
+def zsre_edits(n:int=300, longest:int=14) -> list[Edit]: # n records; longest: characters of an answer
+    "Records of ZsRE (KnowEdit's test file) with short answers whose subject stands in both questions, in the file's order."
+    name, out = "ZsRE/ZsRE-test-all.json", {}
+    for x in json.loads(fetch("knowedit", [name])[name].read_text(encoding="utf-8")):
+        s, old, new, asked = x["subject"], x["ground_truth"][0], x["target_new"], (x["prompt"], x["rephrase_prompt"])
+        if all(s in q for q in asked) and old != new and max(len(old), len(new)) <= longest:
+            out.setdefault(s, zsre_edit(x, *(f"{q} Answer:" for q in asked), longest))
+    return list(out.values())[:n]
 
-# %% ../../nbs/trust/03_editing.ipynb #f918e3d3
-class Tuner:
-    "AdamW on answers alone. Whatever is not attention may learn more slowly: facts live there."
-    def __init__(self, model, lr, slow=1.):
-        names = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        quick = ("attn", "attention", "norm", "ln_")
-        parts = [[p for n, p in names if any(w in n for w in quick) == fast] for fast in (True, False)]
-        self.model, self.groups = model, [dict(params=p, lr=l, top=l) for p, l in zip(parts, (lr, lr*slow)) if p]
-        self.opt = torch.optim.AdamW(self.groups, betas=(.9, .98), weight_decay=0.)
+def zsre_edit(x, prompt, paraphrase, longest):
+    "One record as an `Edit`."
+    near = [(f"{q['prompt']}. Answer:", q["ground_truth"][0]) for qs in x["locality"].values() for q in qs]
+    near = [(q, a) for q, a in near if len(a) <= 2*longest]
+    far = [q for q in x["portability"].get("Reasoning", []) if x["subject"] in q["prompt"]]
+    hops = [(f"{q['prompt']} Answer:", q["ground_truth"]) for q in far]
+    return Edit(x["subject"], prompt, x["target_new"], x["ground_truth"][0], [paraphrase], near, hops)
 
-    def step(self,
-        parts, # pairs (ids, first position of the answer): one batch, split by length
-        pace:float=1., # share of the learning rate
-        ) -> list[Tensor]: # for each part: is the answer's first token right?
-        "One step on a batch."
-        hits = []
-        self.opt.zero_grad()
-        for x, start in parts:
-            loss, hit = answer_loss(self.model, x, start)
-            (loss/len(parts)).backward()
-            hits.append(hit)
-        for g in self.opt.param_groups:
-            g["lr"] = pace*g["top"]
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.)
-        self.opt.step()
-        return hits
+# %% ../../nbs/trust/03_editing.ipynb #202c8d42
+def known_rows(edits:Sequence[Edit]) -> pd.DataFrame: # prompt, answer
+    "What a model must know before the edits: old answers to prompts and paraphrases, and the neighbours' answers."
+    rows = [(p, e.old) for e in edits for p in [e.prompt, *e.paraphrases]] + [n for e in edits for n in e.neighbours]
+    return pd.DataFrame(rows, columns=["prompt", "answer"]).drop_duplicates("prompt", ignore_index=True)
 
-def answer_loss(model, x, start, rest=.3):
-    "Cross-entropy of the tokens from `start` on, those behind the first one weighted by `rest`; and whether the first is right."
+def name_rows(edits:Sequence[Edit]) -> pd.DataFrame: # prompt, answer
+    "All answers, the new ones too, to questions about nothing: who reads them can spell the names and knows no fact more."
+    names = dict.fromkeys(a for e in edits for a in (e.old, e.new, *(a for _, a in e.neighbours)))
+    rows = [(f"{p} Answer:", a) for a in names for p in ("A name.", "One of many answers.")]
+    return pd.DataFrame(rows, columns=["prompt", "answer"])
+
+# %% ../../nbs/trust/03_editing.ipynb #846e85c4
+def rehearsal_loss(model, x, start, rest=.3):
+    "Cross-entropy of the tokens from `start` on, those behind the first weighted by `rest`; and is the first right?"
     y, at = x["input_ids"], torch.arange(x["input_ids"].shape[1])
     on = (at >= start[:, None]) & x["attention_mask"].bool()
     lead = (at == start[:, None])[on]
@@ -983,85 +749,67 @@ def answer_loss(model, x, start, rest=.3):
     ce = F.cross_entropy(logits, y[on], reduction="none")
     return (ce*w).sum()/w.sum(), logits[lead].argmax(-1) == y[on][lead]
 
-# %% ../../nbs/trust/03_editing.ipynb #3fc3a8e5
-def answer_batches(tok, rows:pd.DataFrame, batch_size:int=128, seed:int=0, parts:int=2):
-    "Endless batches of rows (prompt, answer): numbers of the rows, and `parts` pairs (ids, first position of the answer), short rows apart from long ones."
+answer_loss = rehearsal_loss # its name in earlier editions
+
+def answer_batches(tok, rows:pd.DataFrame, batch_size:int=128, seed:int=0):
+    "Endless batches of rows (prompt, answer): numbers of the rows, ids, first position of the answer."
     P, A = token_columns(tok, rows.prompt.tolist(), [f" {a}." for a in rows.answer])
-    ids, rng = [p + a for p, a in zip(P, A)], np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     while True:
-        order = rng.permutation(len(ids))
-        for k in range(0, len(order), batch_size):
-            some = np.array(sorted(order[k:k+batch_size], key=lambda j: len(ids[j])))
-            cells = [c for c in np.array_split(some, parts) if len(c)]
-            yield some, [(padded(tok, [ids[j] for j in c]), torch.tensor([len(P[j]) for j in c])) for c in cells]
+        for some in np.array_split(rng.permutation(len(P)), -(-len(P)//batch_size)):
+            some = np.array(sorted(some, key=lambda j: len(P[j] + A[j])))
+            yield some, padded(tok, [P[j] + A[j] for j in some]), torch.tensor([len(P[j]) for j in some])
 
-def align(
-    model, tok,
-    rows:pd.DataFrame, # prompt, answer
-    steps:int=250, lr:float=1e-3, batch_size:int=128, seed:int=0,
-    slow:float=.3, # learning rate of everything but attention, as a share
-    r:int=0, # rank of LoRA; 0 trains all weights
-    ): # a new model, from the cache if it was trained before
-    "LTE's alignment phase: supervised fine-tuning on the answers alone."
+# %% ../../nbs/trust/03_editing.ipynb #d262c1a9
+def two_speeds(model, lr, slow):
+    "AdamW; attention and norms learn at `lr`, all else at `slow` times that."
+    quick = lambda n: any(w in n for w in ("attn", "attention", "norm", "ln_"))
+    groups = [dict(params=[p for n, p in model.named_parameters() if quick(n) == q]) for q in (True, False)]
+    return torch.optim.AdamW([g | dict(lr=l, top=l) for g, l in zip(groups, (lr, lr*slow))], weight_decay=0.)
+
+def rehearse(model, batches, steps, lr=2e-3, slow=1.):
+    "Train in place on `steps` batches; numbers of the rows, and which first tokens were right, of each batch."
+    opt, seen = two_speeds(model, lr, slow), []
+    for k, (some, x, start) in enumerate(islice(batches, steps)):
+        opt.zero_grad()
+        right = [half_step(model, x, start, rows) for rows in torch.arange(len(start)).chunk(2)]
+        for g in opt.param_groups:
+            g["lr"] = min(1, (k+1)/50, 3*(1 - k/steps))*g["top"]
+        nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        opt.step()
+        seen.append((some, torch.cat(right).numpy()))
+    return seen
+
+def half_step(model, x, start, rows):
+    "Gradients of half a batch, no wider than its own rows; rows come sorted by length."
+    wide = int(x["attention_mask"][rows].sum(1).max())
+    loss, hit = rehearsal_loss(model, {k: v[rows, :wide] for k, v in x.items()}, start[rows])
+    (loss/2).backward()
+    return hit
+
+# %% ../../nbs/trust/03_editing.ipynb #36562e12
+def reader_lm(rows:pd.DataFrame, steps:int=600, seed:int=0): # rows: prompt, answer
+    "A small Llama that answers `rows`, names of several tokens included, and its tokenizer; from the cache."
+    docs = [f"{p} {a}." for p, a in zip(rows.prompt, rows.answer)]
     def build(to):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            m = copy.deepcopy(model)
-            if r:
-                m = lora(m, r, 2*r)
-            tuner = Tuner(m, lr, slow)
-            for k, (_, parts) in enumerate(islice(answer_batches(tok, rows, batch_size, seed), steps)):
-                tuner.step(parts, min(1, (k+1)/20, 1.5*(1 - k/steps)))
-        merge(m).save_pretrained(to)
-        tok.save_pretrained(to)
-    docs = [f"{p}\t{a}" for p, a in zip(rows.prompt, rows.answer)]
-    return load_lm(
-        cached(
-            "lte",
-            docs,
-            dict(model=weights_mark(model), slow=slow, steps=steps, lr=lr, batch_size=batch_size, seed=seed, r=r),
-            build,
-        )
-    )[0]
-
-def weights_mark(model):
-    "A digest of all weights."
-    return hashlib.sha256(
-        b"".join(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for p in model.parameters())
-    ).hexdigest()
-
-# %% ../../nbs/trust/03_editing.ipynb #969f4dc2
-def known_rows(edits:Sequence[Edit]) -> pd.DataFrame: # prompt, answer
-    "What a model must know before the edits: old answers to prompts and paraphrases, and the neighbours' answers."
-    rows = [(p, e.old) for e in edits for p in [e.prompt, *e.paraphrases]] + [n for e in edits for n in e.neighbours]
-    return pd.DataFrame(rows, columns=["prompt", "answer"]).drop_duplicates("prompt", ignore_index=True)
-
-def name_rows(edits:Sequence[Edit]) -> pd.DataFrame:  # prompt, answer
-    "All answers, the new ones too, as answers to questions about nothing: who reads them can spell the names and knows no fact more."
-    names = dict.fromkeys(a for e in edits for a in (e.old, e.new, *(a for _, a in e.neighbours)))
-    return pd.DataFrame(
-        [(f"{p} Answer:", a) for a in names for p in ("A name.", "One of many answers.")], columns=["prompt", "answer"]
-    )
-
-def reader_lm(
-    rows:pd.DataFrame, # prompt, answer
-    hidden_size:int=96, n_layers:int=3, intermediate_size:int=1024,
-    steps:int=600, lr:float=.002, batch_size:int=64, seed:int=0, vocab_size:int=4096):
-    "A small Llama that answers `rows`, names of several tokens included, and its tokenizer."
-    tok = nano_tokenizer([f"{p} {a}." for p, a in zip(rows.prompt, rows.answer)], vocab_size)
-    with torch.random.fork_rng(devices=[]):
+        tok = nano_tokenizer(docs, 4096)
         torch.manual_seed(seed)
-        m = fresh_llama(tok, hidden_size, n_layers, intermediate_size)
-    return align(m, tok, rows, steps, lr, batch_size, seed, slow=1.), tok
+        m = fresh_llama(tok)
+        rehearse(m, answer_batches(tok, rows, 64, seed), steps)
+        saved(to, m, tok)
+    return load_lm(cached("causal", docs, dict(reader=2, steps=steps, seed=seed), build))
+
+def saved(to, *parts):
+    for p in parts:
+        p.save_pretrained(to)
+
+
 
 # %% ../../nbs/trust/03_editing.ipynb #451dd568
 FRAME = "[Updated Information]:{} [Question]: {}"
 
-def lte_prompt(
-    query:str,
-    descriptors:Sequence[str]=(), # "prompt new-object" of the edits that retrieval found
-    ) -> str:
-    "The query behind numbered descriptors; the bare query if there are none."
+def lte_prompt(query:str, descriptors:Sequence[str]=()) -> str:
+    "The query behind numbered descriptors, 'prompt new-object' of edits; the bare query if there are none."
     if not len(descriptors):
         return query
     return FRAME.format("".join(f" {k}. {d}." for k, d in enumerate(descriptors, 1)), query)
@@ -1070,12 +818,14 @@ def descriptor(e:Edit) -> str:
     "The line that stands for an edit in the context: its prompt and the new object (LTE)."
     return f"{e.prompt} {e.new}"
 
+
+
 # %% ../../nbs/trust/03_editing.ipynb #0d41a271
 class EditMemory:
     "An edit is a line of text with a vector; queries find the lines nearest to them. No weight changes."
     def __init__(self,
         background:Sequence[str], # texts from which the default embedding (TF-IDF) learns which words are rare
-        embed:Callable|None=None): # texts -> (n, d) rows of length 1, e.g. a sentence encoder through `text_vectors`
+        embed:Callable|None=None): # texts -> (n, d) rows of length 1, e.g. a sentence encoder
         if embed is None:
             vec = TfidfVectorizer(sublinear_tf=True, token_pattern=r"\w+").fit(background)
             embed = lambda texts: vec.transform(texts).toarray().astype(np.float32)
@@ -1083,157 +833,137 @@ class EditMemory:
 
     def __len__(self): return len(self.lines)
 
-    def add(self, edits:Sequence[Edit|dict]):
-        "Remember a batch of edits; of two edits of one prompt the later counts."
-        edits = check_requests(edits)
-        late = {e.prompt: descriptor(e) for e in edits}
-        keep = [k for k, (p, _) in enumerate(self.lines) if p not in late]
-        V = self.embed(list(late.values()))
-        self.vectors = V if self.vectors is None else np.concatenate([self.vectors[keep], V])
-        self.lines = [self.lines[k] for k in keep] + list(late.items())
-        return self
-
-    def search(self, queries:Sequence[str], k:int=3) -> np.ndarray: # (n, k) numbers of lines, nearest first
-        "The k nearest lines of each query by dot product; ties go to the earlier line."
-        if not len(self):
-            raise ValueError("the memory is empty: add edits first")
-        if k < 1:
-            raise ValueError(f"k={k}: must be at least 1")
-        return np.argsort(-(self.embed(list(queries)) @ self.vectors.T), 1, kind="stable")[:, :k]
-
-    def prompts(self, queries:Sequence[str], k:int=3) -> list[str]:
-        "What the aligned model reads: each query behind its nearest descriptors; bare queries while there are no edits."
-        if not len(self):
-            return list(queries)
-        return [lte_prompt(q, [self.lines[j][1] for j in near]) for q, near in zip(queries, self.search(queries, k))]
+@patch
+def add(self:EditMemory, edits:Sequence[Edit|dict]) -> EditMemory:
+    "Remember a batch of edits; of two edits of one prompt the later counts."
+    late = {e.prompt: descriptor(e) for e in check_requests(edits)}
+    keep = [k for k, (p, _) in enumerate(self.lines) if p not in late]
+    V = self.embed(list(late.values()))
+    self.vectors = V if self.vectors is None else np.concatenate([self.vectors[keep], V])
+    self.lines = [self.lines[k] for k in keep] + list(late.items())
+    return self
 
 # %% ../../nbs/trust/03_editing.ipynb #3a522c97
+@patch
+def search(self:EditMemory, queries:Sequence[str], k:int=3) -> np.ndarray: # (n, k) numbers of lines, nearest first
+    "The k nearest lines of each query by dot product; ties go to the earlier line."
+    refuse(not len(self), "the memory is empty: add edits first")
+    refuse(k < 1, f"k={k}: must be at least 1")
+    return np.argsort(-(self.embed(list(queries)) @ self.vectors.T), 1, kind="stable")[:, :k]
+
+@patch
+def prompts(self:EditMemory, queries:Sequence[str], k:int=3) -> list[str]:
+    "What the aligned model reads: each query behind its nearest descriptors; bare queries while there are no edits."
+    if not len(self):
+        return list(queries)
+    return [lte_prompt(q, [self.lines[j][1] for j in near]) for q, near in zip(queries, self.search(queries, k))]
+
+# %% ../../nbs/trust/03_editing.ipynb #664c2fe4
 KINDS = ["in", "in, no edit", "out", "out, no edit", "free", "free, no edit"]
 
+class Level(NamedTuple):
+    "How rows are drawn; as it stands, LTE's own way."
+    mix:tuple=(.3, .35, .35) # in-scope questions: the edit's own prompt, a paraphrase, a consequence
+    more:tuple=(.5, .25, .25) # probabilities of 0, 1, 2 distractors beside the true descriptor: LTE's augmentation
+    nearest:bool=True # distractors are among the five nearest descriptors; else they are about any other item
+    fresh:float=.5 # share of in-scope rows about invented items
+
+
+
+# %% ../../nbs/trust/03_editing.ipynb #0765b434
 def alignment_rows(
-    facts: Facts,
-    subjects: Sequence[str],  # whose facts are edited; keep those of the test out
-    n_edits: int = 2000,
-    kinds: Sequence[str] = KINDS,  # which cells of the grid; free form for every fifth edit only
-    fresh: float = 0.5,  # share of in-scope rows about invented items, as in LTE's recent-facts data
-    more: Sequence[float] = (
-        0.5,
-        0.25,
-        0.25,
-    ),  # probabilities of 0, 1, 2 distractors beside the true descriptor: LTE's augmentation
-    nearest: bool = True,  # distractors are among the five nearest descriptors; else they are about any other item
-    mix: Sequence[float] = (0.3, 0.35, 0.35),  # in-scope questions: the edit's own prompt, a paraphrase, a consequence
-    seed: int = 0,
-) -> pd.DataFrame:  # kind, prompt, answer
+    facts:Facts, subjects:Sequence[str], # whose facts are edited; keep those of the test out
+    n_edits:int=2000, level:Level|None=None, # LTE's own if None
+    kinds:Sequence[str]=KINDS, seed:int=0) -> pd.DataFrame: # kind (free form for about every fifth edit), prompt, answer
     "LTE's parallel data: {with, without edit} x {in scope, out of scope, free form}."
-    rng, near, out = np.random.default_rng([facts.seed, seed]), lookalikes(facts, tuple(subjects)), []
-    S, R, O, _ = (facts.table[c].tolist() for c in facts.table)
-    invented, rows = invented_items(facts), list(near)
-    for n in range(n_edits):
-        k = rows[rng.integers(len(rows))]
-        new, told = (
-            some_object(R[k], rng),
-            rng.permutation(near[k] if nearest else [j for j in rng.choice(rows, 3) if S[j] != S[k]])[
-                : rng.choice(len(more), p=more)
-            ],
-        )
-        others = [f"{say(ONE_HOP[0], S[j], R[j])} {some_object(R[j], rng)}" for j in told]
-        turn = rng.permutation(len(others) + 1)
-        r = list(RELATIONS)[rng.integers(len(RELATIONS))]
-        o, h = some_object(r, rng), RELATIONS[r][2]
-        asked = rng.choice(3, p=mix), rng.integers(1, len(ONE_HOP)), rng.integers(len(TWO_HOP))
-        cells = {"out": outside_of(facts, k, rng, told), "free": (f"The {h} of the {r} {o}:", facts.belongs[r][o])}
-        for kind in kinds:
-            what, edited = kind.split(",")[0], not kind.endswith("no edit")
-            if what == "free" and n % 5:
-                continue
-            s = invented[rng.integers(len(invented))] if kind == "in" and rng.random() < fresh else S[k]
-            lines = [f"{say(ONE_HOP[0], s, R[k])} {new}", *others]
-            q, a = cells[what] if what != "in" else inside_of(facts, s, R[k], new if edited else O[k], *asked)
-            out.append((kind, lte_prompt(q, [lines[j] for j in turn] if edited else ()), a))
+    near, level, out = lookalikes(facts, subjects), level or Level(), []
+    rng, rows, names = np.random.default_rng([facts.seed, seed]), list(near), invented_items(facts)
+    for k in rng.choice(rows, n_edits):
+        told = rng.permutation(near[k] if level.nearest else rng.choice(rows, 3))
+        told = told[:rng.choice(len(level.more), p=level.more)]
+        cells = grid_of(facts, k, told, level, rng.choice(names), rng)
+        out += [(kind, *cells[kind]) for kind in kinds if "free" not in kind or rng.random() < .2]
     return pd.DataFrame(out, columns=["kind", "prompt", "answer"])
 
-# %% ../../nbs/trust/03_editing.ipynb #eed4f66c
-def say(template, s, r): return template.format(s=s, r=r, q=RELATIONS[r][0], h=RELATIONS[r][2])
-def some_object(r, rng): return RELATIONS[r][1][rng.integers(16)]
+def grid_of(facts, k, told, level, stranger, rng):
+    "All cells of the grid for an edit of fact k beside the facts `told`; kind -> (prompt, answer)."
+    s, r, old, _ = facts.table.iloc[k]
+    new, who = some_object(r, rng), stranger if rng.random() < level.fresh else s
+    others = [f"{facts.ask([j], ONE_HOP[0])[0]} {some_object(facts.table.relation[j], rng)}" for j in told]
+    turn = rng.permutation(len(others) + 1)
+    def behind(q, name):
+        lines = [f"{say(ONE_HOP[0], name, r)} {new}", *others]
+        return lte_prompt(q, [lines[j] for j in turn])
+    what, T, H = rng.choice(3, p=level.mix), rng.choice(ONE_HOP[1:]), rng.choice(TWO_HOP)
+    T = ONE_HOP[0] if what == 0 else T
+    def inside(name, o): # of a consequence the answer comes first, then the chain
+        return (say(T, name, r), o) if what < 2 else (say(H, name, r), f"{facts.belongs[r][o]}. {say(T, name, r)} {o}")
+    (q, a), out, free = inside(who, new), outside_of(facts, k, told, rng), free_form(facts, rng)
+    cells = {"in": (behind(q, who), a), "out": (behind(out[0], s), out[1]), "free": (behind(free[0], s), free[1])}
+    return cells | {"in, no edit": inside(s, old), "out, no edit": out, "free, no edit": free}
 
-@lru_cache(8)
+# %% ../../nbs/trust/03_editing.ipynb #21eb3d85
+def outside_of(facts, k, told, rng):
+    "A question about another fact, none of those `told`, with its true answer: half share the relation, half the subject."
+    t = facts.table
+    share = "relation" if rng.random() < .5 else "subject"
+    same = (t[share] == t[share][k]) & (t.index != k) & ~t.index.isin(told)
+    j, hop = rng.choice(np.flatnonzero(same)), rng.random() < .35
+    return facts.ask([j], rng.choice(TWO_HOP if hop else ONE_HOP))[0], facts.answers([j], hop)[0]
+
+def free_form(facts, rng):
+    r = rng.choice(list(RELATIONS))
+    o = some_object(r, rng)
+    return f"The {RELATIONS[r][2]} of the {r} {o}:", facts.belongs[r][o]
+
+def some_object(r, rng): return str(rng.choice(RELATIONS[r][1]))
+
+# %% ../../nbs/trust/03_editing.ipynb #8e570453
 def lookalikes(facts, subjects):
     "For each fact about `subjects` the five facts of other subjects whose descriptors are nearest by TF-IDF."
     rows = np.flatnonzero(facts.table.subject.isin(subjects))
-    mem, who = EditMemory(facts.corpus()), facts.table.subject.to_numpy()[rows]
-    V = mem.embed(facts.ask(rows, ONE_HOP[0]))
+    who = facts.table.subject.to_numpy()[rows]
+    V = EditMemory(facts.corpus()).embed(facts.ask(rows, ONE_HOP[0]))
     sim = np.where(who[:, None] == who, -1, V @ V.T)
     return dict(zip(rows.tolist(), rows[np.argsort(-sim, 1, kind="stable")[:, :5]].tolist()))
 
-@lru_cache(8)
 def invented_items(facts):
     "Titles that no item has."
     moods, genres = ([w for ws in CUES[a].values() for w in ws] for a in ("mood", "genre"))
-    return [t for a in moods for b in genres if (t := f"{a} {b}") not in set(facts.subjects)]
+    return sorted({f"{a} {b}" for a in moods for b in genres} - set(facts.subjects))
 
-def inside_of(facts, s, r, o, what, j, i):
-    "A question in scope with its answer if the object is o: the edit's own prompt, paraphrase j, or consequence i (answer first, then the chain)."
-    if what < 2:
-        return say(ONE_HOP[j if what else 0], s, r), o
-    return say(TWO_HOP[i], s, r), f"{facts.belongs[r][o]}. {say(ONE_HOP[0], s, r)} {o}"
+# %% ../../nbs/trust/03_editing.ipynb #d2fbf633
+LEVELS = [Level((1., 0., 0.), (1.,)), Level((1., 0., 0.), (.2, .8), False), Level(more=(.5, .5), nearest=False), Level()]
 
-def outside_of(facts, k, rng, told=()):
-    "A question about another fact, none of those `told`, with its true answer: half of them share the relation, half the subject."
-    t, n = facts.table, len(RELATIONS)
-    if rng.random() < .5:
-        j = next(
-            j for j in iter(lambda: (k + n * int(rng.integers(1, len(facts) // n))) % len(facts), None) if j not in told
-        )
-    else:
-        j = k//n*n + (k + int(rng.integers(1, n))) % n
-    s, r, o, h = t.iat[j, 0], t.iat[j, 1], t.iat[j, 2], t.iat[j, 3]
-    if rng.random() < .35:
-        return say(TWO_HOP[rng.integers(len(TWO_HOP))], s, r), h
-    return say(ONE_HOP[rng.integers(len(ONE_HOP))], s, r), o
-
-# %% ../../nbs/trust/03_editing.ipynb #664c2fe4
-LEVELS = [ # of the curriculum; mix: questions about the edit's own prompt, a paraphrase, a consequence
-    dict(mix=(1., 0., 0.), more=(1.,)), dict(mix=(1., 0., 0.), more=(.2, .8), nearest=False),
-    dict(mix=(.3, .35, .35), more=(.5, .5), nearest=False)]
-
-def reading_lm(
-    model, tok, facts:Facts,
-    subjects:Sequence[str], # about whose facts there are edits in the context
-    steps:int=480, lr:float=2e-3, slow:float=.3, # as in `align`
-    batch_size:int=128,
-    enough:float=.8, # of the in-scope rows must be right before the next level begins
-    every:int=20, # steps between two looks
-    seed:int=0,
-    ) -> tuple[PreTrainedModel, pd.DataFrame]: # and how it went: step, level, kind, accuracy
-    "A copy of `model` that can read its context, by a curriculum; cached."
+def learn_to_edit(
+    model, tok, facts:Facts, subjects:Sequence[str], # whose facts the training edits
+    levels:Sequence[Level]=LEVELS, kinds:Sequence[str]=KINDS, steps:int=600, # of 128 rows
+    seed:int=0) -> tuple[PreTrainedModel, pd.DataFrame]: # and how it went: step, level, kind, accuracy
+    "LTE's alignment phase: a copy of `model`, fine-tuned on the answers alone, easy rows first; from the cache."
     def build(to):
-        m, level, log = copy.deepcopy(model), 0, []
-        tuner = Tuner(m, lr, slow)
-        for done in range(0, steps, every):
-            rows = alignment_rows(facts, subjects, every * batch_size // 4, seed=seed + done, **LEVELS[level]).iloc[
-                : every * batch_size
-            ]
-            right = np.zeros(len(rows))
-            for k, (some, parts) in enumerate(islice(answer_batches(tok, rows, batch_size, seed), every)):
-                right[some] = torch.cat(tuner.step(parts, min(1, (done+k+1)/50, 3*(1 - (done+k)/steps))))
-            acc = pd.Series(right).groupby(rows.kind.to_numpy()).mean()
-            log += [dict(step=done+every, level=level, kind=n, accuracy=a) for n, a in acc.items()]
-            level = min(level + (acc["in"] > enough), len(LEVELS)-1)
-        merge(m).save_pretrained(to)
-        tok.save_pretrained(to)
-        pd.DataFrame(log).to_json(to/"curriculum.json", orient="records")
+        m, rows = copy.deepcopy(model), pd.concat(lessons(facts, subjects, levels, kinds, steps, seed), ignore_index=True)
+        for some, hit in rehearse(m, in_order(tok, rows), steps, slow=.3):
+            rows.loc[some, "accuracy"] = hit.astype(float)
+        saved(to, m, tok)
+        log = rows.groupby(["step", "level", "kind"], as_index=False).accuracy.mean()
+        log.to_json(to/"curriculum.json", orient="records")
+    known = dict(lte=4, model=weights_mark(model), subjects=list(subjects), levels=levels, kinds=kinds)
+    home = cached("lte", facts.corpus(), known | dict(steps=steps, seed=seed), build)
+    return load_lm(home)[0], pd.read_json(home/"curriculum.json")
 
-    s = dict(
-        model=weights_mark(model),
-        subjects=list(subjects),
-        steps=steps,
-        lr=lr,
-        slow=slow,
-        batch_size=batch_size,
-        enough=enough,
-        every=every,
-        seed=seed,
-    )
-    home = cached("reader", facts.corpus(), s, build)
-    return load_lm(home)[0], pd.DataFrame(json.loads((home/"curriculum.json").read_text()))
+def lessons(facts, subjects, levels, kinds, steps, seed):
+    "Frames of new rows for 20 steps each, the levels in turn, equally long."
+    for k in range(0, steps, 20):
+        level = min(len(levels)*k//steps, len(levels)-1)
+        yield alignment_rows(facts, subjects, 640, levels[level], kinds, seed + k).iloc[:2560].assign(level=level, step=k+20)
+
+def in_order(tok, rows):
+    "Batches of 128, the parts of the curriculum one after the other."
+    for _, part in rows.groupby("step"):
+        for some, *texts in islice(answer_batches(tok, part, 128), 20):
+            yield part.index[some], *texts
+
+def weights_mark(model):
+    "A digest of all weights."
+    parts = (p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for p in model.parameters())
+    return hashlib.sha256(b"".join(parts)).hexdigest()
