@@ -17,11 +17,11 @@ from .metrics import evaluate
 from .provenance import Store, digest, distribution
 
 # %% auto #0
-__all__ = ['ROLES', 'LIBRARIES', 'Outcome', 'Method', 'check_axis', 'settings', 'Case', 'trial_key', 'names_of', 'run_trial',
-           'pack', 'unpack', 'run_all', 'in_turn', 'spread', 'keyed', 'Tuned', 'tune', 'check_names', 'check_seeds',
-           'check_alike', 'limits_of', 'text', 'score_all', 'best_of', 'edges', 'beyond', 'widened', 'choice', 'follow',
-           'climbing', 'over_seeds', 'rows_of', 'values', 'same_units', 'per_seed', 'derive', 'best_rival', 'NotAlive',
-           'alive', 'ranked']
+__all__ = ['ROLES', 'LIBRARIES', 'Outcome', 'Method', 'check_axis', 'settings', 'Case', 'Remembered', 'trial_key', 'names_of',
+           'run_trial', 'pack', 'unpack', 'run_all', 'in_turn', 'spread', 'keyed', 'Tuned', 'tune', 'check_names',
+           'check_seeds', 'check_alike', 'limits_of', 'text', 'score_all', 'best_of', 'edges', 'beyond', 'widened',
+           'choice', 'follow', 'climbing', 'over_seeds', 'rows_of', 'values', 'same_units', 'per_seed', 'derive',
+           'best_rival', 'NotAlive', 'alive', 'ranked']
 
 # %% ../nbs/foundations/17_trials.ipynb #e31c75b8
 @dataclass
@@ -79,6 +79,19 @@ class Case:
     make:Callable # seed -> whatever the methods' `run` takes
     same_units:bool = False # is unit 7 (a user, say) the same at every seed?
     shares:str = "" # what all seeds share, in words: "users and items", "one pre-trained model"
+
+# %% ../nbs/foundations/17_trials.ipynb #cf8e8f2a
+_made = {} # (maker, seed) -> what it made, in the order of making
+
+class Remembered(partial):
+    "A case's maker, `Remembered(f, ...)`, whose last results are kept."
+    def __call__(self, seed):
+        key = digest([self.func, self.args, self.keywords]), seed
+        if key not in _made:
+            while len(_made) >= 16:
+                del _made[next(iter(_made))]
+            _made[key] = super().__call__(seed)
+        return _made[key]
 
 # %% ../nbs/foundations/17_trials.ipynb #8b05a06d
 LIBRARIES = ("torch", "numpy", "scipy", "sklearn", "transformers", "peft", "trl", "lightgbm")
