@@ -8,18 +8,21 @@ import copy
 from collections.abc import Callable, Sequence
 from time import perf_counter, process_time
 from typing import NamedTuple
-import pandas as pd, torch
+import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 from recbook.answers import (
     context_limit, label_ids, logits_of, padded, prompt_ids, takes, token_columns, virtual_tokens
 )
+from .gradients import flatten
 from .training import batches, eval_mode, fit
 
 # %% auto #0
-__all__ = ['lora', 'active_adapter', 'merge', 'CostMeter', 'Prompts', 'take', 'as_rows', 'encode_prompts', 'joined',
-           'encode_answers', 'next_logits', 'check_length', 'answer_loss', 'sft', 'predictions', 'merged']
+__all__ = ['lora', 'active_adapter', 'merge', 'CostMeter', 'priced', 'macs', 'Prompts', 'take', 'as_rows', 'encode_prompts',
+           'joined', 'encode_answers', 'next_logits', 'check_length', 'answer_loss', 'sft', 'predictions', 'merged',
+           'adapter_params', 'check_strength', 'settle', 'beside', 'check_ratings', 'profiles', 'click_prompts']
 
 # %% ../nbs/foundations/14_finetune.ipynb #aab5cf68
 def lora(
@@ -94,6 +97,15 @@ class CostMeter:
         return {
             k: getattr(self, k) for k in ("wall", "cpu", "passes", "tokens", "tokens_per_pass", "trainable", "total")
         }
+
+# %% ../nbs/foundations/14_finetune.ipynb #a74bd6ce
+def priced(f): # what to run -> what it returns, and multiply-adds
+    "Run f() and count the multiply-adds of its dense matrix products, backward passes included."
+    with FlopCounterMode(display=False) as c:
+        out = f()
+    return out, c.get_total_flops()/2
+
+def macs(f): return priced(f)[1]
 
 # %% ../nbs/foundations/14_finetune.ipynb #07ef4126
 class Prompts(NamedTuple):
@@ -221,3 +233,91 @@ def predictions(
 def merged(model):
     "A plain copy of a model, its adapters added into the weights, all weights trainable."
     return merge(copy.deepcopy(model)).requires_grad_(True)
+
+# %% ../nbs/foundations/14_finetune.ipynb #04a89375
+def adapter_params(model): # -> dict of parameters
+    "The parameters of the adapter in use; a model without any is refused."
+    if not (P := active_adapter(model)):
+        raise ValueError("the model has no adapters: wrap it with lora (or peft) and fine-tune it first")
+    return P
+
+def check_strength(name, value):
+    if not 0 <= value < np.inf:
+        raise ValueError(f"{name}={value}: must be at least 0")
+
+# %% ../nbs/foundations/14_finetune.ipynb #6e750399
+def settle(
+    model, rows, # peft model, a copy is trained, dropout off; Prompts
+    ridge=1e-2, # the loss is the mean cross-entropy + ridge/2 |adapter|^2
+    steps=100, tol=1e-3): # at most so many L-BFGS steps; stop when no coordinate of the gradient exceeds tol
+    "The adapter at a regularised minimum, and what it took: evaluations, largest gradient at the start and at the end."
+    check_strength("ridge", ridge)
+    m = copy.deepcopy(model).eval()
+    P, log = adapter_params(m), []
+    for k, p in m.named_parameters():
+        p.requires_grad_(k in P)
+    def closure():
+        opt.zero_grad()
+        loss = answer_loss(m, rows) + ridge/2*flatten(P).square().sum()
+        loss.backward()
+        log.append(max(p.grad.abs().max().item() for p in P.values()))
+        return loss
+    opt = torch.optim.LBFGS(list(P.values()), 1., max(1, steps), 2*max(1, steps), tol, 0., 50, "strong_wolfe")
+    if steps:
+        opt.step(closure)
+    closure()
+    opt.zero_grad()
+    return m, dict(evaluations=len(log) - 1, start=log[0], gradient=log[-1])
+
+# %% ../nbs/foundations/14_finetune.ipynb #223eb2b7
+def beside(
+    rows, # tensors of n rows each
+    batch_size, seed=0): # -> for `batches`
+    "A `sample` function that puts random rows of another set beside each batch."
+    g, n = torch.Generator().manual_seed(seed), len(rows[0])
+    def sample(*batch):
+        at = torch.randperm(n, generator=g)[:batch_size]
+        return (*batch, *(t[at] for t in rows))
+    return sample
+
+# %% ../nbs/foundations/14_finetune.ipynb #fa18672f
+def check_ratings(ratings, titles, words):
+    "Refuse a log from which no sensible prompts would come."
+    if missing := {"user", "item", "rating"} - set(ratings):
+        raise ValueError(f"no column(s) {sorted(missing)}, have {list(ratings)}: rename yours")
+    if len(titles) != len(words):
+        raise ValueError(f"{len(titles)} titles and {len(words)} lists of words: one of each an item")
+    if not ratings.item.isin(range(len(titles))).all():
+        raise ValueError(f"items beside 0..{len(titles)-1}: item i is titles[i] (Interactions.from_frame)")
+    if ratings.rating.isna().any():
+        raise ValueError(f"{int(ratings.rating.isna().sum())} rating(s) are missing: drop these rows")
+    if (ratings.rating > 3).nunique() < 2:
+        raise ValueError("all ratings above 3, or none: that counts as liked; bring yours to a scale of 1 to 5")
+
+# %% ../nbs/foundations/14_finetune.ipynb #e58eaedb
+def profiles(
+    liked, # frame of user, item, label: what a profile is made of
+    words, # of each item: the words that describe it
+    k=4): # words in a profile -> Series, user: words
+    "The words of what a user liked more often than usual."
+    more = liked.label - liked.groupby("user").label.transform("mean")
+    long = liked.assign(word=[words[i] for i in liked.item], gain=more).explode("word")
+    gain = long.groupby(["user", "word"]).gain.sum().reset_index().sort_values("gain", ascending=False, kind="stable")
+    return gain.groupby("user").word.apply(lambda w: " ".join(w[:k]))
+
+# %% ../nbs/foundations/14_finetune.ipynb #553cccf8
+def click_prompts(
+    ratings, # frame of user, item, rating, perhaps time
+    titles, words, # of each item: its title, and the words that describe it
+    k=4, history=.75, # words in a profile; first share of a user's ratings, which makes it and is never asked about
+    who="Reader", seed=0): # -> frame of user, item, label (rating > 3), part (train, test), prompt, completion
+    "Yes/no prompts: a user's number, the words of what the user liked before, and a title."
+    check_ratings(ratings, titles, words)
+    df = ratings.assign(label=(ratings.rating > 3).astype(int))
+    order = df.time if "time" in df else pd.Series(np.random.default_rng(seed).random(len(df)), df.index)
+    df["at"] = order.groupby(df.user).rank(pct=True, method="first")
+    profile = profiles(df[df["at"] <= history], words, k)
+    df = df[(df["at"] > history) & df.user.isin(profile.index)]
+    prompt = [f"{who} {u} likes {profile[u]}: {titles[i]}?" for u, i in zip(df.user, df.item)]
+    part = np.where(df["at"] <= (1+history)/2, "train", "test")
+    return df[["user", "item", "label"]].assign(part=part, prompt=prompt, completion=np.where(df.label, " yes", " no"))
