@@ -37,18 +37,20 @@ def kl(p, q): # log-probabilities (n, vocab) -> (n,) nats
     "Kullback-Leibler divergence KL(p || q)."
     return (p.exp()*(p-q)).sum(-1)
 
+# %% ../../nbs/trust/02_unlearning.ipynb #d70e7097
 def jsd(z1, z2): # (n, vocab) logits -> (n,) nats, at most ln 2
     "Jensen-Shannon divergence of the next-token distributions."
     p, q = z1.double().log_softmax(-1), z2.double().log_softmax(-1)
     m = torch.logaddexp(p, q) - np.log(2)
     return (kl(p, m) + kl(q, m))/2
 
-# %% ../../nbs/trust/02_unlearning.ipynb #d70e7097
+# %% ../../nbs/trust/02_unlearning.ipynb #9e97bc42
 def symmetric_kl(z1, z2): # (n, vocab) logits -> (n,) nats, unbounded
     "What E2URec's code reports under the name JSD."
     p, q = z1.double().log_softmax(-1), z2.double().log_softmax(-1)
     return (kl(p, q) + kl(q, p))/2
 
+# %% ../../nbs/trust/02_unlearning.ipynb #41d7b975
 def true_logprob(z, y): # logits (n, vocab), token ids (n,) -> (n,) nats
     "Log-probability of the true answer of each row."
     return z.log_softmax(-1).gather(1, y[:, None])[:, 0]
@@ -102,10 +104,12 @@ def two_losses(model, batch, weight): # -> scalar
 # %% ../../nbs/trust/02_unlearning.ipynb #d6c54dc5
 def climb(model, batch): return -answer_loss(model, batch)
 
+# %% ../../nbs/trust/02_unlearning.ipynb #9af4116e
 def gradient_ascent(model, forget, steps, lr=1e-4, **kw): # kw: of `sft`
     "Climb the loss of the rows to forget."
     return sft(model, forget, steps, lr, loss=climb, **kw)
 
+# %% ../../nbs/trust/02_unlearning.ipynb #85a4daaa
 def neg_grad(model, forget, retain, steps, lr=5e-5, weight=.2, batch_size=32, seed=0):
     "Descend on the retained rows and climb on the rows to forget (Prompts)."
     loss = partial(two_losses, weight=-weight)
@@ -151,10 +155,12 @@ def soft_cross_entropy(z, p): # logits and target probabilities (b, vocab) -> sc
     "Cross-entropy against a teacher's distribution."
     return -(p.to(z.device)*z.log_softmax(-1)).sum(-1).mean()
 
+# %% ../../nbs/trust/02_unlearning.ipynb #d929bcb5
 def forget_loss(model, batch): # ids, mask, y, softmax(z_f) -> scalar
     "The forgetting teacher alone (E2URec, L_FGT)."
     return soft_cross_entropy(next_logits(model, batch), batch[3])
 
+# %% ../../nbs/trust/02_unlearning.ipynb #4a2f0dc2
 def e2urec_loss(
     model, batch, # retained rows and p_o, then rows to forget and softmax(z_f): ids, mask, y, p, ids, mask, y, p
     beta=.4): # weight of the forgetting teacher -> scalar
@@ -414,6 +420,7 @@ def keep_loss(
     "In-batch log-probabilities of remaining pairs stay what they were (UnlearnRec, L_p)."
     return ((S/tau).log_softmax(1).diagonal() - (S0/tau).log_softmax(1).diagonal()).square().mean()
 
+# %% ../../nbs/trust/02_unlearning.ipynb #0ad2e632
 def contrast_loss(H1, H2): # (b, d) two views of the same nodes; the first is held fixed -> scalar
     "InfoNCE of cosine similarities (UnlearnRec, L_c)."
     return -(F.normalize(H1.detach(), dim=1) @ F.normalize(H2, dim=1).T).log_softmax(1).diagonal().mean()
