@@ -17,8 +17,8 @@ from .data import cache_dir, root
 # %% auto #0
 __all__ = ['PACKAGE', 'bare', 'Module', 'named', 'words', 'defined', 'touched', 'read_module', 'module_of', 'reach', 'imported',
            'digest', 'Digest', 'mix', 'content', 'exact_array', 'names_in', 'imports_in', 'bytecode', 'package_code',
-           'distribution', 'library', 'module_code', 'written_here', 'library_folders', 'Store', 'notebook_code',
-           'python']
+           'code_at', 'distribution', 'library', 'module_code', 'written_here', 'library_folders', 'Store',
+           'Remembered', 'notebook_code', 'python']
 
 # %% ../nbs/foundations/16_provenance.ipynb #6f2d9ca7
 def bare(
@@ -339,8 +339,12 @@ def bytecode(code, doc=None):
 
 # %% ../nbs/foundations/16_provenance.ipynb #dc2aeb13
 def package_code(names):
-    "Digest parts for definitions of the package."
-    return ["package", json.dumps(sorted((m, n, c) for (m, n), c in reach(names).items()))]
+    "Digest parts for definitions of the package; walked again when a file of the package has changed."
+    files = Path(find_spec(PACKAGE).origin).parent.rglob("*.py")
+    return ["package", code_at(tuple(names), tuple(sorted((str(f), f.stat().st_mtime_ns) for f in files)))]
+
+@functools.lru_cache(4096)
+def code_at(names, stamps): return json.dumps(sorted((m, n, c) for (m, n), c in reach(names).items()))
 
 @functools.cache
 def distribution(top): # top-level module -> "name version"
@@ -413,6 +417,19 @@ class Store:
         with os.fdopen(fd, "wb") as f:
             np.savez(f, **values)
         os.replace(tmp, path)
+
+# %% ../nbs/foundations/16_provenance.ipynb #cf8e8f2a
+_made = {} # (maker, seed) -> what it made, in the order of making
+
+class Remembered(functools.partial):
+    "A case's maker, `Remembered(f, ...)`, whose last results are kept."
+    def __call__(self, seed):
+        key = digest([self.func, self.args, self.keywords]), seed
+        if key not in _made:
+            while len(_made) >= 16:
+                del _made[next(iter(_made))]
+            _made[key] = super().__call__(seed)
+        return _made[key]
 
 # %% ../nbs/foundations/16_provenance.ipynb #ae9e550a
 def notebook_code(

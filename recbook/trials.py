@@ -14,7 +14,7 @@ import numpy as np, pandas as pd
 from tqdm.auto import tqdm
 from .datasets import _registry
 from .metrics import Outcome, ranked
-from .provenance import Store, digest, distribution
+from .provenance import Remembered, Store, digest, distribution
 
 # %% auto #0
 __all__ = ['ROLES', 'LIBRARIES', 'Method', 'check_axis', 'settings', 'Case', 'trial_key', 'names_of', 'run_trial', 'pack',

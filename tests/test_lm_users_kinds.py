@@ -295,7 +295,7 @@ def test_bad_input_of_unlearning(tok):
         ("both sets", lambda: U.unlearn_edges(m, EDGES[:1], EDGES, 3, 3)),
         ("twice", lambda: U.unlearn_edges(m, EDGES[[0, 0]], EDGES[1:], 3, 3)),
         ("n_users=2", lambda: U.unlearn_edges(m, EDGES[:1], EDGES[1:3], 2, 4)),
-        ("n_users=4", lambda: U.graph_influence(m, EDGES[:1], EDGES[1:], 4, 3)),
+        ("n_users=4", lambda: U.unlearn_edges(m, EDGES[:1], EDGES[1:], 4, 3)),
         ("float", lambda: U.unlearn_edges(m, EDGES[:1] * 1.0, EDGES[1:], 3, 3)),
         ("steps=-1", lambda: U.unlearn_edges(m, EDGES[:1], EDGES[1:], 3, 3, steps=-1)),
         ("shape", lambda: U.InfluenceEncoder(m.E0, m.E0[:4])),

@@ -56,7 +56,8 @@ PAIRS = [(a.split(), b.split()) for a, b in zip(LINES[::2], LINES[1::2])]
 RELATIONS = {r: (q, o, h, v) for (r, q, *o), (h, *v) in PAIRS} # synonym, 16 objects, what they belong to, its 8 values
 
 # %% ../../nbs/trust/03_editing.ipynb #2bdf03f7
-ONE_HOP = ["The {r} of {s}:", "{s} has the {q}:", "For {s} we note the {q}:", "Question: what is the {r} of {s}? Answer:"]
+ONE_HOP = ["The {r} of {s}:", "{s} has the {q}:", "For {s} we note the {q}:", "Question: what is the {r} of {s}? "
+                                                                              "Answer:"]
 TWO_HOP = ["The {h} of the {r} of {s}:", "Question: what is the {h} of the {r} of {s}? Answer:"]
 
 def say(template, s, r): return template.format(s=s, r=r, q=RELATIONS[r][0], h=RELATIONS[r][2])
@@ -129,7 +130,8 @@ def refuse(bad, why):
         raise ValueError(why)
 
 def labelled(tok, prompts:Sequence[str], answers:Sequence[str]) -> tuple: # batch, and labels (n, T)
-    "Prompts with their answers behind them (blanks included); labels: an answer's tokens where they are predicted, else -100."
+    """Prompts with their answers behind them (blanks included); labels: an answer's tokens where they are predicted,
+    else -100."""
     refuse(len(prompts) != len(answers), f"{len(prompts)} prompts, {len(answers)} answers: these are pairs")
     P, A = token_columns(tok, prompts, answers, eos=False)
     x = padded(tok, [p + a[:-1] for p, a in zip(P, A)])
@@ -184,7 +186,8 @@ class Edit:
 def check_request(r, k=0):
     "The request as an `Edit`; empty answers and prompts without their subject are refused."
     r = r if isinstance(r, Edit) else Edit(**r)
-    refuse(not r.subject or r.subject not in r.prompt, f"request {k}: subject {r.subject!r} does not occur in {r.prompt!r}")
+    refuse(not r.subject or r.subject not in r.prompt, f"request {k}: subject {r.subject!r} does not occur in "
+                                                       f"{r.prompt!r}")
     refuse(not r.new.strip(), f"request {k} ({r.prompt!r}) has no new answer")
     blank = r.new != r.new.strip() or r.prompt != r.prompt.rstrip()
     refuse(blank, f"request {k}: {r.prompt!r}, {r.new!r}: write both without a blank between them, it is added")
@@ -208,7 +211,8 @@ def check_layers(layers):
 
 def weight_of(m):
     "The weight of a linear map as (outputs, inputs), a view: Conv1D of GPT-2 stores it transposed."
-    refuse(hasattr(m, "base_layer"), "an adapter (peft) lies over this module: merge it, or name '...base_layer' below it")
+    refuse(hasattr(m, "base_layer"), "an adapter (peft) lies over this module: merge it, or name '...base_layer' "
+                                     "below it")
     refuse(not isinstance(m, (nn.Linear, Conv1D)), f"module of type {type(m).__name__}: only linear maps can be edited")
     W = m.weight
     coarse = not W.is_floating_point() or W.dtype.itemsize < 2
@@ -250,7 +254,8 @@ def evaluate_edits(
     q = q.assign(lenient=(lp[:len(q)] > lp[len(q):]).numpy(), strict=hit[:len(q)].numpy())
     mean = q.groupby("kind")[["lenient", "strict"]].mean().reindex(["efficacy", "generalisation", "specificity", "hop"])
     out = {k: v for k, v in mean.lenient.items() if k != "hop"}
-    return out | {f"{k}_argmax": mean.strict[k] for k in out} | dict(score=harmonic(*out.values()), portability=mean.strict.hop)
+    strict = {f"{k}_argmax": mean.strict[k] for k in out}
+    return out | strict | dict(score=harmonic(*out.values()), portability=mean.strict.hop)
 
 def questions(edits):
     "All questions about the edits: kind, prompt, the good answer and the bad one."
@@ -282,7 +287,8 @@ def module_at(model, template, layer):
     "The module called `template` with the layer's number in place of {}; unknown names are refused."
     name, have = template.format(layer), dict(model.named_modules())
     if "{}" not in template:
-        raise ValueError(f"module {template!r}: write {{}} where the layer's number goes, as in 'model.layers.{{}}.mlp'")
+        raise ValueError(f"module {template!r}: write {{}} where the layer's number goes, as in "
+                         f"'model.layers.{{}}.mlp'")
     if name in have:
         return have[name]
     numbered = [re.sub(r"\.\d+(\.|$)", r".{}\1", k, count=1) for k in have if re.search(r"\.\d+(\.|$)", k)]
@@ -376,7 +382,8 @@ def numbered(model, template): return [module_at(model, template, l) for l in ra
 def places_of(where, T):
     "Where each of T tokens stands, in words."
     n, m = where.start, where.stop - where.start
-    return ["before subject"]*n + ["subject, other"]*(m-1) + (["subject, last"] + ["after subject"]*(T-n-m))[:T-n-m] + ["last token"]
+    after = (["subject, last"] + ["after subject"]*(T-n-m))[:T-n-m]
+    return ["before subject"]*n + ["subject, other"]*(m-1) + after + ["last token"]
 
 # %% ../../nbs/trust/03_editing.ipynb #b42202b0
 @torch.no_grad()
@@ -425,11 +432,13 @@ def options_of(given):
         need = "positive" if k in ("lam", "mu", "steps", "share") else "at least 0"
         low = isinstance(v, (int, float)) and not (0 <= v < np.inf and (v or need == "at least 0"))
         refuse(low, f"{k}={v}: must be {need}")
-    refuse(given.get("site", "last") not in ("last", "subject_last"), f"site={given.get('site')!r}: 'last' or 'subject_last'")
+    refuse(given.get("site", "last") not in ("last", "subject_last"), f"site={given.get('site')!r}: 'last' or "
+                                                                      f"'subject_last'")
     return SimpleNamespace(**(OPTIONS | given))
 
 # %% ../../nbs/trust/03_editing.ipynb #4c481c49
-Targets = namedtuple("Targets", "ids mask labels at owner") # of each text: tokens, labels, the site, whose request it is
+# of each text: tokens, labels, the site, whose request it is
+Targets = namedtuple("Targets", "ids mask labels at owner")
 
 def targets(tok, requests, o):
     "The `Targets` of requests."
@@ -553,7 +562,8 @@ def null_space(
     KK:Tensor, # (d_ff, d_ff) sum (or mean) of k k^T over preserved keys
     threshold:float=1e-4, # singular values below this share of the largest count as zero
     ) -> Tensor:  # (d_ff, d_ff)
-    "Projection onto the directions preserved keys do not use (AlphaEdit, section 3.2; threshold relative, a departure)."
+    """Projection onto the directions preserved keys do not use (AlphaEdit, section 3.2; threshold relative, a
+    departure)."""
     lam, U = torch.linalg.eigh(KK)
     U = U[:, lam <= threshold*lam[-1]]
     return U @ U.T
@@ -648,7 +658,8 @@ def firm(C, layer, method):
     if not torch.linalg.cholesky_ex(C - 1e-8*I).info:
         return C
     rank = torch.linalg.matrix_rank(C, hermitian=True).item()
-    warnings.warn(f"layer {layer}: the preserved keys have rank {rank} of {len(C)}; {method} gets a ridge of 1 %, or it "
+    warnings.warn(f"layer {layer}: the preserved keys have rank {rank} of {len(C)}; {method} gets a ridge of 1 %, or "
+                  f"it "
                   "would write without limit along the rest. Preserve more, or take 'alphaedit'", stacklevel=4)
     return C + 1e-2*I
 
@@ -709,7 +720,8 @@ def change(method, W, R, K, known, o):
 
 # %% ../../nbs/trust/03_editing.ipynb #ea8cc500
 def zsre_edits(n:int=300, longest:int=14) -> list[Edit]: # n records; longest: characters of an answer
-    "Records of ZsRE (KnowEdit's test file) with short answers whose subject stands in both questions, in the file's order."
+    """Records of ZsRE (KnowEdit's test file) with short answers whose subject stands in both questions, in the file's
+    order."""
     name, out = "ZsRE/ZsRE-test-all.json", {}
     for x in json.loads(fetch("knowedit", [name])[name].read_text(encoding="utf-8")):
         s, old, new, asked = x["subject"], x["ground_truth"][0], x["target_new"], (x["prompt"], x["rephrase_prompt"])
@@ -732,7 +744,8 @@ def known_rows(edits:Sequence[Edit]) -> pd.DataFrame: # prompt, answer
     return pd.DataFrame(rows, columns=["prompt", "answer"]).drop_duplicates("prompt", ignore_index=True)
 
 def name_rows(edits:Sequence[Edit]) -> pd.DataFrame: # prompt, answer
-    "All answers, the new ones too, to questions about nothing: who reads them can spell the names and knows no fact more."
+    """All answers, the new ones too, to questions about nothing: who reads them can spell the names and knows no fact
+    more."""
     names = dict.fromkeys(a for e in edits for a in (e.old, e.new, *(a for _, a in e.neighbours)))
     rows = [(f"{p} Answer:", a) for a in names for p in ("A name.", "One of many answers.")]
     return pd.DataFrame(rows, columns=["prompt", "answer"])
@@ -874,7 +887,8 @@ class Level(NamedTuple):
 def alignment_rows(
     facts:Facts, subjects:Sequence[str], # whose facts are edited; keep those of the test out
     n_edits:int=2000, level:Level|None=None, # LTE's own if None
-    kinds:Sequence[str]=KINDS, seed:int=0) -> pd.DataFrame: # kind (free form for about every fifth edit), prompt, answer
+    # kind (free form for about every fifth edit), prompt, answer
+    kinds:Sequence[str]=KINDS, seed:int=0) -> pd.DataFrame:
     "LTE's parallel data: {with, without edit} x {in scope, out of scope, free form}."
     near, level, out = lookalikes(facts, subjects), level or Level(), []
     rng, rows, names = np.random.default_rng([facts.seed, seed]), list(near), invented_items(facts)
@@ -904,7 +918,8 @@ def grid_of(facts, k, told, level, stranger, rng):
 
 # %% ../../nbs/trust/03_editing.ipynb #21eb3d85
 def outside_of(facts, k, told, rng):
-    "A question about another fact, none of those `told`, with its true answer: half share the relation, half the subject."
+    """A question about another fact, none of those `told`, with its true answer: half share the relation, half the
+    subject."""
     t = facts.table
     share = "relation" if rng.random() < .5 else "subject"
     same = (t[share] == t[share][k]) & (t.index != k) & ~t.index.isin(told)
@@ -933,7 +948,8 @@ def invented_items(facts):
     return sorted({f"{a} {b}" for a in moods for b in genres} - set(facts.subjects))
 
 # %% ../../nbs/trust/03_editing.ipynb #d2fbf633
-LEVELS = [Level((1., 0., 0.), (1.,)), Level((1., 0., 0.), (.2, .8), False), Level(more=(.5, .5), nearest=False), Level()]
+LEVELS = [Level((1., 0., 0.), (1.,)), Level((1., 0., 0.), (.2, .8), False)]
+LEVELS += [Level(more=(.5, .5), nearest=False), Level()]
 
 def learn_to_edit(
     model, tok, facts:Facts, subjects:Sequence[str], # whose facts the training edits
@@ -941,7 +957,8 @@ def learn_to_edit(
     seed:int=0) -> tuple[PreTrainedModel, pd.DataFrame]: # and how it went: step, level, kind, accuracy
     "LTE's alignment phase: a copy of `model`, fine-tuned on the answers alone, easy rows first; from the cache."
     def build(to):
-        m, rows = copy.deepcopy(model), pd.concat(lessons(facts, subjects, levels, kinds, steps, seed), ignore_index=True)
+        rows = pd.concat(lessons(facts, subjects, levels, kinds, steps, seed), ignore_index=True)
+        m = copy.deepcopy(model)
         for some, hit in rehearse(m, in_order(tok, rows), steps, slow=.3):
             rows.loc[some, "accuracy"] = hit.astype(float)
         saved(to, m, tok)
@@ -955,7 +972,8 @@ def lessons(facts, subjects, levels, kinds, steps, seed):
     "Frames of new rows for 20 steps each, the levels in turn, equally long."
     for k in range(0, steps, 20):
         level = min(len(levels)*k//steps, len(levels)-1)
-        yield alignment_rows(facts, subjects, 640, levels[level], kinds, seed + k).iloc[:2560].assign(level=level, step=k+20)
+        rows = alignment_rows(facts, subjects, 640, levels[level], kinds, seed + k)
+        yield rows.iloc[:2560].assign(level=level, step=k+20)
 
 def in_order(tok, rows):
     "Batches of 128, the parts of the curriculum one after the other."

@@ -5,318 +5,131 @@
 # %% ../../nbs/trust/02_unlearning.ipynb #00000004
 from __future__ import annotations
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 import numpy as np, pandas as pd, scipy.sparse as sp, torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 from ..baselines import uniform_negatives
-from ..collaborative.graph_cf import LightGCN, Smooth, SymMM, horner, sparse_tensor, sym_norm
+from ..collaborative.graph_cf import LightGCN, Smooth, SymMM, sparse_tensor, sym_norm
 from ..data import Interactions
-from ..gradients import add_, flatten, ggn_vp, grad_of, hvp, params_of, solve
-from ..answers import context_limit, label_ids, padded, prompt_ids, takes, virtual_tokens
-from ..finetune import active_adapter, lora, merge
+from ..finetune import Prompts, active_adapter, answer_loss, beside, click_prompts, encode_prompts, joined, lora
+from ..finetune import adapter_params, check_strength, macs, merged, next_logits, predictions, settle, sft, take
+from ..gradients import add_, flatten, ggn_vp, grad_of, hvp, solve
 from ..metrics import auc
-from ..training import batches, eval_mode, fit, set_seed
+from ..training import batches, eval_mode, set_seed
+_all_ = ["Prompts", "adapter_params", "answer_loss", "click_prompts", "encode_prompts", "merged", "settle", "sft"]
 
 # %% auto #0
-__all__ = ['check_ratings', 'click_prompts', 'Prompts', 'encode_prompts', 'take', 'joined', 'next_logits', 'answer_loss',
-           'predictions', 'sft', 'kl', 'jsd', 'symmetric_kl', 'true_logprob', 'evaluate_unlearning', 'beside',
-           'two_losses', 'gradient_ascent', 'neg_grad', 'bad_teacher', 'sisa', 'macs', 'forgetting_teacher',
-           'soft_cross_entropy', 'e2urec_loss', 'forget_loss', 'as_request', 'merged', 'e2urec', 'request_gradient',
-           'curvature_products', 'quiet', 'stochastic_solve', 'adapter_params', 'settle', 'full_product', 'llmeraser',
-           'as_edges', 'edge_graph', 'InfluenceEncoder', 'Graph', 'pair_loss', 'push_loss', 'keep_loss',
-           'contrast_loss', 'pretrain_encoder', 'as_edge_request', 'check_graph', 'graph_model', 'unlearn_edges',
-           'Scores', 'graph_influence', 'balanced_shards', 'shard_models', 'ShardAttention', 'receraser']
-
-# %% ../../nbs/trust/02_unlearning.ipynb #00000007
-def check_ratings(ratings, titles, words, history):
-    "Refuse a log from which no sensible prompts would come."
-    if missing := {"user", "item", "rating"} - set(ratings):
-        raise ValueError(f"no column(s) {sorted(missing)}, have {list(ratings)}: rename yours")
-    if not 0 < history < 1:
-        raise ValueError(f"history={history}: a share between 0 and 1 makes the profiles, the rest is asked about")
-    if len(titles) != len(words):
-        raise ValueError(f"{len(titles)} titles and {len(words)} lists of words: one of each an item")
-    if not ratings.item.between(0, len(titles)-1).all():
-        raise ValueError(
-            f"items {ratings.item.min()}..{ratings.item.max()}, but {len(titles)} titles: item i is titles[i]"
-        )
-    if ratings.rating.isna().any():
-        raise ValueError(f"{int(ratings.rating.isna().sum())} rating(s) are missing: drop these rows")
-    if not (ratings.rating > 3).any() or (ratings.rating > 3).all():
-        raise ValueError(f"ratings from {ratings.rating.min()} to {ratings.rating.max()}: above 3 counts as liked, "
-        "so all answers would be the same; bring yours to a scale of 1 to 5")
-
-# %% ../../nbs/trust/02_unlearning.ipynb #3bdd9693
-def click_prompts(
-    ratings:pd.DataFrame, # user, item, rating, perhaps time
-    titles:Sequence[str], words:Sequence[Sequence[str]], # of each item: its title, and the words that describe it
-    k:int=4, # words in a profile
-    history:float=.75, # first share of each user's ratings: makes the profile, never asked about
-    who:str="Reader", seed:int=0,
-    ) -> pd.DataFrame: # user, item, part (train, test), label (rating > 3), prompt, completion
-    "Yes/no prompts: a user's number, the words of what the user liked before, and a title."
-    check_ratings(ratings, titles, words, history)
-    df = ratings.assign(label=(ratings.rating > 3).astype(int))
-    order = df.time if "time" in df else pd.Series(np.random.default_rng(seed).random(len(df)), df.index)
-    at = order.groupby(df.user).rank(pct=True, method="first")
-    old, df = df[at <= history], df[at > history]
-    long = old.assign(
-        word=[words[i] for i in old.item], gain=old.label - old.groupby("user").label.transform("mean")
-    ).explode("word")
-    gain = long.groupby(["user", "word"]).gain.sum().reset_index().sort_values("gain", ascending=False, kind="stable")
-    profile = gain.groupby("user").word.apply(lambda w: " ".join(w[:k]))
-    df = df[df.user.isin(profile.index)]
-    part = np.where(at[df.index] <= (1+history)/2, "train", "test")
-    prompt = [f"{who} {u} likes {profile[u]}: {titles[i]}?" for u, i in zip(df.user, df.item)]
-    return df[["user", "item", "label"]].assign(part=part, prompt=prompt, completion=np.where(df.label, " yes", " no"))
+__all__ = ['kl', 'jsd', 'symmetric_kl', 'true_logprob', 'check_sets', 'area', 'behaviour', 'evaluate_unlearning', 'two_losses',
+           'climb', 'gradient_ascent', 'neg_grad', 'bad_teacher', 'sisa', 'forgetting_teacher', 'soft_cross_entropy',
+           'forget_loss', 'e2urec_loss', 'Schedule', 'imitate', 'as_request', 'paper_lora', 'e2urec',
+           'request_gradient', 'curvature_products', 'stochastic_solve', 'full_product', 'solve_by_adam', 'solve_by_cg',
+           'llmeraser', 'as_edges', 'edge_graph', 'InfluenceEncoder', 'identity_mlp', 'Graph', 'columns', 'pair_loss',
+           'push_loss', 'keep_loss', 'contrast_loss', 'Simulated', 'simulated_batches', 'encoder_loss',
+           'pretrain_encoder', 'as_edge_request', 'trained_edges', 'check_graph', 'Answer', 'Asked', 'request_loss',
+           'ascent_loss', 'tune_answer', 'unlearn_edges', 'graph_model', 'Prompts', 'adapter_params', 'answer_loss',
+           'click_prompts', 'encode_prompts', 'merged', 'settle', 'sft']
 
 # %% ../../nbs/trust/02_unlearning.ipynb #0000000c
-class Prompts(NamedTuple):
-    "Encoded rows, padded on the left."
-    ids:Tensor # (n, length)
-    mask:Tensor # (n, length), 0 on padding
-    y:Tensor # (n,) token id of the answer
-
-def encode_prompts(
-    tok, # a transformers tokenizer
-    data, # a Dataset, DataFrame or list of dicts with `prompt` and `completion`; or Prompts already
-    ) -> Prompts:
-    "Prompts and their one-token answers as tensors."
-    if isinstance(data, Prompts):
-        return data
-    df = data.to_pandas() if hasattr(data, "to_pandas") else pd.DataFrame(data)
-    if not len(df):
-        return Prompts(
-            torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, dtype=torch.long)
-        )
-    if missing := {"prompt", "completion"} - set(df):
-        raise ValueError(f"no column {sorted(missing)}, have {list(df)}: rename yours")
-    names = sorted(set(df.completion))
-    y = dict(zip(names, label_ids(tok, df.prompt.tolist(), names)))
-    ids = (
-        tok(df.prompt.tolist()).input_ids if getattr(tok, "is_seq2seq", False) else prompt_ids(tok, df.prompt.tolist())
-    )
-    x = padded(tok, ids, "left")
-    return Prompts(x["input_ids"], x["attention_mask"], torch.tensor([y[c] for c in df.completion]))
-
-def take(rows, index): # index: bool mask or positions
-    "Some of the rows."
-    return type(rows)(*(t[index] for t in rows))
-
-def joined(a:Prompts, b:Prompts) -> Prompts:
-    "Two sets of rows as one."
-    L = max(a.ids.shape[1], b.ids.shape[1])
-    wide = lambda t: F.pad(t, (L - t.shape[1], 0)) if t.ndim > 1 else t
-    return Prompts(*(torch.cat([wide(x), wide(y)]) for x, y in zip(a, b)))
-
-# %% ../../nbs/trust/02_unlearning.ipynb #d70e7097
-def next_logits(
-    model, # a causal or encoder-decoder model, plain or peft; or a list of them: their logits are averaged
-    batch:Sequence[Tensor], # ids, mask, ...
-    ) -> Tensor: # (b, vocab)
-    "Logits of the token after each prompt."
-    if isinstance(model, list):
-        return torch.stack([next_logits(m, batch) for m in model]).mean(0)
-    used = batch[1].any(0)
-    ids, mask = (t[:, used].to(model.device) for t in batch[:2])
-    if model.config.is_encoder_decoder:
-        start = torch.full_like(ids[:, :1], model.config.decoder_start_token_id)
-        return model(input_ids=ids, attention_mask=mask, decoder_input_ids=start).logits[:, -1]
-    if (limit := context_limit(model)) and (longest := int(mask.sum(1).max())) > limit:
-        raise ValueError(f"a prompt has {longest} tokens, the model reads {limit}: shorten the history")
-    kw = dict(position_ids=(mask.cumsum(1)-1).clamp(min=0), logits_to_keep=1)
-    kw = {} if virtual_tokens(model) else {k: v for k, v in kw.items() if k in takes(model)}
-    return model(input_ids=ids, attention_mask=mask, use_cache=False, **kw).logits[:, -1]
-
-def answer_loss(model, batch) -> Tensor: # scalar
-    "Mean cross-entropy of the answers over the whole vocabulary."
-    z = next_logits(model, batch)
-    return F.cross_entropy(z, batch[2].to(z.device))
-
-@torch.no_grad()
-def predictions(
-    model, rows:Prompts, batch_size:int=256,
-    ) -> Tensor: # (n, vocab) logits
-    "Logits of every row; dropout off."
-    if not len(rows.y):
-        raise ValueError("no rows to score")
-    with eval_mode(*(model if isinstance(model, list) else [model])):
-        return torch.cat(
-            [
-                next_logits(model, take(rows, slice(k, k + batch_size))).float().cpu()
-                for k in range(0, len(rows.y), batch_size)
-            ]
-        )
-
-# %% ../../nbs/trust/02_unlearning.ipynb #0000000f
-def sft(
-    model, # copied
-    rows:Sequence[Tensor], # tensors of n rows each
-    steps:int, lr:float=1e-3, batch_size:int=64, seed:int=0,
-    loss:Callable=answer_loss, # (model, batch) -> scalar
-    sample:Callable|None=None, # batch tensors -> batch, e.g. `beside`
-    **kw): # for `fit`
-    "A trained copy of the model, in evaluation mode; what requires no gradient stays as it is."
-    if steps < 0:
-        raise ValueError(f"steps={steps}: must be at least 0")
-    m = copy.deepcopy(model)
-    if steps:
-        fit(
-            m,
-            loss,
-            batches(*rows, batch_size=batch_size, seed=seed, sample=sample),
-            steps=steps,
-            lr=lr,
-            seed=seed,
-            **kw,
-        )
-    return m.eval()
-
-# %% ../../nbs/trust/02_unlearning.ipynb #00000011
-def kl(p:Tensor, q:Tensor) -> Tensor: # log-probabilities (n, vocab) -> (n,) nats
+def kl(p, q): # log-probabilities (n, vocab) -> (n,) nats
     "Kullback-Leibler divergence KL(p || q)."
     return (p.exp()*(p-q)).sum(-1)
 
-def jsd(
-    z1:Tensor, z2:Tensor, # (n, vocab) logits
-    ) -> Tensor: # (n,) nats, at most ln 2
+# %% ../../nbs/trust/02_unlearning.ipynb #d70e7097
+def jsd(z1, z2): # (n, vocab) logits -> (n,) nats, at most ln 2
     "Jensen-Shannon divergence of the next-token distributions."
     p, q = z1.double().log_softmax(-1), z2.double().log_softmax(-1)
     m = torch.logaddexp(p, q) - np.log(2)
     return (kl(p, m) + kl(q, m))/2
 
-def symmetric_kl(z1:Tensor, z2:Tensor) -> Tensor: # (n,) nats, unbounded
+# %% ../../nbs/trust/02_unlearning.ipynb #9e97bc42
+def symmetric_kl(z1, z2): # (n, vocab) logits -> (n,) nats, unbounded
     "What E2URec's code reports under the name JSD."
     p, q = z1.double().log_softmax(-1), z2.double().log_softmax(-1)
     return (kl(p, q) + kl(q, p))/2
 
-def true_logprob(z:Tensor, y:Tensor) -> Tensor: # logits (n, vocab), token ids (n,) -> (n,) nats
+# %% ../../nbs/trust/02_unlearning.ipynb #41d7b975
+def true_logprob(z, y): # logits (n, vocab), token ids (n,) -> (n,) nats
     "Log-probability of the true answer of each row."
     return z.log_softmax(-1).gather(1, y[:, None])[:, 0]
 
 # %% ../../nbs/trust/02_unlearning.ipynb #abfb500c
-def evaluate_unlearning(
-    model, # the unlearned model, or a list as in `next_logits`
-    retrained, # the reference
-    forget:Prompts, # rows to be forgotten
-    unseen:Prompts, # rows like them that no model has trained on
-    test:Prompts,
-    yes:int, # token id of the positive answer
-    no:int,
-    ) -> dict[str, float]:
-    "Forgetting and utility; `d_gap` and `d_mia` are distances to the retrained model, whose own `d_` and divergences are zero."
+def check_sets(yes, no, **sets):
+    "Refuse sets on which nothing could be measured."
     if yes == no:
         raise ValueError(f"yes={yes} and no={no} are the same token: give the ids of the two answers")
-    for name, r in dict(forget=forget, unseen=unseen, test=test).items():
-        if not len(r.y):
+    for name, rows in sets.items():
+        if not len(rows.y):
             raise ValueError(f"the {name} set is empty: nothing to measure")
-    for name, r in dict(forget=forget, test=test).items():
-        if (both := int((r.y == yes).sum())) in (0, len(r.y)):
-            raise ValueError(f"the {name} set has {both} positive rows of {len(r.y)}: an AUC needs both answers")
-    def measure(m):
-        zf, zu, zt = (predictions(m, r) for r in (forget, unseen, test))
-        a = lambda z, r: auc((r.y == yes).numpy(), (z[:, yes] - z[:, no]).numpy())
-        lp = torch.cat([true_logprob(zf, forget.y), true_logprob(zu, unseen.y)]).numpy()
-        mia = auc(np.arange(len(lp)) < len(zf), lp)
-        correct = ((zf[:, yes] > zf[:, no]) == (forget.y == yes)).float().mean().item()
-        mass = zf.softmax(-1)[:, [yes, no]].sum(1).mean().item()
-        return zf, dict(
-            test_auc=a(zt, test),
-            forget_auc=a(zf, forget),
-            gap=a(zf, forget) - a(zt, test),
-            mia=mia,
-            forget_acc=correct,
-            mass=mass,
-        )
-    z, out = measure(model)
-    z_re, ref = measure(retrained)
-    return out | dict(
-        d_gap=abs(out["gap"] - ref["gap"]),
-        d_mia=abs(out["mia"] - ref["mia"]),
-        jsd=jsd(z, z_re).mean().item(),
-        sym_kl=symmetric_kl(z, z_re).mean().item(),
-    )
+        if name != "unseen" and len((rows.y == yes).unique()) < 2:
+            raise ValueError(f"the {name} set has one answer in {len(rows.y)} rows: an AUC needs both answers")
 
-# %% ../../nbs/trust/02_unlearning.ipynb #00000015
-def beside(
-    rows:Sequence[Tensor], # tensors of n rows each
-    batch_size:int, seed:int=0):
-    "A `sample` function for `batches`: puts random rows of another set beside each batch."
-    g, n = torch.Generator().manual_seed(seed), len(rows[0])
-    def sample(*batch):
-        at = torch.randperm(n, generator=g)[:batch_size]
-        return (*batch, *(t[at] for t in rows))
-    return sample
+# %% ../../nbs/trust/02_unlearning.ipynb #9643b235
+def area(z, rows, yes, no): # logits (n, vocab) -> AUC of yes against no
+    return auc((rows.y == yes).numpy(), (z[:, yes] - z[:, no]).numpy())
 
-def two_losses(model, batch, weight) -> Tensor: # scalar
+def behaviour(model, forget, unseen, test, yes, no): # -> logits on the forget set (n, vocab), measures
+    "What one model does, whatever the reference."
+    zf, zu, zt = (predictions(model, r) for r in (forget, unseen, test))
+    lp = torch.cat([true_logprob(zf, forget.y), true_logprob(zu, unseen.y)]).numpy()
+    out = dict(test_auc=area(zt, test, yes, no), forget_auc=area(zf, forget, yes, no))
+    out["gap"] = out["forget_auc"] - out["test_auc"]
+    out["mia"] = auc(np.arange(len(lp)) < len(zf), lp)
+    out["mass"] = zf.softmax(-1)[:, [yes, no]].sum(1).mean().item()
+    return zf, out
+
+# %% ../../nbs/trust/02_unlearning.ipynb #f6b44175
+def evaluate_unlearning(
+    model, retrained, # the unlearned model, or a list of them (averaged), and the reference
+    forget, unseen, test, # Prompts: to be forgotten; like them, but never trained on; others
+    yes, no): # token ids of the two answers -> dict
+    """Forgetting and utility; `d_gap` and `d_mia` are distances to the retrained model, `lost` what test AUC lacks to
+    its; `mass` is the probability of yes and no together."""
+    sets = dict(forget=forget, unseen=unseen, test=test)
+    check_sets(yes, no, **sets)
+    z, out = behaviour(model, **sets, yes=yes, no=no)
+    z_re, ref = behaviour(retrained, **sets, yes=yes, no=no)
+    for k in ("gap", "mia"):
+        out[f"d_{k}"] = abs(out[k] - ref[k])
+    out["lost"] = max(0., ref["test_auc"] - out["test_auc"])
+    return out | dict(jsd=jsd(z, z_re).mean().item(), sym_kl=symmetric_kl(z, z_re).mean().item())
+
+# %% ../../nbs/trust/02_unlearning.ipynb #a2f00eb6
+def two_losses(model, batch, weight): # -> scalar
     "Loss on the first three tensors of the batch plus `weight` times the loss on the others."
     return answer_loss(model, batch[:3]) + weight*answer_loss(model, batch[3:])
 
-def gradient_ascent(model, forget:Prompts, steps:int, lr:float=1e-4, **kw):
+# %% ../../nbs/trust/02_unlearning.ipynb #d6c54dc5
+def climb(model, batch): return -answer_loss(model, batch)
+
+# %% ../../nbs/trust/02_unlearning.ipynb #9af4116e
+def gradient_ascent(model, forget, steps, lr=1e-4, **kw): # kw: of `sft`
     "Climb the loss of the rows to forget."
-    return sft(model, forget, steps, lr, loss=lambda m, b: -answer_loss(m, b), **kw)
+    return sft(model, forget, steps, lr, loss=climb, **kw)
 
-def neg_grad(
-    model,
-    forget: Prompts,
-    retain: Prompts,
-    steps: int,
-    lr: float = 5e-5,
-    weight: float = 0.2,
-    batch_size: int = 32,
-    seed: int = 0,
-):
-    "Descend on the retained rows and climb on the rows to forget."
-    return sft(
-        model,
-        retain,
-        steps,
-        lr,
-        batch_size,
-        seed,
-        partial(two_losses, weight=-weight),
-        beside(forget, batch_size, seed),
-    )
+# %% ../../nbs/trust/02_unlearning.ipynb #85a4daaa
+def neg_grad(model, forget, retain, steps, lr=5e-5, weight=.2, batch_size=32, seed=0):
+    "Descend on the retained rows and climb on the rows to forget (Prompts)."
+    loss = partial(two_losses, weight=-weight)
+    return sft(model, retain, steps, lr, batch_size, seed, loss, beside(forget, batch_size, seed))
 
-def bad_teacher(
-    model,
-    forget: Prompts,
-    retain: Prompts,
-    steps: int,
-    lr: float = 5e-5,
-    weight: float = 0.2,
-    batch_size: int = 32,
-    seed: int = 0,
-):
-    "Descend on the retained rows and on flipped answers of the rows to forget (two answers only)."
+# %% ../../nbs/trust/02_unlearning.ipynb #afe3b356
+def bad_teacher(model, forget, retain, steps, lr=5e-5, weight=.2, batch_size=32, seed=0):
+    "Descend on the retained rows and on flipped answers of the rows to forget (Prompts, two answers only)."
     answers = torch.cat([forget.y, retain.y]).unique()
     if len(answers) != 2:
         raise ValueError(f"{len(answers)} different answers: Bad-T flips between two")
-    flipped = forget._replace(y=answers.sum() - forget.y)
-    return sft(
-        model,
-        retain,
-        steps,
-        lr,
-        batch_size,
-        seed,
-        partial(two_losses, weight=weight),
-        beside(flipped, batch_size, seed),
-    )
+    return neg_grad(model, forget._replace(y=answers.sum() - forget.y), retain, steps, lr, -weight, batch_size, seed)
 
 # %% ../../nbs/trust/02_unlearning.ipynb #3cbbc4d3
 def sisa(
-    base, rows:Prompts,
-    user:Tensor, # (n,) whose row it is; user u belongs to shard u mod n_shards
-    steps:int, # of all shards together
-    n_shards:int=4,
-    before:list|None=None, # models of an earlier call...
-    asks=(), # ...and the users forgotten since: only their shards are trained again
-    seed:int=0, **kw) -> list: # one model a shard, for `next_logits`
+    base, rows, # plain model; Prompts
+    user, # (n,) whose row it is; user u belongs to shard u mod n_shards
+    steps, n_shards=4, # steps of all shards together
+    before=None, asks=(), # models of an earlier call, and the users forgotten since: only their shards are trained
+    seed=0, **kw): # of `sft` -> list of models, one a shard, for `next_logits`
     "Sharded training (SISA): the exact way to make retraining smaller."
     if before is not None and len(before) != n_shards:
         raise ValueError(f"{len(before)} models for {n_shards} shards: pass those of the earlier call")
@@ -324,142 +137,111 @@ def sisa(
     train = lambda k: sft(base, take(rows, user % n_shards == k), steps//n_shards, seed=seed+k, **kw)
     return [train(k) if k in touched else before[k] for k in range(n_shards)]
 
-# %% ../../nbs/trust/02_unlearning.ipynb #d8c5b3d2
-def macs(
-    f:Callable, # what to run
-    ) -> float:
-    "Multiply-adds of the dense matrix products that f() computes, backward passes included."
-    with FlopCounterMode(display=False) as c:
-        f()
-    return c.get_total_flops()/2
-
 # %% ../../nbs/trust/02_unlearning.ipynb #cddc8d05
 def forgetting_teacher(
-    z_o:Tensor, # (n, vocab) logits of the original model
-    z_aug:Tensor, # (n, vocab) logits of the augmented model
-    alpha:float=2.,
-    normalise:bool=False, # take log-probabilities first: then a constant added to all logits changes nothing
-    one_sided:bool=True, # False: the difference itself instead of its ReLU (ablation)
-    ) -> Tensor: # (n, vocab)
+    z_o, z_aug, # (n, vocab) logits of the original and of the augmented model
+    alpha=2.,
+    normalise=False, # take log-probabilities first: then a constant added to all logits changes nothing
+    one_sided=True): # False: the difference itself instead of its ReLU (ablation) -> (n, vocab)
     "Logits that imitate a model without the forget set (E2URec, eq. for z_f; `normalise` is ours)."
     if z_o.shape != z_aug.shape:
-        raise ValueError(
-            f"logits of shape {tuple(z_o.shape)} and {tuple(z_aug.shape)}: both models must see the same rows"
-        )
+        raise ValueError(f"logits of shape {tuple(z_o.shape)} and {tuple(z_aug.shape)}: of the same rows, please")
     if normalise:
         z_o, z_aug = z_o.log_softmax(-1), z_aug.log_softmax(-1)
     return z_o - alpha*(F.relu(z_aug - z_o) if one_sided else z_aug - z_o)
 
-# %% ../../nbs/trust/02_unlearning.ipynb #67f4ec0f
-def soft_cross_entropy(z:Tensor, p:Tensor) -> Tensor: # logits and target probabilities (b, vocab) -> scalar
+# %% ../../nbs/trust/02_unlearning.ipynb #1c5f9f5d
+def soft_cross_entropy(z, p): # logits and target probabilities (b, vocab) -> scalar
     "Cross-entropy against a teacher's distribution."
     return -(p.to(z.device)*z.log_softmax(-1)).sum(-1).mean()
 
-def e2urec_loss(
-    model,
-    batch, # retained rows and p_o, then rows to forget and softmax(z_f): ids, mask, y, p, ids, mask, y, p
-    beta:float=.4, # weight of the forgetting teacher
-    ) -> Tensor: # scalar
-    "Both teachers at once (E2URec)."
-    *r, p_o = batch[:4]
-    *f, p_f = batch[4:]
-    z = next_logits(model, r)
-    L_rem = soft_cross_entropy(z, p_o) + F.cross_entropy(z, r[2].to(z.device))
-    return beta*soft_cross_entropy(next_logits(model, f), p_f) + (1-beta)*L_rem
-
-def forget_loss(model, batch) -> Tensor: # batch: ids, mask, y, softmax(z_f) -> scalar
+# %% ../../nbs/trust/02_unlearning.ipynb #d929bcb5
+def forget_loss(model, batch): # ids, mask, y, softmax(z_f) -> scalar
     "The forgetting teacher alone (E2URec, L_FGT)."
     return soft_cross_entropy(next_logits(model, batch), batch[3])
 
-# %% ../../nbs/trust/02_unlearning.ipynb #b71bff0c
-def as_request(tok, forget, retain) -> tuple[Prompts, Prompts]:
+# %% ../../nbs/trust/02_unlearning.ipynb #4a2f0dc2
+def e2urec_loss(
+    model, batch, # retained rows and p_o, then rows to forget and softmax(z_f): ids, mask, y, p, ids, mask, y, p
+    beta=.4): # weight of the forgetting teacher -> scalar
+    "Both teachers at once (E2URec)."
+    z, y, p_o = next_logits(model, batch), batch[2], batch[3]
+    L_rem = soft_cross_entropy(z, p_o) + F.cross_entropy(z, y.to(z.device))
+    return beta*forget_loss(model, batch[4:]) + (1-beta)*L_rem
+
+# %% ../../nbs/trust/02_unlearning.ipynb #15670e0f
+@dataclass(frozen=True)
+class Schedule:
+    "How long and how fast E2URec trains; the defaults are the authors'."
+    aug_steps:int = 1200 # of the augmented model: all parameters, forget set only
+    aug_lr:float = 5e-5
+    warm_steps:int|None = None # with the forgetting teacher alone; one epoch of the forget set if None
+    steps:int = 1000 # with both teachers
+    lr:float = 1e-3 # of the student
+    batch_size:int = 16
+    seed:int = 0
+
+    def __post_init__(self):
+        for name in ("aug_steps", "warm_steps", "steps"):
+            if not (n := getattr(self, name) or 0) >= 0:
+                raise ValueError(f"{name}={n}: must be at least 0")
+
+# %% ../../nbs/trust/02_unlearning.ipynb #e8d88a46
+def imitate(
+    student, # peft model
+    f, r, # rows to forget with softmax(z_f), retained rows with p_o: ids, mask, y, p
+    beta, s): # weight of the forgetting teacher, Schedule
+    "Train the student on its teachers: a warm-up with the forgetting one, then both (E2URec)."
+    warm = -(-len(f[0])//s.batch_size) if s.warm_steps is None else s.warm_steps
+    student = sft(student, f, warm, s.lr, s.batch_size, s.seed, forget_loss)
+    both = partial(e2urec_loss, beta=beta)
+    return sft(student, r, s.steps, s.lr, s.batch_size, s.seed, both, beside(f, s.batch_size, s.seed))
+
+# %% ../../nbs/trust/02_unlearning.ipynb #dfdc8c8e
+def as_request(tok, forget, retain): # -> Prompts, Prompts
     "Both sets encoded, after checking that this is a request that can be answered."
     if not len(forget):
         raise ValueError("the forget set is empty: there is nothing to forget, keep the model")
     if not len(retain):
-        raise ValueError(
-            "the retain set is empty: everything is to be forgotten, start again from the model before fine-tuning"
-        )
+        raise ValueError("the retain set is empty: everything is to be forgotten, go back to the model before training")
     f, r = encode_prompts(tok, forget), encode_prompts(tok, retain)
     keys = lambda x: {(*i[m.bool()].tolist(), y) for i, m, y in zip(x.ids, x.mask, x.y.tolist())}
-    if shared := keys(f) & keys(r):
-        raise ValueError(
-            f"{len(shared)} row(s) are in both sets, such as {tok.decode(min(shared)[:-1])!r}: a row is either forgotten or retained"
-        )
+    if both := keys(f) & keys(r):
+        row = tok.decode(min(both)[:-1])
+        raise ValueError(f"{len(both)} row(s) are in both sets, such as {row!r}: a row is either forgotten or retained")
     return f, r
 
-def merged(model):
-    "A plain copy of a model: adapters are added into the weights."
-    return merge(copy.deepcopy(model)).requires_grad_(True)
+# %% ../../nbs/trust/02_unlearning.ipynb #f637e8a4
+def paper_lora(model, r=16, alpha=32, dropout=.05, target_modules=("q_proj", "v_proj")):
+    "E2URec's LoRA on a model that stays frozen; T5 calls the target modules q and v."
+    task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    return lora(model, r, alpha, list(target_modules), dropout, task)
 
-# %% ../../nbs/trust/02_unlearning.ipynb #50139ca9
+# %% ../../nbs/trust/02_unlearning.ipynb #f7aa4896
 def e2urec(
-    model,  # fine-tuned on forget and retain; plain or peft (a copy is merged)
-    tok,
-    forget,
-    retain,  # rows with `prompt` and `completion`, or Prompts
-    alpha: float = 2.0,
-    beta: float = 0.4,  # strength and weight of the forgetting teacher
-    normalise: bool = False,
-    one_sided: bool = True,  # of `forgetting_teacher`
-    aug_steps: int = 1200,
-    aug_lr: float = 5e-5,  # the augmented model: all parameters, forget set only
-    warm_steps: int | None = None,  # steps with the forgetting teacher alone; one epoch of the forget set if None
-    steps: int = 1000,
-    lr: float = 1e-3,  # steps with both teachers
-    remember: bool = True,  # ablation: False leaves the remembering teacher out
-    r: int = 16,
-    lora_alpha: int = 32,
-    dropout: float = 0.05,
-    target_modules=("q_proj", "v_proj"),  # of the new LoRA; T5 calls them "q", "v"
-    batch_size: int = 16,
-    seed: int = 0,
-):
-    "The model with a LoRA that unlearns (E2URec); both teachers' probabilities are kept in memory, rows x vocabulary."
-    for name, v, lo, hi in (
-        ("alpha", alpha, 0, np.inf),
-        ("beta", beta, 0, 1),
-        ("steps", steps, 0, np.inf),
-        ("aug_steps", aug_steps, 0, np.inf),
-        ("warm_steps", warm_steps or 0, 0, np.inf),
-    ):
-        if not lo <= v <= hi:
-            raise ValueError(f"{name}={v}: must be between {lo} and {hi}")
+    model, # fine-tuned on forget and retain; plain or peft (a copy is merged)
+    tok, forget, retain, # rows with `prompt` and `completion`, or Prompts
+    alpha=2., beta=.4, # strength and weight of the forgetting teacher
+    teacher=forgetting_teacher, # (z_o, z_aug, alpha) -> z_f
+    adapt=paper_lora, # plain model -> peft model, e.g. partial(paper_lora, r=8)
+    **schedule): # of `Schedule`
+    "The model with a LoRA that unlearns (E2URec); both teachers' probabilities are kept, rows x vocabulary."
+    if not alpha >= 0 or not 0 <= beta <= 1:
+        raise ValueError(f"alpha={alpha}, beta={beta}: alpha must be at least 0, beta lie between 0 and 1")
+    s = Schedule(**schedule)
     forget, retain = as_request(tok, forget, retain)
     original = merged(model).eval()
-    z_o, z_r = predictions(original, forget), predictions(original, retain)
-    z_aug = predictions(sft(original, forget, aug_steps, aug_lr, batch_size, seed), forget)
-    f = (*forget, forgetting_teacher(z_o, z_aug, alpha, normalise, one_sided).softmax(-1))
-    set_seed(seed)
-    student = lora(
-        original,
-        r,
-        lora_alpha,
-        list(target_modules),
-        dropout,
-        "SEQ_2_SEQ_LM" if original.config.is_encoder_decoder else "CAUSAL_LM",
-    )
-    warm_steps = -(-len(forget.y)//batch_size) if warm_steps is None else warm_steps
-    student = sft(student, f, warm_steps, lr, batch_size, seed, forget_loss)
-    if not remember:
-        return sft(student, f, steps, lr, batch_size, seed+1, forget_loss)
-    return sft(
-        student,
-        (*retain, z_r.softmax(-1)),
-        steps,
-        lr,
-        batch_size,
-        seed,
-        partial(e2urec_loss, beta=beta),
-        beside(f, batch_size, seed),
-    )
+    augmented = sft(original, forget, s.aug_steps, s.aug_lr, s.batch_size, s.seed)
+    z_f = teacher(predictions(original, forget), predictions(augmented, forget), alpha)
+    p_o = predictions(original, retain).softmax(-1)
+    set_seed(s.seed)
+    return imitate(adapt(original), (*forget, z_f.softmax(-1)), (*retain, p_o), beta, s)
 
-# %% ../../nbs/trust/02_unlearning.ipynb #d15d5989
+# %% ../../nbs/trust/02_unlearning.ipynb #41045d48
 def request_gradient(
-    model, n:int, # n: rows that the model was trained on
+    model, n, # n: rows that the model was trained on
     before=None, after=None, # tensors of the rows to be changed, and of what takes their place; None: nothing
-    params=None, loss:Callable=answer_loss, chunk:int=64,
-    ) -> Tensor: # (p,)
+    params=None, loss=answer_loss, chunk=64): # -> (p,)
     "How a request changes the gradient of the empirical risk: IR, QM and RC in one formula (LLMEraser)."
     def total(rows):
         parts = [tuple(t[k:k+chunk] for t in rows) for k in range(0, len(rows[0]), chunk)]
@@ -469,40 +251,33 @@ def request_gradient(
     with eval_mode(model):
         return (0 if after is None else total(after)) - (0 if before is None else total(before))
 
-# %% ../../nbs/trust/02_unlearning.ipynb #d075c4fb
+# %% ../../nbs/trust/02_unlearning.ipynb #b9431c49
 def curvature_products(
-    model, rows:Sequence[Tensor], params,
-    kind:str="ggn", # "ggn": Gauss-Newton, never negative; "hessian": the true one, indefinite for LoRA
-    batch_size:int=64, seed:int=0,
-    loss:Callable=answer_loss, outputs:Callable=next_logits,
-    head:Callable=lambda z, batch: F.cross_entropy(z, batch[2].to(z.device)),
-    ) -> Iterator[Callable]: # endless; each is v -> H_B v for the next mini-batch B
-    "Curvature-vector products on mini-batches (double backward)."
+    model, rows, params, # rows: tensors of n rows each
+    kind="ggn", # "ggn": Gauss-Newton of `answer_loss`, never negative; "hessian": the true one, indefinite for LoRA
+    batch_size=64, seed=0, loss=answer_loss): # -> endless; each is v -> C_B v for the next mini-batch B
+    "Curvature-vector products on mini-batches (double backward), dropout off."
     if kind not in ("ggn", "hessian"):
         raise ValueError(f"kind={kind!r}: must be 'ggn' or 'hessian'")
+    head = lambda z, B: F.cross_entropy(z, B[2].to(z.device))
+    def product(B, v):
+        with eval_mode(model):
+            if kind == "hessian":
+                return hvp(model, loss, B, v, params)
+            return ggn_vp(model, next_logits, head, B, v, params)
     loader = batches(*rows, batch_size=batch_size, seed=seed)
     while True:
-        for B in loader:
-            if kind == "ggn":
-                yield quiet(model, lambda v, B=B: ggn_vp(model, outputs, head, B, v, params))
-            else:
-                yield quiet(model, lambda v, B=B: hvp(model, loss, B, v, params))
+        yield from (partial(product, B) for B in loader)
 
-def quiet(model, f):
-    "f with the model's dropout off."
-    def g(v):
-        with eval_mode(model):
-            return f(v)
-    return g
-
+# %% ../../nbs/trust/02_unlearning.ipynb #07bac7ad
 def stochastic_solve(
-    products:Iterable[Callable], # e.g. from `curvature_products`
-    b:Tensor, # (p,)
-    steps:int, lr:float, # Adam; the rate falls to zero
-    damping:float=0., # lambda: (H + lambda I) Delta = -b
-    path:list|None=None, # collects Delta after each step
-    ) -> Tensor: # (p,) Delta
+    products, b, # products such as `curvature_products`; (p,)
+    steps, lr, # Adam; the rate falls to zero
+    damping=0., # lambda: (C + lambda I) delta = -b
+    path=None): # a list that collects delta after each step -> (p,)
     "Minimise the quadratic of the influence step by mini-batches (LLMEraser)."
+    if steps < 0:
+        raise ValueError(f"steps={steps}: must be at least 0")
     delta = torch.zeros_like(b).requires_grad_()
     opt = torch.optim.Adam([delta], lr=lr, betas=(.9, .99))
     plan = torch.optim.lr_scheduler.LinearLR(opt, 1., 1e-2, max(1, steps))
@@ -514,467 +289,291 @@ def stochastic_solve(
             path.append(delta.detach().clone())
     return delta.detach()
 
-# %% ../../nbs/trust/02_unlearning.ipynb #c5b19ebe
-def adapter_params(model) -> dict[str, nn.Parameter]:
-    "The parameters of the adapter in use; a model without any is refused."
-    P = active_adapter(model)
-    if not P:
-        raise ValueError(
-            "the model has no adapters: LLMEraser moves a LoRA; wrap the model with recbook.lm.lora (or peft) and fine-tune it first"
-        )
-    return P
-
-def settle(
-    model, # peft model; a copy is trained, dropout off
-    rows:Prompts,
-    ridge:float=1e-2, # the loss is the mean cross-entropy + ridge/2 |adapter|^2
-    steps:int=100, tol:float=1e-3, # at most so many L-BFGS steps; stop when no coordinate of the gradient exceeds tol
-    ) -> tuple: # the model, and what it took: dict(evaluations, start, gradient); the last two: largest coordinates
-    "The adapter at a regularised minimum: where an influence step means something."
-    if not 0 <= ridge < np.inf:
-        raise ValueError(f"ridge={ridge}: must be at least 0")
-    m = copy.deepcopy(model).eval()
-    P = adapter_params(m)
-    log = []
-    for k, p in m.named_parameters():
-        p.requires_grad_(k in P)
-    def closure():
-        opt.zero_grad()
-        loss = answer_loss(m, rows) + ridge/2*flatten(P).square().sum()
-        loss.backward()
-        log.append(max(p.grad.abs().max().item() for p in P.values()))
-        return loss
-
-    opt = torch.optim.LBFGS(
-        list(P.values()),
-        lr=1.0,
-        max_iter=steps,
-        max_eval=2 * steps,
-        history_size=50,
-        tolerance_grad=tol,
-        tolerance_change=0.0,
-        line_search_fn="strong_wolfe",
-    )
-    if steps:
-        opt.step(closure)
-    n = len(log)
-    closure()
-    opt.zero_grad()
-    return m, dict(evaluations=n, start=log[0], gradient=log[-1])
-
-# %% ../../nbs/trust/02_unlearning.ipynb #a87fede0
-def full_product(
-    model, rows:Sequence[Tensor], params, kind:str="ggn", batch_size:int=256,
-    ) -> Callable: # v -> H v over all rows
+# %% ../../nbs/trust/02_unlearning.ipynb #d075c4fb
+def full_product(model, rows, params, kind="ggn", batch_size=256): # -> v -> C v over all rows
     "The curvature-vector product on all rows, in chunks."
     parts = [tuple(t[k:k+batch_size] for t in rows) for k in range(0, len(rows[0]), batch_size)]
     each = [next(curvature_products(model, p, params, kind, len(p[0]))) for p in parts]
     return lambda v: sum(len(p[0])/len(rows[0])*f(v) for p, f in zip(parts, each))
 
+def solve_by_adam(model, rows, params, b, damping, steps=100, lr=1e-3, **how): # of `curvature_products` -> (p,)
+    "The paper's solver: mini-batches."
+    return stochastic_solve(curvature_products(model, rows, params, **how), b, steps, lr, damping)
+
+def solve_by_cg(model, rows, params, b, damping, tol=2e-3, kind="ggn"): # -> (p,)
+    "Conjugate gradients on all rows."
+    return solve(full_product(model, rows, params, kind), -b, damping, tol)
+
+# %% ../../nbs/trust/02_unlearning.ipynb #b9d0ed14
 def llmeraser(
     model, # peft model, fine-tuned on forget and retain to (near) a minimum, e.g. by `settle`
     tok, forget, retain, # rows with `prompt` and `completion`, or Prompts
     replace=None, # the rows that take the place of `forget` one by one (QM, RC); None removes them (IR)
-    damping:float=1e-2, # the ridge of the training, or more
-    solver:str="adam", # "adam": mini-batches (LLMEraser); "cg": conjugate gradients on all rows
-    steps:int=100, lr:float=1e-3, batch_size:int=64, # of adam
-    tol:float=2e-3, # of cg
-    kind:str="ggn", seed:int=0,
-    spent:dict|None=None): # is told how many `rows` went through curvature products
+    damping=1e-2, # the ridge of the training, or more
+    solver="adam", # "adam": mini-batches (LLMEraser); "cg": conjugate gradients on all rows
+    **how): # of the solver: steps, lr, batch_size, kind, seed; or tol, kind
     "A copy of the model whose adapter has moved by one influence step (LLMEraser)."
     adapter_params(model)
-    if not 0 <= damping < np.inf:
-        raise ValueError(f"damping={damping}: must be at least 0")
-    if steps < 0:
-        raise ValueError(f"steps={steps}: must be at least 0")
-    if solver not in ("adam", "cg"):
-        raise ValueError(f"solver={solver!r}: must be 'adam' or 'cg'")
+    check_strength("damping", damping)
+    solvers = dict(adam=solve_by_adam, cg=solve_by_cg)
+    if solver not in solvers:
+        raise ValueError(f"solver={solver!r}: must be one of {list(solvers)}")
     forget, retain = as_request(tok, forget, retain)
     after = None if replace is None else encode_prompts(tok, replace)
     if after is not None and len(after.y) != len(forget.y):
         raise ValueError(f"{len(after.y)} rows replace {len(forget.y)}: one for one")
-    m = copy.deepcopy(model).eval()
+    m, rows = copy.deepcopy(model).eval(), joined(forget, retain)
     P = adapter_params(m)
-    rows, used = joined(forget, retain), [0]
     b = request_gradient(m, len(rows.y), forget, after, P)
-    def counted(f, n): return lambda v: (used.__setitem__(0, used[0] + n), f(v))[1]
-    if solver == "cg":
-        delta = solve(counted(full_product(m, rows, P, kind), len(rows.y)), -b, damping, tol)
-    else:
-        delta = stochastic_solve(
-            (counted(f, min(batch_size, len(rows.y))) for f in curvature_products(m, rows, P, kind, batch_size, seed)),
-            b,
-            steps,
-            lr,
-            damping,
-        )
-    add_(P, delta)
-    if spent is not None:
-        spent["rows"] = used[0]
+    add_(P, solvers[solver](m, rows, P, b, damping, **how))
     return m
 
-# %% ../../nbs/trust/02_unlearning.ipynb #9465d0b1
-def as_edges(edges, n_users, n_items) -> np.ndarray: # (m, 2) int64
+# %% ../../nbs/trust/02_unlearning.ipynb #c5b19ebe
+def as_edges(edges, n_users, n_items): # -> (m, 2) int64
     "Edges as whole numbers within the users and items there are."
     e = np.asarray(edges)
-    if not e.size:
-        return np.zeros((0, 2), np.int64)
-    if e.ndim != 2 or e.shape[1] != 2:
+    if e.size and (e.ndim != 2 or e.shape[1] != 2):
         raise ValueError(f"edges of shape {e.shape}: need one row (user, item) an edge")
-    if not np.issubdtype(e.dtype, np.integer):
-        raise ValueError(
-            f"edges of type {e.dtype}: users and items are whole numbers, convert with .astype(int) if yours are"
-        )
-    if e.min() < 0 or e[:, 0].max() >= n_users or e[:, 1].max() >= n_items:
-        raise ValueError(
-            f"an edge outside of {n_users} users x {n_items} items: use the numbers that the model was trained with"
-        )
-    return e.astype(np.int64)
+    if e.size and not np.issubdtype(e.dtype, np.integer):
+        raise ValueError(f"edges of type {e.dtype}: users and items are whole numbers (see Interactions.from_frame)")
+    e = e.reshape(-1, 2).astype(np.int64)
+    if len(e) and (e.min() < 0 or (e >= [n_users, n_items]).any()):
+        raise ValueError(f"an edge outside of {n_users} users x {n_items} items: number them as in training")
+    return e
 
-# %% ../../nbs/trust/02_unlearning.ipynb #a7f4ae82
-def edge_graph(
-    edges:np.ndarray, # (m, 2) user and item of each edge; m may be 0
-    n_users:int, n_items:int,
-    ) -> Tensor: # sparse CSR (N, N), normalised by the degrees within `edges`
-    "The bipartite graph of some edges."
-    edges = as_edges(edges, n_users, n_items)
-    N = n_users + n_items
-    u, i = edges[:, 0], edges[:, 1] + n_users
-    A = sp.csr_matrix((np.ones(2*len(edges), np.float32), (np.r_[u, i], np.r_[i, u])), (N, N))
-    return sparse_tensor(sym_norm(A))
+def edge_graph(edges, n_users, n_items): # -> sparse CSR (N, N), N = n_users + n_items
+    "The bipartite graph of some edges (m, 2), normalised by the degrees within them."
+    u, i = as_edges(edges, n_users, n_items).T + np.array([[0], [n_users]])
+    ones, N = np.ones(2*len(u), np.float32), n_users + n_items
+    return sparse_tensor(sym_norm(sp.csr_matrix((ones, (np.r_[u, i], np.r_[i, u])), (N, N))))
 
+# %% ../../nbs/trust/02_unlearning.ipynb #f287c504
 class InfluenceEncoder(nn.Module):
     "Maps the graph of a request to new layer-0 embeddings (UnlearnRec)."
     def __init__(self,
-        E0:Tensor, # (N, d) trained layer-0 embeddings
-        E:Tensor, # (N, d) final embeddings of the trained model
-        L:int=3, rho:float=.1,
-        eta:float=.002, # start of the withdrawal's weights, twice the learning rate
-        offset:bool=True): # False: leaves l=0 out of H, so that nodes outside the request stay (ours)
+        E0, E, # (N, d) layer-0 and final embeddings of the trained model
+        L=3, rho=.1, eta=.002, # layers; weight of the withdrawal; start of its weights, twice the learning rate
+        offset=True): # False: leaves l=0 out of H, so that nodes outside the request stay (ours)
         super().__init__()
-        if E0.ndim != 2 or E0.shape != E.shape:
-            raise ValueError(
-                f"E0 of shape {tuple(E0.shape)}, E of shape {tuple(E.shape)}: both are (users + items, d), from one model"
-            )
-        if L < 1 or not 0 <= rho < np.inf:
-            raise ValueError(f"L={L}, rho={rho}: need at least one layer and a rho of at least 0")
-        d = E0.shape[1]
-        self.E0, self.H0, self.eta = (
-            nn.Parameter(E0.clone(), False),
-            nn.Parameter(torch.zeros_like(E0)),
-            nn.Parameter(torch.full((len(E0), 1), eta)),
-        )
+        if E0.ndim != 2 or E0.shape != E.shape or L < 1:
+            raise ValueError(f"E0 of shape {tuple(E0.shape)}, E of shape {tuple(E.shape)}, L={L}: (N, d) twice, L > 0")
+        self.L, self.rho, self.offset, self.mlp = L, rho, offset, identity_mlp(E0.shape[1]).requires_grad_(False)
+        self.E0, self.H0 = nn.Parameter(E0.clone(), False), nn.Parameter(torch.zeros_like(E0))
+        self.eta = nn.Parameter(torch.full((len(E0), 1), eta))
         self.register_buffer("E", E.clone())
-        self.L, self.rho, self.offset = L, rho, offset
-        self.mlp = nn.Sequential(*[m for _ in range(2) for m in (nn.Linear(d, d), nn.LeakyReLU(0.99))]).requires_grad_(
-            False
-        )
-        for m in self.mlp[::2]:
-            nn.init.eye_(m.weight)
-            nn.init.zeros_(m.bias)
 
-    def layers(self, A:Tensor) -> list[Tensor]: # L+1 times (N, d)
-        "H_0 and what l steps over the request's graph make of it."
-        H = [self.H0]
+    def layers(self, A, H): # graph of the request, (N, d) -> L+1 times (N, d)
+        "`H` and what l steps over the request's graph make of it."
+        out = [H]
         for _ in range(self.L):
-            H.append(SymMM.apply(A, H[-1]))
-        return H
+            out.append(SymMM.apply(A, out[-1]))
+        return out
 
-    def influence(self, A:Tensor) -> Tensor: # (N, d); A: sparse (N, N) graph of the request
+    def influence(self, A): # -> (N, d)
         "What goes into the MLP: -rho W + H."
-        W, H = self.eta*self.E, self.layers(A)
-        for _ in range(self.L):
-            W = SymMM.apply(A, W)
+        H, W = self.layers(A, self.H0), self.layers(A, self.eta*self.E)[-1]
         return sum(H if self.offset else H[1:]) - self.rho*W
 
-    def forward(self, A:Tensor) -> Tensor: # (N, d) new E0
-        return self.E0 + self.mlp(self.influence(A))
+    def forward(self, A): return self.E0 + self.mlp(self.influence(A)) # -> (N, d) new E0
+
+# %% ../../nbs/trust/02_unlearning.ipynb #055663e4
+def identity_mlp(d):
+    "Two layers that start (nearly) as the identity."
+    mlp = nn.Sequential(*[m for _ in range(2) for m in (nn.Linear(d, d), nn.LeakyReLU(.99))])
+    for m in mlp[::2]:
+        nn.init.eye_(m.weight)
+        nn.init.zeros_(m.bias)
+    return mlp
 
 # %% ../../nbs/trust/02_unlearning.ipynb #f7fd7a8c
 class Graph:
     "Edges (m, 2) of users and items, with the negative sampler and the propagation of LightGCN."
     def __init__(self, edges, n_users, n_items, K=3):
-        edges = as_edges(edges, n_users, n_items)
-        self.edges, self.n_users, self.n_items, self.K = edges, n_users, n_items, K
+        self.edges, self.sizes, self.K = as_edges(edges, n_users, n_items), [n_users, n_items], K
         self.A = edge_graph(edges, n_users, n_items)
-        x = Interactions(pd.DataFrame(edges, columns=["user", "item"]), n_users, n_items)
-        self.sample = uniform_negatives(x)
-    def embed(self, E0): return Smooth.apply(self.A, E0, self.K).split([self.n_users, self.n_items])
+        self.sample = uniform_negatives(Interactions(pd.DataFrame(self.edges, columns=["user", "item"]), *self.sizes))
+    def embed(self, E0): return Smooth.apply(self.A, E0, self.K).split(self.sizes)
+    def epoch(self, batch_size, seed):
+        return batches(*columns(self.edges), batch_size=batch_size, sample=self.sample, seed=seed)
 
-    def loader(self, batch_size, seed):
-        return batches(
-            *(torch.from_numpy(c) for c in self.edges.T.copy()), batch_size=batch_size, sample=self.sample, seed=seed
-        )
+def columns(edges): return [torch.from_numpy(c) for c in np.asarray(edges, np.int64).T.copy()]
 
+# %% ../../nbs/trust/02_unlearning.ipynb #9f7649fe
 def pair_loss(
-    E0:Tensor, # (N, d) layer 0
-    U:Tensor, I:Tensor, # final embeddings
+    E0, U, I, # (N, d) layer 0; final embeddings of users and items
     batch, # u, i, j: users, clicked items, negatives, each (b,)
-    l2:float=0., # weight of the layer-0 rows in the batch
-    ) -> Tensor: # scalar
+    l2=0.): # weight of the layer-0 rows in the batch -> scalar
     "The recommender's own loss: BPR, with L2 as in LightGCN."
     u, i, j = batch
     rank = F.softplus((U[u]*(I[j] - I[i])).sum(1)).mean()
     return rank + l2*E0[torch.cat([u, len(U)+i, len(U)+j])].square().sum()/(2*len(u))
 
-def push_loss(U:Tensor, I:Tensor, edges:np.ndarray) -> Tensor: # final embeddings, (m, 2) -> scalar
+def push_loss(U, I, edges): # final embeddings, (m, 2) -> scalar
     "Mean -log sigmoid(-score) of the edges to forget (UnlearnRec, L_u)."
-    u, i = (torch.from_numpy(c) for c in edges.T.copy())
+    u, i = columns(edges)
     return F.softplus((U[u]*I[i]).sum(1)).mean()
 
+# %% ../../nbs/trust/02_unlearning.ipynb #7ecbc7cd
 def keep_loss(
-    S:Tensor, S0:Tensor, # (b, b) scores of a batch's users and items, new and original; the diagonal is positive
-    tau:float=1.) -> Tensor: # scalar
+    S, S0, # (b, b) scores of a batch's users and items, new and original; the diagonal is positive
+    tau=1.): # temperature -> scalar
     "In-batch log-probabilities of remaining pairs stay what they were (UnlearnRec, L_p)."
     return ((S/tau).log_softmax(1).diagonal() - (S0/tau).log_softmax(1).diagonal()).square().mean()
 
-def contrast_loss(
-    H1:Tensor, H2:Tensor, # (b, d) two views of the same nodes; the first is held fixed
-    ) -> Tensor: # scalar
+# %% ../../nbs/trust/02_unlearning.ipynb #0ad2e632
+def contrast_loss(H1, H2): # (b, d) two views of the same nodes; the first is held fixed -> scalar
     "InfoNCE of cosine similarities (UnlearnRec, L_c)."
-    a, b = F.normalize(H1.detach(), dim=1), F.normalize(H2, dim=1)
-    return -(a @ b.T).log_softmax(1).diagonal().mean()
-
-# %% ../../nbs/trust/02_unlearning.ipynb #9f7649fe
-def pretrain_encoder(
-    encoder:InfluenceEncoder,
-    edges:np.ndarray, n_users:int, n_items:int, # what the recommender was trained on
-    epochs:int=40, every:int=5, # epochs, and after how many a new request is drawn
-    share:float=.2, # of all edges, in a simulated request
-    weights=(1., .005, 1e-3), # lambda_u, lambda_p, lambda_c
-    lr:float=1e-3, l2:float=1e-4, batch_size:int=1024, seed:int=0) -> InfluenceEncoder: # trained in place
-    "Teach the encoder to answer simulated requests; only H_0 and eta move."
-    if not 0 < share < 1:
-        raise ValueError(f"share={share}: a simulated request is between none and all of the edges")
-    edges = as_edges(edges, n_users, n_items)
-    if len(encoder.E) != n_users + n_items:
-        raise ValueError(f"n_users={n_users}, n_items={n_items}: the encoder has embeddings of {len(encoder.E)} nodes")
-    encoder.trained = edges[:, 0]*n_items + edges[:, 1]
-    rng, opt = np.random.default_rng(seed), torch.optim.Adam([encoder.H0, encoder.eta], lr=lr)
-    U0, I0 = encoder.E.split([n_users, n_items])
-    for epoch in range(epochs):
-        if epoch % every == 0:
-            gone = rng.random(len(edges)) < share
-            g, A = Graph(edges[~gone], n_users, n_items), edge_graph(edges[gone], n_users, n_items)
-            thin = edge_graph(edges[gone][rng.random(gone.sum()) >= .05], n_users, n_items)
-        for u, i, j in g.loader(batch_size, seed + epoch):
-            E0 = encoder(A)
-            U, I = g.embed(E0)
-            loss = (
-                pair_loss(E0, U, I, (u, i, j), l2)
-                + weights[0] * push_loss(U, I, edges[gone])
-                + weights[1] * keep_loss(U[u] @ I[i].T, U0[u] @ I0[i].T)
-            )
-            nodes = torch.cat([u.unique(), n_users + i.unique()])
-            loss = loss + weights[2] * sum(
-                contrast_loss(a[nodes], b[nodes]) for a, b in zip(encoder.layers(A)[1:], encoder.layers(thin)[1:])
-            )
-            opt.zero_grad()
-            loss.backward()
-            opt.step()
-    return encoder
+    return -(F.normalize(H1.detach(), dim=1) @ F.normalize(H2, dim=1).T).log_softmax(1).diagonal().mean()
 
 # %% ../../nbs/trust/02_unlearning.ipynb #cccf97fa
-def as_edge_request(forget, remaining, n_users, n_items) -> tuple[np.ndarray, np.ndarray]:
-    "Both sets as arrays of (user, item), after checking that this is a request that can be answered."
-    if not len(forget):
-        raise ValueError("the forget set is empty: there is nothing to forget, keep the model")
-    if not len(remaining):
-        raise ValueError("nothing remains: everything is to be forgotten, there is no model left to keep")
+class Simulated:
+    "A random request: what is to go, its graph, a thinned one, and the graph that remains."
+    def __init__(self, edges, n_users, n_items, share, rng):
+        asked = rng.random(len(edges)) < share
+        self.gone, self.rest = edges[asked], Graph(edges[~asked], n_users, n_items)
+        kept = self.gone[rng.random(len(self.gone)) >= .05]
+        self.A, self.thin = (edge_graph(e, n_users, n_items) for e in (self.gone, kept))
+
+def simulated_batches(edges, n_users, n_items, epochs, every=5, share=.2, batch_size=1024, seed=0):
+    "(request, batch) pairs over some epochs; a new request is drawn after every `every` epochs."
+    if not 0 < share < 1:
+        raise ValueError(f"share={share}: a simulated request is between none and all of the edges")
+    rng = np.random.default_rng(seed)
+    for epoch in range(epochs):
+        if epoch % every == 0:
+            x = Simulated(edges, n_users, n_items, share, rng)
+        for batch in x.rest.epoch(batch_size, seed + epoch):
+            yield x, batch
+
+# %% ../../nbs/trust/02_unlearning.ipynb #0aea93c0
+def encoder_loss(
+    encoder, x, batch, # InfluenceEncoder, Simulated, and u, i, j of remaining edges
+    weights=(1., .005, 1e-3), l2=1e-4): # lambda_u, lambda_p, lambda_c; of the layer-0 rows -> scalar
+    "All four losses (UnlearnRec)."
+    E0, (U0, I0), (u, i, _) = encoder(x.A), encoder.E.split(x.rest.sizes), batch
+    U, I = x.rest.embed(E0)
+    nodes = torch.cat([u.unique(), len(U) + i.unique()])
+    views = zip(*(encoder.layers(A, encoder.H0)[1:] for A in (x.A, x.thin)))
+    alike = sum(contrast_loss(a[nodes], b[nodes]) for a, b in views)
+    others = push_loss(U, I, x.gone), keep_loss(U[u] @ I[i].T, U0[u] @ I0[i].T), alike
+    return pair_loss(E0, U, I, batch, l2) + sum(w*loss for w, loss in zip(weights, others))
+
+def pretrain_encoder(
+    encoder, edges, n_users, n_items, # InfluenceEncoder, trained in place; (m, 2) what the recommender was trained on
+    epochs=40, lr=1e-3,
+    loss=encoder_loss, # e.g. partial(encoder_loss, weights=...)
+    **how): # of `simulated_batches`: every, share, batch_size, seed
+    "Teach the encoder to answer simulated requests; only H_0 and eta move (UnlearnRec)."
+    edges = as_edges(edges, n_users, n_items)
+    check_graph(encoder, edges[:0], n_users, n_items)
+    encoder.trained = edges @ [n_items, 1]
+    opt = torch.optim.Adam([encoder.H0, encoder.eta], lr=lr)
+    for x, batch in simulated_batches(edges, n_users, n_items, epochs, **how):
+        opt.zero_grad()
+        loss(encoder, x, batch).backward()
+        opt.step()
+    return encoder
+
+# %% ../../nbs/trust/02_unlearning.ipynb #d7efd01e
+def as_edge_request(forget, remaining, n_users, n_items): # -> (m, 2), (r, 2)
+    "Both sets as edges, after checking that this is a request that can be answered."
     f, r = (as_edges(x, n_users, n_items) for x in (forget, remaining))
+    if not len(f) or not len(r):
+        raise ValueError("nothing remains: start anew" if len(f) else "nothing to forget: the forget set is empty")
     for name, x in (("forget", f), ("remaining", r)):
         if len(np.unique(x, axis=0)) < len(x):
             raise ValueError(f"the {name} set holds an edge twice: drop repetitions, as in training")
-    both = np.intersect1d(f[:, 0]*n_items + f[:, 1], r[:, 0]*n_items + r[:, 1])
-    if len(both):
-        raise ValueError(
-            f"{len(both)} edge(s) are in both sets, such as {divmod(int(both[0]), n_items)}: an edge is either forgotten or remains"
-        )
+    if len(both := np.intersect1d(f @ [n_items, 1], r @ [n_items, 1])):
+        raise ValueError(f"{len(both)} edge(s) are in both sets, such as {divmod(int(both[0]), n_items)}: decide")
     return f, r
 
-def check_graph(model, forget, remaining, n_users, n_items):
-    "Does the model belong to these users, items and edges? A LightGCN still has the graph that it was trained on."
-    if len(model.E0) != n_users + n_items:
-        raise ValueError(f"n_users={n_users}, n_items={n_items}: the model has embeddings of {len(model.E0)} nodes")
-    if not isinstance(model, LightGCN):
-        trained = getattr(model, "trained", None)
-    elif model.n_users != n_users:
-        raise ValueError(f"n_users={n_users}: the model was trained with {model.n_users}")
-    else:
-        A = model.A.to_sparse_coo().coalesce().indices().cpu().numpy()
-        trained = A[0][A[0] < n_users]*n_items + A[1][A[0] < n_users] - n_users
-    if trained is None:
-        return
-    unknown = forget[~np.isin(forget[:, 0]*n_items + forget[:, 1], trained)]
-    if len(unknown):
-        raise ValueError(
-            f"{len(unknown)} edge(s) to forget, such as {tuple(unknown[0].tolist())}, were never trained on: there is nothing to forget about them"
-        )
-
-def graph_model(A:Tensor, E0:Tensor, n_users:int, K:int=3) -> LightGCN:
-    "A LightGCN with these layer-0 embeddings."
-    m = LightGCN(A, n_users, E0.shape[1], K)
-    with torch.no_grad():
-        m.E0.copy_(E0)
-    return m
-
-# %% ../../nbs/trust/02_unlearning.ipynb #0aea93c0
-def unlearn_edges(
-    model:InfluenceEncoder|LightGCN, # a pre-trained encoder; or the recommender itself: tuned without an encoder
-    forget:np.ndarray, remaining:np.ndarray, # (m, 2) edges
-    n_users:int, n_items:int, steps:int=10, lr:float=1e-3, # steps=0: the encoder's answer as it is
-    push:float=.2, keep:float=0., l2:float=1e-4, # weights of L_u, L_p and of the layer-0 rows
-    ascend:bool=False, # gradient ascent on the BPR loss of the forgotten edges instead
-    valid:np.ndarray|None=None, # (m, 2) edges; the step with the lowest BPR loss on them is kept
-    batch_size:int=1024, seed:int=0) -> LightGCN:  # on the remaining graph
-    "Answer one request (UnlearnRec): the encoder's pass, then a few steps of the embeddings and its MLP; the model given is not touched."
-    forget, remaining = as_edge_request(forget, remaining, n_users, n_items)
-    check_graph(model, forget, remaining, n_users, n_items)
-    if steps < 0:
-        raise ValueError(f"steps={steps}: must be at least 0")
-    g, before = (Graph(e, n_users, n_items) for e in (remaining, np.r_[remaining, forget]))
-    f, encoder = torch.from_numpy(forget.copy()), isinstance(model, InfluenceEncoder)
-    E = nn.Parameter(model.E0.detach().clone())
-    mlp = copy.deepcopy(model.mlp).requires_grad_(True) if encoder else None
-    with torch.no_grad():
-        x = model.influence(edge_graph(forget, n_users, n_items)) if encoder else None
-        U0, I0 = (model.E if encoder else torch.cat(model())).split([n_users, n_items])
-    answer = (lambda: E + mlp(x)) if encoder else (lambda: E)
-    opt, batch_of = (
-        torch.optim.Adam([E, *(mlp.parameters() if encoder else [])], lr=lr),
-        (b for e in range(steps) for b in g.loader(batch_size, seed + e)),
-    )
-    held = None if valid is None else g.sample(*torch.from_numpy(np.asarray(valid, np.int64).T.copy()))
-    best = (np.inf, answer().detach().clone())
-    for _, (u, i, j) in zip(range(steps), batch_of):
-        E0 = answer()
-        U, I = g.embed(E0)
-        if ascend:
-            loss = -pair_loss(E0, U, I, before.sample(f[:, 0], f[:, 1]))
-        else:
-            loss = pair_loss(E0, U, I, (u, i, j), l2) + push*push_loss(U, I, forget)
-            if keep:
-                loss = loss + keep*keep_loss(U[u] @ I[i].T, U0[u] @ I0[i].T)
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        with torch.no_grad():
-            E0 = answer()
-            score = 0. if held is None else pair_loss(E0, *g.embed(E0), held).item()
-        if held is None or score < best[0]:
-            best = (score, E0.clone())
-    return graph_model(g.A, best[1], n_users, g.K)
-
-# %% ../../nbs/trust/02_unlearning.ipynb #d7efd01e
-class Scores(nn.Module):
-    "Score differences of (user, clicked, negative) as a function of the final embeddings."
-    def __init__(self, E): super().__init__(); self.E = nn.Parameter(E.clone())
-
-    def forward(self, batch):
-        u, i, j = batch
-        return (self.E[u] * (self.E[i] - self.E[j])).sum(1)  # items numbered after the users
-
-
-def graph_influence(
-    model:LightGCN, forget:np.ndarray, remaining:np.ndarray, n_users:int, n_items:int,
-    damping:float=1e-3, negatives:int=5, # of each edge, fixed
-    tol:float=.05, seed:int=0) -> tuple[LightGCN, int]: # the model on the remaining graph, products used
-    "One influence step on the layer-0 embeddings of a graph recommender (GIF: edges and smoothing change at once)."
-    forget, remaining = as_edge_request(forget, remaining, n_users, n_items)
-    check_graph(model, forget, remaining, n_users, n_items)
-    full, rest = (Graph(e, n_users, n_items) for e in (np.r_[remaining, forget], remaining))
-    u, i = torch.from_numpy(full.edges.T.copy()).repeat(1, negatives)
-    u, i, j = full.sample(u, i)
-    rows = (u, n_users + i, n_users + j)
-    stays = (torch.arange(len(full.edges)) < len(remaining)).repeat(negatives)
-    smooth, E0, loss = (
-        (lambda g, X: horner(g.A, X, g.K)),
-        model.E0.detach(),
-        lambda m, b: F.softplus(-m(b)).sum() / len(u),
-    )
-    def gradient(g, rows): m = Scores(smooth(g, E0)); return smooth(g, grad_of(m, loss, rows).reshape(E0.shape))
-    b = (gradient(rest, tuple(t[stays] for t in rows)) - gradient(full, rows)).flatten()
-    m, n = Scores(smooth(full, E0)), [0]
-    def product(v):
-        n[0] += 1
-        Fv = smooth(full, v.reshape(E0.shape))
-        Hv = ggn_vp(m, lambda m, b: m(b), lambda z, b: F.softplus(-z).sum()/len(u), rows, Fv.flatten())
-        return smooth(full, Hv.reshape(E0.shape)).flatten()
-    delta = solve(product, -b, damping, tol)
-    return graph_model(rest.A, E0 + delta.reshape(E0.shape), n_users, full.K), n[0]
-
 # %% ../../nbs/trust/02_unlearning.ipynb #495f76fb
-def balanced_shards(
-    vectors:Tensor, # (n, d) of users
-    n_shards:int=4, rounds:int=10, seed:int=0,
-    ) -> np.ndarray:  # (n,) shard of each user
-    "Shards of similar users in equal numbers (RecEraser's partition): k-means where the nearest pairs are placed first and full shards take no more."
-    X = vectors.detach().double().numpy()
-    n, most = len(X), -(-len(X)//n_shards)
-    centres = X[np.random.default_rng(seed).choice(n, n_shards, replace=False)]
-    for _ in range(rounds):
-        D = ((X[:, None] - centres)**2).sum(2)
-        shard, room = np.full(n, -1), np.full(n_shards, most)
-        for k in np.argsort(D, axis=None, kind="stable"):
-            x, c = divmod(int(k), n_shards)
-            if shard[x] < 0 and room[c]:
-                shard[x], room[c] = c, room[c] - 1
-        centres = np.stack([X[shard == c].mean(0) if (shard == c).any() else centres[c] for c in range(n_shards)])
-    return shard
+def trained_edges(model, n_users, n_items):
+    "Numbers of the edges a model was trained on: a LightGCN still has its graph, an encoder remembers; else None."
+    if not isinstance(model, LightGCN):
+        return getattr(model, "trained", None)
+    row, col = model.A.to_sparse_coo().coalesce().indices().cpu().numpy()
+    return (row*n_items + col - n_users)[row < n_users]
 
-def shard_models(
-    train: Callable,  # edges -> model trained on them
-    edges: np.ndarray,  # (m, 2) what is left to train on
-    shard: np.ndarray,  # (n_users,) from `balanced_shards`
-    before: list | None = None,
-    forget: np.ndarray
-    | None = None,  # models of an earlier call and the edges forgotten since: only their shards are trained again
-) -> list:  # one model a shard
-    "One recommender a shard of users (RecEraser)."
-    if (before is None) != (forget is None):
-        raise ValueError("before and forget belong together: earlier models, and the edges forgotten since")
-    n = int(shard.max()) + 1
-    touched = set(range(n)) if before is None else set(shard[np.asarray(forget)[:, 0]].tolist())
-    if before is not None and len(before) != n:
-        raise ValueError(f"{len(before)} models for {n} shards: pass those of the earlier call")
-    if empty := touched - set(shard[edges[:, 0]].tolist()):
-        raise ValueError(f"shard {min(empty)} has no edges to train on: use fewer shards")
-    return [train(edges[shard[edges[:, 0]] == k]) if k in touched else before[k] for k in range(n)]
+def check_graph(model, forget, n_users, n_items):
+    "Does the model belong to these users, items and edges?"
+    if len(model.E0) != n_users + n_items or getattr(model, "n_users", n_users) != n_users:
+        raise ValueError(f"n_users={n_users}, n_items={n_items}: the model has others, {len(model.E0)} in all")
+    known = trained_edges(model, n_users, n_items)
+    unknown = forget[:0] if known is None else forget[~np.isin(forget @ [n_items, 1], known)]
+    if len(unknown):
+        edge = tuple(unknown[0].tolist())
+        raise ValueError(f"{len(unknown)} edge(s) to forget, such as {edge}, were never trained on: leave them out")
 
 # %% ../../nbs/trust/02_unlearning.ipynb #f25c992b
-class ShardAttention(nn.Module):
-    "Mixes the embeddings of shard models: a map for each shard, an attention for users and one for items (RecEraser's adaptive aggregation)."
-    def __init__(self, n_shards:int, dim:int, n_users:int):
+class Answer(nn.Module):
+    "Layer-0 embeddings that answer a request: an encoder's, or those of a recommender as they are; all can be tuned."
+    def __init__(self, model, A): # InfluenceEncoder or LightGCN; graph of the request
         super().__init__()
-        self.W, self.b, self.n_users = (
-            nn.Parameter(torch.eye(dim).repeat(n_shards, 1, 1)),
-            nn.Parameter(torch.zeros(n_shards, dim)),
-            n_users,
-        )
-        def attention(): return nn.Sequential(nn.Linear(dim, dim//2), nn.ReLU(), nn.Linear(dim//2, 1, bias=False))
-        self.of_users, self.of_items = attention(), attention()
+        self.E, self.mlp = nn.Parameter(model.E0.detach().clone()), None
+        if isinstance(model, InfluenceEncoder):
+            self.mlp, self.x = copy.deepcopy(model.mlp).requires_grad_(True), model.influence(A).detach()
+    def forward(self): return self.E if self.mlp is None else self.E + self.mlp(self.x)
 
-    def forward(self, E:Tensor) -> tuple[Tensor, Tensor]: # (N, S, d) -> (N, d), weights (N, S)
-        X = torch.einsum("nsd,sed->nse", E, self.W) + self.b
-        users, items = X.split([self.n_users, len(X) - self.n_users])
-        a = torch.cat([self.of_users(users), self.of_items(items)]).softmax(1)
-        return (a*X).sum(1), a[..., 0]
+class Asked(NamedTuple):
+    "A request to a recommender."
+    forget:np.ndarray # (m, 2)
+    E:torch.Tensor # (N, d) final embeddings before
+    rest:Graph # what remains
+    sample:object # u, i -> u, i, j: negatives that were never an edge
 
-def receraser(
-    models:list[LightGCN], # of `shard_models`; not touched
-    edges:np.ndarray, n_users:int, n_items:int, # (m, 2) all that is left to train on
-    epochs:int=30, lr:float=1e-3, l2:float=1e-4, batch_size:int=1024, seed:int=0) -> LightGCN: # on the graph of `edges`
-    "Shard models as one recommender (RecEraser); after a request, train the touched shards and this again."
-    g, E = Graph(edges, n_users, n_items), torch.stack([m.E0.detach() for m in models], 1)
-    set_seed(seed)
-    mix = ShardAttention(len(models), E.shape[2], n_users)
-    opt = torch.optim.Adam(mix.parameters(), lr=lr)
-    for epoch in range(epochs):
-        for batch in g.loader(batch_size, seed + epoch):
-            E0, _ = mix(E)
-            loss = pair_loss(E0, *g.embed(E0), batch, l2)
-            opt.zero_grad()
-            loss.backward()
-            opt.step()
-    with torch.no_grad():
-        return graph_model(g.A, mix(E)[0], n_users, g.K)
+# %% ../../nbs/trust/02_unlearning.ipynb #cb2d0ef9
+def request_loss(
+    E0, asked, batch, # (N, d), Asked, and u, i, j of remaining edges
+    push=.2, keep=0., l2=1e-4): # weights of L_u, L_p and of the layer-0 rows -> scalar
+    "What a request is tuned for (UnlearnRec)."
+    (U, I), (U0, I0), (u, i, _) = asked.rest.embed(E0), asked.E.split(asked.rest.sizes), batch
+    loss = pair_loss(E0, U, I, batch, l2) + push*push_loss(U, I, asked.forget)
+    return loss + keep*keep_loss(U[u] @ I[i].T, U0[u] @ I0[i].T) if keep else loss
+
+def ascent_loss(E0, asked, batch): # -> scalar
+    "Gradient ascent on the BPR loss of the forgotten edges."
+    return -pair_loss(E0, *asked.rest.embed(E0), asked.sample(*columns(asked.forget)))
+
+# %% ../../nbs/trust/02_unlearning.ipynb #6925f250
+def tune_answer(
+    answer, asked, loss, # Answer, tuned in place; Asked; (E0, asked, batch) -> scalar
+    steps, lr,
+    valid=None, # (m, 2) edges; the step with the lowest BPR loss on them is kept
+    batch_size=1024, seed=0): # -> (N, d)
+    "A few steps of a request's answer."
+    if steps < 0:
+        raise ValueError(f"steps={steps}: must be at least 0")
+    g, opt = asked.rest, torch.optim.Adam(answer.parameters(), lr=lr)
+    held = None if valid is None else g.sample(*columns(valid))
+    score = lambda E0: 0. if held is None else pair_loss(E0, *g.embed(E0), held).item()
+    best, lowest = answer().detach().clone(), score(answer().detach())
+    for _, batch in zip(range(steps), (b for e in range(steps) for b in g.epoch(batch_size, seed + e))):
+        opt.zero_grad()
+        loss(answer(), asked, batch).backward()
+        opt.step()
+        E0 = answer().detach().clone()
+        if (now := score(E0)) <= lowest:
+            best, lowest = E0, now
+    return best
+
+# %% ../../nbs/trust/02_unlearning.ipynb #c3895b61
+def unlearn_edges(
+    model, # a pre-trained InfluenceEncoder; or the LightGCN itself: tuned without an encoder; not touched
+    forget, remaining, n_users, n_items, # (m, 2) edges
+    steps=10, lr=1e-3, # steps=0: the encoder's answer as it is
+    loss=request_loss, # (E0, asked, batch) -> scalar; e.g. partial(request_loss, push=1.), or ascent_loss
+    **how): # of `tune_answer`: valid, batch_size, seed -> LightGCN on the remaining graph
+    "Answer one request (UnlearnRec): the encoder's pass, then a few steps."
+    forget, remaining = as_edge_request(forget, remaining, n_users, n_items)
+    check_graph(model, forget, n_users, n_items)
+    g, before = (Graph(e, n_users, n_items) for e in (remaining, np.r_[remaining, forget]))
+    E = model.E if isinstance(model, InfluenceEncoder) else torch.cat(model()).detach()
+    answer = Answer(model, edge_graph(forget, n_users, n_items))
+    return graph_model(g, tune_answer(answer, Asked(forget, E, g, before.sample), loss, steps, lr, **how))
+
+def graph_model(g, E0): # Graph, (N, d)
+    "A LightGCN with these layer-0 embeddings."
+    m = LightGCN(g.A, g.sizes[0], E0.shape[1], g.K)
+    m.E0.data.copy_(E0)
+    return m
