@@ -341,10 +341,10 @@ def bytecode(code, doc=None):
 def package_code(names):
     "Digest parts for definitions of the package; walked again when a file of the package has changed."
     files = Path(find_spec(PACKAGE).origin).parent.rglob("*.py")
-    return ["package", code_at(tuple(names), tuple(sorted((str(f), f.stat().st_mtime_ns) for f in files)))]
+    return ["package", code_at(module_of, tuple(names), tuple(sorted((str(f), f.stat().st_mtime_ns) for f in files)))]
 
 @functools.lru_cache(4096)
-def code_at(names, stamps): return json.dumps(sorted((m, n, c) for (m, n), c in reach(names).items()))
+def code_at(look, names, stamps): return json.dumps(sorted((m, n, c) for (m, n), c in reach(names).items()))
 
 @functools.cache
 def distribution(top): # top-level module -> "name version"

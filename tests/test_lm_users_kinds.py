@@ -62,9 +62,11 @@ def test_opt_shows_its_keys_in_rows(tok):
         m(**x)
     h.remove()
     want = l.activation_fn(seen["o"]).view(3, -1, seen["o"].shape[-1])
-    got = list(E.all_keys(m, tok, TEXTS[:3], l.fc2))[0]
-    assert torch.allclose(got, want[x["attention_mask"].bool()].double(), atol=1e-5)
-    at = E.read_sites(m, tok, TEXTS[:3], [""]*3, "last", l.fc2, side="in")
+    got = E.passes(m, l.fc2, x)[0]
+    assert torch.allclose(got, want, atol=1e-5)
+    K = want[x["attention_mask"].bool()].double()
+    assert torch.allclose(E.key_moments(m, tok, TEXTS[:3], l.fc2), K.T @ K/len(K), atol=1e-5)
+    at = E.read_at(m, tok, (ids, [len(i)-1 for i in ids]), l.fc2, "in")
     assert torch.allclose(at, torch.stack([want[k, len(i)-1] for k, i in enumerate(ids)]), atol=1e-5)
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -166,10 +168,10 @@ def test_subjects_are_found_as_words_and_in_any_alphabet(tok):
         ("the 🙂 song", "🙂"),
         ("Also Al likes it", "Al"),
     ):
-        (ids,), (at,) = E.sites(tok, [text], [s], "subject_last")
+        (ids,), (at,) = E.sites(tok, [E.Edit(s, text, " x")], "subject_last")
         end = E.place_in(text, s) + len(s)
         assert tok.decode(ids[:at+1], skip_special_tokens=True) == text[:end]
-        double, _ = E.sites(tok, ["<bos>" + text], [s], "subject_last")
+        double, _ = E.sites(tok, [E.Edit(s, "<bos>" + text, " x")], "subject_last")
         assert double[0] == ids
 
 E_BAD = [
@@ -204,7 +206,7 @@ def test_bad_requests(tok, texts):
             E.edit(m, tok, [bad], "ft")
     with pytest.raises(ValueError, match="two answers"):
         E.edit(m, tok, [ASKS[0], E.Edit("France", ASKS[0].prompt, "green")], "ft")
-    with pytest.raises(ValueError, match="layer 1"):
+    with pytest.raises(ValueError, match=r"layer \[1\]"):
         E.edit(m, tok, ASKS, "memit", memory=E.remember(m, tok, texts, (0,)))
     with pytest.raises(ValueError, match="no old"):
         E.evaluate_edits(m, tok, ASKS)

@@ -432,6 +432,7 @@ def options_of(given):
         need = "positive" if k in ("lam", "mu", "steps", "share") else "at least 0"
         low = isinstance(v, (int, float)) and not (0 <= v < np.inf and (v or need == "at least 0"))
         refuse(low, f"{k}={v}: must be {need}")
+    refuse(given.get("share", 1) > 1, f"share={given.get('share')}: must not be above 1")
     refuse(given.get("site", "last") not in ("last", "subject_last"), f"site={given.get('site')!r}: 'last' or "
                                                                       f"'subject_last'")
     return SimpleNamespace(**(OPTIONS | given))
