@@ -8,7 +8,6 @@ from recbook.data import root
 BOOK = yaml.safe_load((root()/"_quarto.yml").read_text(encoding="utf-8"))["book"]["chapters"]
 ORDER = [c for part in BOOK for c in (part["chapters"] if isinstance(part, dict) else [part])]
 CHAPTERS = [c for c in ORDER if c.split("/")[0] not in ("foundations", "workshop") and "/" in c]
-PENDING = {"unlearning", "editing"} # not yet moved onto `trials`
 LARGE = {"implicit", "unlearning", "editing"} # still above the sizes
 NO_WORDS = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
@@ -68,7 +67,7 @@ def test_cells_and_functions_can_be_read(rel):
     assert max(p for _, _, p in fs) <= 8, [f for f in fs if f[2] > 8]
 
 
-@pytest.mark.parametrize("rel", owned(PENDING, "not yet moved onto trials"), ids=area)
+@pytest.mark.parametrize("rel", CHAPTERS, ids=area)
 def test_experiments_go_through_trials(rel):
     text = "\n".join(code(rel))
     assert re.search(r"\bover_seeds\(", text) and re.search(r"\bmeasure\(", text)
@@ -106,7 +105,7 @@ def test_no_module_of_the_house_is_too_large():
     assert max(big.values()) <= 25 * 1024, {n: s for n, s in big.items() if s > 25 * 1024}
 
 
-@pytest.mark.parametrize("rel", [c for c in ORDER if "/" in c and area(c) not in PENDING], ids=area)
+@pytest.mark.parametrize("rel", [c for c in ORDER if "/" in c], ids=area)
 def test_no_book_only_syntax_shows_in_a_notebook(rel):
     bad = [s for c in cells(rel) if c["cell_type"] == "markdown" for s in [("".join(c["source"]))] if ":::" in s]
     assert not bad, "Quarto's blocks show as text in Jupyter, GitHub and Colab: fold with <details>"

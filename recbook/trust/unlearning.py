@@ -29,7 +29,7 @@ __all__ = ['kl', 'jsd', 'symmetric_kl', 'true_logprob', 'check_sets', 'area', 'b
            'llmeraser', 'as_edges', 'edge_graph', 'InfluenceEncoder', 'identity_mlp', 'Graph', 'columns', 'pair_loss',
            'push_loss', 'keep_loss', 'contrast_loss', 'Simulated', 'simulated_batches', 'encoder_loss',
            'pretrain_encoder', 'as_edge_request', 'trained_edges', 'check_graph', 'Answer', 'Asked', 'request_loss',
-           'ascent_loss', 'tune_answer', 'unlearn_edges', 'graph_model', 'Prompts', 'adapter_params', 'answer_loss',
+           'ascent_loss', 'refine_answer', 'unlearn_edges', 'graph_model', 'Prompts', 'adapter_params', 'answer_loss',
            'click_prompts', 'encode_prompts', 'merged', 'settle', 'sft']
 
 # %% ../../nbs/trust/02_unlearning.ipynb #0000000c
@@ -536,7 +536,7 @@ def ascent_loss(E0, asked, batch): # -> scalar
     return -pair_loss(E0, *asked.rest.embed(E0), asked.sample(*columns(asked.forget)))
 
 # %% ../../nbs/trust/02_unlearning.ipynb #6925f250
-def tune_answer(
+def refine_answer(
     answer, asked, loss, # Answer, tuned in place; Asked; (E0, asked, batch) -> scalar
     steps, lr,
     valid=None, # (m, 2) edges; the step with the lowest BPR loss on them is kept
@@ -563,14 +563,14 @@ def unlearn_edges(
     forget, remaining, n_users, n_items, # (m, 2) edges
     steps=10, lr=1e-3, # steps=0: the encoder's answer as it is
     loss=request_loss, # (E0, asked, batch) -> scalar; e.g. partial(request_loss, push=1.), or ascent_loss
-    **how): # of `tune_answer`: valid, batch_size, seed -> LightGCN on the remaining graph
+    **how): # of `refine_answer`: valid, batch_size, seed -> LightGCN on the remaining graph
     "Answer one request (UnlearnRec): the encoder's pass, then a few steps."
     forget, remaining = as_edge_request(forget, remaining, n_users, n_items)
     check_graph(model, forget, n_users, n_items)
     g, before = (Graph(e, n_users, n_items) for e in (remaining, np.r_[remaining, forget]))
     E = model.E if isinstance(model, InfluenceEncoder) else torch.cat(model()).detach()
     answer = Answer(model, edge_graph(forget, n_users, n_items))
-    return graph_model(g, tune_answer(answer, Asked(forget, E, g, before.sample), loss, steps, lr, **how))
+    return graph_model(g, refine_answer(answer, Asked(forget, E, g, before.sample), loss, steps, lr, **how))
 
 def graph_model(g, E0): # Graph, (N, d)
     "A LightGCN with these layer-0 embeddings."
