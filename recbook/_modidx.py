@@ -1710,5 +1710,6 @@ d = { 'settings': { 'branch': 'main',
                                'recbook.world.exercises': ('foundations/world.html#exercises', 'recbook/world.py'),
                                'recbook.world.finite': ('foundations/world.html#finite', 'recbook/world.py'),
                                'recbook.world.noisy_copy': ('foundations/world.html#noisy_copy', 'recbook/world.py'),
+                               'recbook.world.review_text': ('foundations/world.html#review_text', 'recbook/world.py'),
                                'recbook.world.unique_titles': ('foundations/world.html#unique_titles', 'recbook/world.py'),
                                'recbook.world.world_sequences': ('foundations/world.html#world_sequences', 'recbook/world.py')}}}

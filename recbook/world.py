@@ -16,8 +16,8 @@ from scipy.stats import norm
 from .data import Interactions, whole_number
 
 # %% auto #0
-__all__ = ['CUES', 'ASPECTS', 'REQUEST', 'ITEM', 'TASTES', 'OCCASIONS', 'finite', 'World', 'aspect', 'unique_titles', 'exercises',
-           'noisy_copy', 'world_sequences', 'Crowd']
+__all__ = ['CUES', 'ASPECTS', 'TONES', 'WRITES', 'REQUEST', 'ITEM', 'TASTES', 'OCCASIONS', 'finite', 'World', 'aspect',
+           'unique_titles', 'review_text', 'exercises', 'noisy_copy', 'world_sequences', 'Crowd']
 
 # %% ../nbs/foundations/05_world.ipynb #17910f6e
 CUES = dict(  # attribute -> value -> cue words used in titles and reviews
@@ -54,7 +54,12 @@ CUES = dict(  # attribute -> value -> cue words used in titles and reviews
         village="Chapel Mill Barn Orchard Meadow Well",
     ),
     era=dict(
-        ancient="bronze", medieval="feudal", victorian="gaslit", wartime="blackout", modern="electric", future="orbital"
+        ancient="Bronze Marble Classical Primeval Pharaonic Archaic",
+        medieval="Feudal Chivalric Monastic Gothic Heraldic Crusading",
+        victorian="Gaslit Corseted Imperial Steam Sooty Telegraphic",
+        wartime="Blackout Rationed Besieged Armored Drafted Mobilised",
+        modern="Electric Digital Neon Wireless Plastic Concrete",
+        future="Orbital Galactic Quantum Synthetic Cybernetic Stellar",
     ),
 )
 CUES = {a: {v: tuple(w.split()) for v, w in vs.items()} for a, vs in CUES.items()}
@@ -156,7 +161,7 @@ def unique_titles(df, rng):
     taken = {}
     for r in df.itertuples():
         for _ in range(20):
-            t = f"{cue('mood', r.mood)} {cue('genre', r.genre)} of the {cue('setting', r.setting)}"
+            t = f"{cue('mood', r.mood)} {cue('genre', r.genre)} of the {cue('era', r.era)} {cue('setting', r.setting)}"
             if t not in taken:
                 break
         else:
@@ -299,25 +304,32 @@ def random_exposure(self:World,
     return pd.DataFrame(dict(user=u, item=i, click=(rng.random(len(u)) < self.relevance[u, i]).astype(int)))
 
 # %% ../nbs/foundations/05_world.ipynb #99904d59
+TONES = {1: "hated it", 2: "was bored", 3: "thought it was fine", 4: "liked it", 5: "loved it"}
+WRITES = {1: 1., 2: .6, 3: .35, 4: .5, 5: .9} # how readily somebody writes about an item: strong opinions find words
+
+# %% ../nbs/foundations/05_world.ipynb #43e5d80c
 @patch
 def reviews(self:World,
     n:int=1000, # how many
     ) -> pd.DataFrame: # `user, item, rating, text`
-    "Reviews of logged clicks: the words follow the true rating and name one attribute of the item."
+    """Reviews by people who were shown an item, clicked or not: the words follow the true rating and name one attribute
+    of the item."""
     whole_number("n", n)
-    rng, tone = (
-        self.rng("reviews"),
-        {1: "hated it", 2: "was bored", 3: "thought it was fine", 4: "liked it", 5: "loved it"},
-    )
-    df = self.events[["user", "item", "rating"]].sample(
-        n, replace=n > len(self.events), random_state=int(rng.integers(2**31))
+    rng, shown = self.rng("reviews"), self.impressions
+    weights = shown.rating.map(WRITES)
+    df = shown[["user", "item", "rating"]].sample(
+        n, replace=n > len(shown)//2, weights=weights, random_state=int(rng.integers(2**31))
     )
     rows = self.items.iloc[df.item]
-    says = [f"such a {m} mood" if k == 0 else f"a fine {g} tale" if k == 1 else f"the {s} came alive"
-            for m, g, s, k in zip(rows.mood, rows.genre, rows.setting, rng.integers(3, size=n))]
-    return df.assign(
-        text=[f"I read {t} and I {tone[int(r)]}: {s}." for t, r, s in zip(rows.title, df.rating, says)]
-    ).reset_index(drop=True)
+    text = [review_text(t, r, *said) for t, r, *said in
+            zip(rows.title, df.rating, rows.mood, rows.genre, rows.setting, rng.integers(3, size=n))]
+    return df.assign(text=text).reset_index(drop=True)
+
+# %% ../nbs/foundations/05_world.ipynb #561a9e0e
+def review_text(title, rating, mood, genre, setting, k):
+    "A sentence that names the k-th of three attributes."
+    says = (f"such a {mood} mood", f"a fine {genre} tale", f"the {setting} came alive")[k]
+    return f"I read {title} and I {TONES[int(rating)]}: {says}."
 
 # %% ../nbs/foundations/05_world.ipynb #b8e16881
 @patch
