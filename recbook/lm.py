@@ -25,8 +25,8 @@ from .world import World
 # %% auto #0
 __all__ = ['RECIPE', 'LEAST', 'nano_tokenizer', 'doc_batches', 'next_token_loss', 'facts_first', 'pretrain', 'cached', 'digests',
            'whole', 'rebuild', 'sweep', 'cannot_write', 'corpus_of', 'safely', 'has_code', 'read_json',
-           'only_safetensors', 'unreachable', 'nano_lm', 'reading_plan', 'read_causal', 'mark_ids', 'read',
-           'mask_tokens', 'nano_mlm', 'read_masked', 'load_lm']
+           'only_safetensors', 'unreachable', 'nano_lm', 'reading_plan', 'read_causal', 'colon', 'blank_causal',
+           'mark_ids', 'read', 'mask_tokens', 'nano_mlm', 'read_masked', 'blank_masked', 'load_lm']
 
 # %% ../nbs/foundations/11_lm.ipynb #f4a2e5a7
 def nano_tokenizer(
@@ -346,24 +346,23 @@ def read_causal(
 ):
     "Train a Llama on `docs` and save it in the folder `to`."
     def build(tok):
-        heads = max(1, hidden_size//32)
-        m = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tok),
-                hidden_size=hidden_size,
-                intermediate_size=intermediate_size,
-                num_hidden_layers=n_layers,
-                num_attention_heads=heads,
-                num_key_value_heads=heads,
-                max_position_embeddings=max_length,
-                tie_word_embeddings=True,
-                initializer_range=0.05,
-                **mark_ids(tok),
-            )
-        )
-        mark = tok(":", add_special_tokens=False).input_ids[-1]
+        m, mark = blank_causal(tok, hidden_size, n_layers, intermediate_size, max_length), colon(tok)
         return m, lambda x: next_token_loss(m(x).logits, x, tok.pad_token_id, mark)
     read(docs, to, build, steps//4, steps, seed, vocab_size, max_length, lr, batch_size)
+
+# %% ../nbs/foundations/11_lm.ipynb #f6f3221b
+def colon(tok):
+    "The id of the token that announces an answer."
+    return tok(":", add_special_tokens=False).input_ids[-1]
+
+# %% ../nbs/foundations/11_lm.ipynb #02b78763
+def blank_causal(tok, hidden_size, n_layers, intermediate_size, max_length):
+    "An untrained Llama for the tokenizer's words, heads 32 wide, output tied to the embeddings."
+    heads = max(1, hidden_size//32)
+    shape = dict(hidden_size=hidden_size, num_hidden_layers=n_layers, intermediate_size=intermediate_size)
+    shape |= dict(num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=max_length)
+    how = dict(tie_word_embeddings=True, initializer_range=.05)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), **shape, **how, **mark_ids(tok)))
 
 # %% ../nbs/foundations/11_lm.ipynb #632e72f9
 def mark_ids(tok):
@@ -429,27 +428,21 @@ def read_masked(
 ):
     "Train a ModernBERT on `docs` and save it in the folder `to`."
     def build(tok):
-        m = ModernBertForMaskedLM(
-            ModernBertConfig(
-                vocab_size=len(tok),
-                hidden_size=hidden_size,
-                intermediate_size=intermediate_size,
-                num_hidden_layers=n_layers,
-                num_attention_heads=max(1, hidden_size // 32),
-                max_position_embeddings=max_length,
-                global_attn_every_n_layers=1,
-                initializer_range=0.05,
-                cls_token_id=tok.bos_token_id,
-                sep_token_id=tok.eos_token_id,
-                **mark_ids(tok),
-            )
-        )
-        mark = tok(":", add_special_tokens=False).input_ids[-1]
+        m, mark = blank_masked(tok, hidden_size, n_layers, intermediate_size, max_length), colon(tok)
         def loss(x):
             y, labels = mask_tokens(x, tok, mark=mark)
             return m(input_ids=y, attention_mask=(x != tok.pad_token_id).long(), labels=labels).loss
         return m, loss
     read(docs, to, build, steps//2, steps, seed, vocab_size, max_length, lr, batch_size)
+
+# %% ../nbs/foundations/11_lm.ipynb #26b00763
+def blank_masked(tok, hidden_size, n_layers, intermediate_size, max_length):
+    "An untrained ModernBERT for the tokenizer's words, every layer with full attention."
+    shape = dict(hidden_size=hidden_size, num_hidden_layers=n_layers, intermediate_size=intermediate_size)
+    shape |= dict(num_attention_heads=max(1, hidden_size//32), max_position_embeddings=max_length)
+    how = dict(global_attn_every_n_layers=1, initializer_range=.05)
+    ends = dict(cls_token_id=tok.bos_token_id, sep_token_id=tok.eos_token_id)
+    return ModernBertForMaskedLM(ModernBertConfig(vocab_size=len(tok), **shape, **how, **ends, **mark_ids(tok)))
 
 # %% ../nbs/foundations/11_lm.ipynb #518978b2
 def load_lm(
