@@ -19,14 +19,15 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers import ModernBertConfig, ModernBertForMaskedLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from .data import cache_dir
+from .data import cache_dir, root
 from .world import World
 
 # %% auto #0
-__all__ = ['RECIPE', 'LEAST', 'nano_tokenizer', 'doc_batches', 'next_token_loss', 'facts_first', 'pretrain', 'cached', 'digests',
-           'whole', 'rebuild', 'sweep', 'cannot_write', 'corpus_of', 'safely', 'has_code', 'read_json',
-           'only_safetensors', 'unreachable', 'nano_lm', 'reading_plan', 'read_causal', 'colon', 'blank_causal',
-           'mark_ids', 'read', 'mask_tokens', 'nano_mlm', 'read_masked', 'blank_masked', 'load_lm']
+__all__ = ['RECIPE', 'CAUSAL', 'MASKED', 'LEAST', 'nano_tokenizer', 'doc_batches', 'next_token_loss', 'facts_first', 'pretrain',
+           'cached', 'digests', 'whole', 'rebuild', 'sweep', 'cannot_write', 'corpus_of', 'safely', 'has_code',
+           'read_json', 'only_safetensors', 'unreachable', 'nano_lm', 'came_with_the_book', 'shipped', 'reading_plan',
+           'read_causal', 'colon', 'blank_causal', 'mark_ids', 'read', 'read_on', 'mask_tokens', 'nano_mlm',
+           'read_masked', 'blank_masked', 'load_lm']
 
 # %% ../nbs/foundations/11_lm.ipynb #f4a2e5a7
 def nano_tokenizer(
@@ -215,7 +216,7 @@ def corpus_of(world, corpus):
     "The documents to read: those given, or those of a world."
     if world is not None and corpus is not None:
         raise ValueError("world and corpus were both given: a model reads one of them")
-    docs = list(corpus) if corpus is not None else (world or World(0)).corpus(8)
+    docs = list(corpus) if corpus is not None else world.corpus(8)
     if not docs:
         raise ValueError("the corpus is empty: nothing to read")
     return docs
@@ -296,38 +297,51 @@ def unreachable(name, why=None):
             "Check the spelling and the network, or download it where there is one and pass the folder, or use 'nano'")
 
 # %% ../nbs/foundations/11_lm.ipynb #2e7d141d
+CAUSAL = dict(hidden_size=128, n_layers=3, intermediate_size=None, steps=1600, seed=0, vocab_size=1024, max_length=1024,
+              lr=.001, batch_size=32) # a model that reads a library of its own
+MASKED = CAUSAL | dict(steps=2000, max_length=512, lr=.0015)
+
+# %% ../nbs/foundations/11_lm.ipynb #18f1d1c5
 def nano_lm(
-    world:World|None=None, # whose corpus it reads; World(0) if neither is given
+    world:World|None=None, # whose corpus a model of its own reads
     corpus:Sequence[str]|None=None, # or any texts
-    hidden_size:int=128, n_layers:int=3,
-    intermediate_size:int|None=None, # width of the MLPs; 8/3 of hidden_size if None
-    steps:int=1600, seed:int=0, vocab_size:int=1024,
-    max_length:int=1024, # context in tokens
-    lr:float=0.001, batch_size:int=32) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """A small Llama-style language model that has read the corpus, and its tokenizer, loaded from the cache; trained
-    the first time."""
-    docs = corpus_of(world, corpus)
-    s = reading_plan(
-        8 / 3,
-        hidden_size=hidden_size,
-        n_layers=n_layers,
-        intermediate_size=intermediate_size,
-        steps=steps,
-        seed=seed,
-        vocab_size=vocab_size,
-        max_length=max_length,
-        lr=lr,
-        batch_size=batch_size,
-    )
+    name:str="nano", # with neither: the shipped model, "nano", "nano-128" or "nano-64" by their width
+    **size) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]: # see `CAUSAL`
+    """A small Llama-style language model and its tokenizer: the one that came with the book, or one that reads the
+    texts given, cached once it is trained."""
+    if world is None and corpus is None:
+        return came_with_the_book(LlamaForCausalLM, name, size)
+    docs, s = corpus_of(world, corpus), reading_plan(8/3, CAUSAL, size)
     folder = cached("causal", docs, s, lambda to: read_causal(docs, to, **s))
     return safely(LlamaForCausalLM, folder), safely(AutoTokenizer, folder)
+
+# %% ../nbs/foundations/11_lm.ipynb #1d39e22f
+def came_with_the_book(kind, name, size):
+    "Model (float32) and tokenizer of data/models; sizes can't be asked of them."
+    if size:
+        raise ValueError(f"{', '.join(size)}: a shipped model has its size. Fix: give a world or a corpus to read")
+    folder = shipped(name)
+    return safely(kind, folder, dtype=torch.float32).eval(), safely(AutoTokenizer, folder)
+
+# %% ../nbs/foundations/11_lm.ipynb #bc709626
+def shipped(name:str) -> Path: # folder with config, safetensors and tokenizer
+    "Where a model that came with the book lies."
+    home = root()/"data"/"models"
+    there = sorted(f.parent.name for f in home.glob("*/model.safetensors"))
+    if name not in there:
+        have = ", ".join(there) or "nothing"
+        raise OSError(f"no model {name!r} in {home}, which holds {have}. Fix: recbook model train {name}")
+    return home/name
 
 # %% ../nbs/foundations/11_lm.ipynb #ee4ed60d
 LEAST = dict(hidden_size=2, n_layers=1, intermediate_size=1, steps=2, seed=0, vocab_size=1, max_length=2, batch_size=1)
 
 # %% ../nbs/foundations/11_lm.ipynb #7fbc5fa1
-def reading_plan(wide, **s):
+def reading_plan(wide, usual, size):
     "The settings of a nano model, checked; MLPs are `wide` times hidden_size if not said otherwise."
+    if unknown := size.keys() - usual.keys():
+        raise ValueError(f"{', '.join(sorted(unknown))}: not a setting. Fix: one of {', '.join(usual)}")
+    s = usual | size
     if s["intermediate_size"] is None:
         s["intermediate_size"] = int(s["hidden_size"]*wide) if isinstance(s["hidden_size"], int) else 1
     for name, least in LEAST.items():
@@ -386,6 +400,28 @@ def read(docs, to, build, facts, steps, seed, vocab_size, max_length, lr, batch_
     tok.save_pretrained(to)
     (to/"history.json").write_text(json.dumps(dict(loss=history, cpu_s=process_time() - t)))
 
+# %% ../nbs/foundations/11_lm.ipynb #3350a0c5
+def read_on(
+    texts:Sequence[str], # what else it reads; what stands behind the last colon counts five times
+    name:str="nano", # which shipped model
+    steps:int=200, lr:float=.001, batch_size:int=32, seed:int=0) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    "A shipped causal model after further reading, and its tokenizer; cached."
+    docs = corpus_of(None, texts)
+    whose = hashlib.sha256((shipped(name)/"model.safetensors").read_bytes()).hexdigest()
+    s = dict(of=whose, steps=steps, lr=lr, batch_size=batch_size, seed=seed)
+    def build(to):
+        model, tok = nano_lm(name=name)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            ids = tok([d + tok.eos_token for d in docs]).input_ids
+            batches = doc_batches(ids, batch_size, tok.pad_token_id, np.random.default_rng(seed))
+            loss = lambda x: next_token_loss(model(x).logits, x, tok.pad_token_id, colon(tok))
+            pretrain(model, loss, batches, steps, lr)
+        model.save_pretrained(to)
+        tok.save_pretrained(to)
+    folder = cached("on", docs, s, build)
+    return safely(LlamaForCausalLM, folder).eval(), safely(AutoTokenizer, folder)
+
 # %% ../nbs/foundations/11_lm.ipynb #b50efcf2
 def mask_tokens(
     ids:Tensor, # (rows, length)
@@ -402,23 +438,11 @@ def mask_tokens(
 # %% ../nbs/foundations/11_lm.ipynb #c032e622
 def nano_mlm(
     world:World|None=None, corpus:Sequence[str]|None=None, # as in `nano_lm`
-    hidden_size:int=128, n_layers:int=3, intermediate_size:int|None=None,
-    steps:int=2000, seed:int=0, vocab_size:int=1024, max_length:int=512,
-    lr:float=0.0015, batch_size:int=32) -> tuple[ModernBertForMaskedLM, PreTrainedTokenizerFast]:
-    "A small bidirectional masked language model that has read the corpus, and its tokenizer; cached as in `nano_lm`."
-    docs = corpus_of(world, corpus)
-    s = reading_plan(
-        2,
-        hidden_size=hidden_size,
-        n_layers=n_layers,
-        intermediate_size=intermediate_size,
-        steps=steps,
-        seed=seed,
-        vocab_size=vocab_size,
-        max_length=max_length,
-        lr=lr,
-        batch_size=batch_size,
-    )
+    name:str="nano-mlm", **size) -> tuple[ModernBertForMaskedLM, PreTrainedTokenizerFast]: # see `MASKED`
+    "A small bidirectional masked language model and its tokenizer: shipped with the book or trained, as `nano_lm`."
+    if world is None and corpus is None:
+        return came_with_the_book(ModernBertForMaskedLM, name, size)
+    docs, s = corpus_of(world, corpus), reading_plan(2, MASKED, size)
     folder = cached("masked", docs, s, lambda to: read_masked(docs, to, **s))
     return safely(ModernBertForMaskedLM, folder), safely(AutoTokenizer, folder)
 
@@ -446,13 +470,13 @@ def blank_masked(tok, hidden_size, n_layers, intermediate_size, max_length):
 
 # %% ../nbs/foundations/11_lm.ipynb #518978b2
 def load_lm(
-    name_or_path:str="nano", # "nano", a hub name or a folder
+    name_or_path:str="nano", # "nano" (or "nano-64", "nano-128"), a hub name or a folder
     dtype=None, # e.g. torch.bfloat16; the model's own if None
     device:str|None=None, # e.g. "cuda"; the CPU if None
     **kw) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]: # kw goes to `nano_lm` or `from_pretrained`
     "A causal language model and its tokenizer, with a pad token and left padding."
-    if name_or_path == "nano":
-        model, tok = nano_lm(**kw)
+    if name_or_path == "nano" or str(name_or_path).startswith("nano-"):
+        model, tok = nano_lm(**(kw if "world" in kw or "corpus" in kw else kw | dict(name=name_or_path)))
         if dtype:
             model = model.to(dtype)
     else:
