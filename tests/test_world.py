@@ -64,10 +64,29 @@ def test_titles_are_unique_and_say_the_attributes():
     w = World(5, 10, 3000)
     assert w.items.title.is_unique
     for r in w.items.head(200).itertuples():
-        mood, genre, _, _, setting = r.title.split()[:5]
+        mood, genre, _, _, era, setting = r.title.split()[:6]
+        assert era in CUES["era"][r.era]
         assert (
             mood in CUES["mood"][r.mood] and genre in CUES["genre"][r.genre] and setting in CUES["setting"][r.setting]
         )
+
+
+def test_reviews_come_from_everybody_who_was_shown_the_item_and_say_their_stars(w):
+    r = w.reviews(4000)
+    shown = set(zip(w.impressions.user, w.impressions.item))
+    assert set(zip(r.user, r.item)) <= shown
+    clicked = set(zip(w.events.user, w.events.item))
+    assert .05 < np.mean([k not in clicked for k in zip(r.user, r.item)]) < .95
+    share = r.rating.value_counts(normalize=True)
+    assert share[1] > .02 and share[2] > .05 and share[5] > share[3] > share[1]
+    tone = {1: "hated", 2: "bored", 3: "fine:", 4: "liked", 5: "loved"}
+    for x in r.head(300).itertuples():
+        it = w.items.iloc[x.item]
+        assert it.title in x.text and tone[int(x.rating)] in x.text.split(" and I ")[1]
+        said = x.text.split(": ")[1]
+        assert any(it[a] in said for a in ("mood", "genre", "setting"))
+    truth = w.impressions.set_index(["user", "item"]).rating
+    assert all(truth[(u, i)] == s for u, i, s in zip(r.user[:200], r.item[:200], r.rating[:200]))
 
 
 def test_times_rise_and_sessions_are_short(w):
