@@ -370,13 +370,13 @@ def colon(tok):
     return tok(":", add_special_tokens=False).input_ids[-1]
 
 # %% ../nbs/foundations/11_lm.ipynb #02b78763
-def blank_causal(tok, hidden_size, n_layers, intermediate_size, max_length):
+def blank_causal(tok, hidden_size, n_layers, intermediate_size, max_length, **more): # more: of `LlamaConfig`
     "An untrained Llama for the tokenizer's words, heads 32 wide, output tied to the embeddings."
     heads = max(1, hidden_size//32)
     shape = dict(hidden_size=hidden_size, num_hidden_layers=n_layers, intermediate_size=intermediate_size)
     shape |= dict(num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=max_length)
     how = dict(tie_word_embeddings=True, initializer_range=.05)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), **shape, **how, **mark_ids(tok)))
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), **shape, **how, **mark_ids(tok), **more))
 
 # %% ../nbs/foundations/11_lm.ipynb #632e72f9
 def mark_ids(tok):

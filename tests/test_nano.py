@@ -62,8 +62,10 @@ def test_looking_up_copying_and_being_told():
         pairs = dict(re.match(r"(\S+?):? (\S+)$", x).groups() for x in first.split("; "))
         assert pairs[asked.split()[-1].rstrip(":")] == a and len(pairs) == 8
     for p, a in drawn("again", 9):
-        first, second = (x.replace(":", "").replace(";", "").split() for x in p.split("Words: ")[1].split(". Again: "))
-        assert first == [*second, a]
+        words = (p + " " + a).replace(":", "").replace(";", "").replace(".", "").split()
+        first, *asked = " ".join(words[1:]).split(" Again ")
+        assert len(first.split()) == 9 and len(asked) == 4
+        assert all(f" {x} " in f" {first} " and len(x.split()) == 3 for x in asked)
     told = 0
     for p, a in drawn("told", 5, 200):
         facts = dict(re.findall(r"The \w+ of (.+?) is (\w+)\.", p.split(" Question")[0]))
@@ -132,12 +134,12 @@ def test_documents_follow_from_the_step_and_never_use_worlds_kept_for_exams():
     old, X.Shelf = X.Shelf, Spy
     try:
         X.shelf_of.cache_clear()
-        for step in (0, 19, 20, 5000):
+        for step in (0, 19, 5000):
             X.documents(step, p, tokens=100)
     finally:
         X.Shelf = old
         X.shelf_of.cache_clear()
-    assert seeds == [1000, 1001, 1250]
+    assert seeds == [1000, 1019, 6000]
     with pytest.raises(ValueError, match="1000"):
         N.examine(None, TOK, [3, 1000])
 
