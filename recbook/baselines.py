@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from .data import Interactions
 from .metrics import Scorer, dot, evaluate
-from .training import batches, eval_mode, fit
+from .training import batches, eval_mode, fit, set_seed
 
 # %% auto #0
 __all__ = ['popularity', 'MF', 'bpr_loss', 'uniform_negatives', 'clicked', 'train_bpr', 'watch', 'free_items', 'click_keys',
            'rejecting', 'from_cdf', 'fixed_sampler', 'pair_scores', 'dns_sampler', 'SortedFactors', 'aobpr_sampler',
-           'inbatch_sampler', 'sampled_bpr', 'row_norms']
+           'inbatch_sampler', 'sampled_bpr', 'row_norms', 'shard_models', 'place', 'balanced_shards', 'ShardMixture',
+           'shard_attention', 'mix_shards']
 
 # %% ../nbs/foundations/08_baselines.ipynb #f2bab5eb
 def popularity(
@@ -257,3 +258,88 @@ def row_norms(model, u, i, J):
     "Half the squared norm of the batch's layer-0 rows, per click."
     rows = F.embedding(torch.cat([u, model.n_users+i, model.n_users+J.reshape(-1)]), model.E0)
     return rows.square().sum()/(2*len(u))
+
+# %% ../nbs/foundations/08_baselines.ipynb #985b5549
+def shard_models(
+    train:Callable, # k -> model trained on shard k
+    n_shards:int,
+    before:list|None=None, # models of an earlier call...
+    asked=(), # ...and the shards that have changed since: only they are trained
+    ) -> list: # one model a shard
+    "One model a shard (SISA, Bourtoule et al. 2021)."
+    if before is not None and len(before) != n_shards:
+        raise ValueError(f"{len(before)} models for {n_shards} shards: pass those of the earlier call")
+    if odd := set(asked) - set(range(n_shards)):
+        raise ValueError(f"shards {sorted(odd)} beside 0..{n_shards-1}")
+    return [train(k) if before is None or k in set(asked) else before[k] for k in range(n_shards)]
+
+# %% ../nbs/foundations/08_baselines.ipynb #4545b9bf
+def place(
+    D:np.ndarray, # (n, S) distances
+    ) -> np.ndarray: # (n,) in 0..S-1
+    "Nearest pairs first, at most n/S (rounded up) in each of S places."
+    n, S = D.shape
+    shard, room = np.full(n, -1), np.full(S, -(-n//S))
+    for k in np.argsort(D, axis=None, kind="stable"):
+        x, c = divmod(int(k), S)
+        if shard[x] < 0 and room[c]:
+            shard[x], room[c] = c, room[c] - 1
+    return shard
+
+# %% ../nbs/foundations/08_baselines.ipynb #5bd4a79a
+def balanced_shards(
+    X:np.ndarray, # (n, d) vectors of users
+    n_shards:int=4, rounds:int=10, seed:int=0,
+    ) -> np.ndarray: # (n,) shard of each user
+    "Shards of similar users in equal numbers (RecEraser's partition, Chen et al. 2022)."
+    X = np.asarray(X, float)
+    if not 1 <= n_shards <= len(X):
+        raise ValueError(f"n_shards={n_shards} for {len(X)} users: at least 1, and at most one a user")
+    if not np.isfinite(X).all():
+        raise ValueError("vectors that are not finite: train the model that they come from")
+    centres = X[np.random.default_rng(seed).choice(len(X), n_shards, replace=False)]
+    for _ in range(rounds):
+        shard = place(((X[:, None] - centres)**2).sum(2))
+        centres = np.stack([X[shard == c].mean(0) if (shard == c).any() else centres[c] for c in range(n_shards)])
+    return shard
+
+# %% ../nbs/foundations/08_baselines.ipynb #e52c782f
+class ShardMixture(nn.Module):
+    "Shard models as one: a map for each shard, an attention for users and one for items (RecEraser)."
+    def __init__(self,
+        E:Tensor, # (N, S, d) what the models of S shards make of users and items; fixed
+        n_users:int):
+        super().__init__()
+        (N, S, d), self.n_users = E.shape, n_users
+        if not 0 < n_users < N:
+            raise ValueError(f"n_users={n_users}: E has {N} rows, users first and then items")
+        self.register_buffer("E", E.detach().clone())
+        self.W, self.b = nn.Parameter(torch.eye(d).repeat(S, 1, 1)), nn.Parameter(torch.zeros(S, d))
+        self.of_users, self.of_items = shard_attention(d), shard_attention(d)
+
+    @property
+    def E0(self): # (N, d)
+        "The mixture; `bpr_loss` puts its L2 here."
+        X = torch.einsum("nsd,sed->nse", self.E, self.W) + self.b
+        users, items = X.split([self.n_users, len(X)-self.n_users])
+        return (torch.cat([self.of_users(users), self.of_items(items)]).softmax(1)*X).sum(1)
+
+    def forward(self): return self.E0.split([self.n_users, len(self.E)-self.n_users]) # (n_users, d), (n_items, d)
+
+# %% ../nbs/foundations/08_baselines.ipynb #87f01d60
+def shard_attention(d):
+    "One number for a vector."
+    return nn.Sequential(nn.Linear(d, max(1, d//2)), nn.ReLU(), nn.Linear(max(1, d//2), 1, bias=False))
+
+# %% ../nbs/foundations/08_baselines.ipynb #9e8fb927
+def mix_shards(
+    models:list, # of `shard_models`: model() gives (n_users, d), (n_items, d); not touched
+    train:Interactions, valid:Interactions|None=None, # all that is left to train on; for early stopping
+    seed:int=0, **kwargs, # for `train_bpr`: epochs, lr, l2
+    ) -> ShardMixture:
+    "Shard models as one recommender (RecEraser); after a request, train the touched shards and this again."
+    E = torch.stack([torch.cat(m()).detach() for m in models], 1)
+    set_seed(seed)
+    mix = ShardMixture(E, train.n_users)
+    train_bpr(mix, train, valid, seed=seed, **kwargs)
+    return mix

@@ -15,9 +15,9 @@ from .data import canonical, whole_number
 __all__ = ['Scorer', 'topk', 'best_columns', 'first_of_ties', 'dot', 'fresh', 'table', 'user_numbers', 'scores_of', 'mask_of',
            'hide', 'seen_last', 'recommend', 'items_of', 'hits', 'ranking_values', 'cutoffs', 'check_reachable',
            'evaluate', 'Outcome', 'ranked', 'check_ranking', 'recalls', 'recall_at', 'labelled', 'probabilities', 'auc',
-           'gauc', 'logloss', 'ece', 'amounts', 'exposures', 'coverage', 'gini', 'entropy', 'diversity',
-           'mean_popularity', 'individual_unfairness', 'times_made', 'div_ratio', 'or_ratio', 'genre_gaps', 'mgu',
-           'dgu', 'distinct']
+           'gauc', 'logloss', 'ece', 'kl', 'jsd', 'symmetric_kl', 'amounts', 'exposures', 'coverage', 'gini', 'entropy',
+           'diversity', 'mean_popularity', 'individual_unfairness', 'times_made', 'div_ratio', 'or_ratio', 'genre_gaps',
+           'mgu', 'dgu', 'distinct']
 
 # %% ../nbs/foundations/06_metrics.ipynb #ffc0d169
 def topk(
@@ -384,6 +384,24 @@ def ece(
     y, p = labelled(y, p)
     b = np.minimum((probabilities(p)*bins).astype(int), bins-1)
     return float(np.abs(np.bincount(b, y-p, bins)).sum()/len(y))
+
+# %% ../nbs/foundations/06_metrics.ipynb #f88f3729
+def kl(p:Tensor, q:Tensor) -> Tensor: # log-probabilities (n, classes) -> (n,) nats
+    "Kullback-Leibler divergence KL(p || q)."
+    return (p.exp()*(p-q)).sum(-1)
+
+# %% ../nbs/foundations/06_metrics.ipynb #3c6f0f01
+def jsd(z1:Tensor, z2:Tensor) -> Tensor: # logits (n, classes) -> (n,) nats, at most ln 2
+    "Jensen-Shannon divergence of two predictions."
+    p, q = z1.double().log_softmax(-1), z2.double().log_softmax(-1)
+    m = torch.logaddexp(p, q) - np.log(2)
+    return (kl(p, m) + kl(q, m))/2
+
+# %% ../nbs/foundations/06_metrics.ipynb #fceb8000
+def symmetric_kl(z1:Tensor, z2:Tensor) -> Tensor: # logits (n, classes) -> (n,) nats, unbounded
+    "Symmetrised Kullback-Leibler divergence."
+    p, q = z1.double().log_softmax(-1), z2.double().log_softmax(-1)
+    return (kl(p, q) + kl(q, p))/2
 
 # %% ../nbs/foundations/06_metrics.ipynb #e16adec2
 def amounts(x):

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
 from matplotlib.axes import Axes
 
 # %% auto #0
-__all__ = ['theme', 'compare', 'need', 't_interval', 'curves', 'pareto', 'tradeoff']
+__all__ = ['theme', 'compare', 'need', 't_interval', 'curves', 'pareto', 'tradeoff', 'strips']
 
 # %% ../nbs/foundations/04_plots.ipynb #6dc935f8
 def theme():
@@ -116,3 +116,14 @@ def tradeoff(
             fontsize=8,
         )
     return ax
+
+# %% ../nbs/foundations/04_plots.ipynb #0e42f498
+def strips(
+    df:pd.DataFrame, # a row a method and seed
+    measures:list, # columns
+    y:str="method") -> sns.FacetGrid:
+    "A panel a measure, a row a method, a point a seed."
+    need(df, y, *measures)
+    long = df.melt([y], measures, var_name="measure")
+    g = sns.catplot(long, x="value", y=y, col="measure", kind="strip", sharex=False, jitter=False, height=3)
+    return g.set_titles("{col_name}").set_axis_labels("", "")

@@ -1,5 +1,6 @@
 "Popularity, matrix factorisation, its loss and its negatives against counts, autograd by hand and sets."
 import numpy as np, pandas as pd, pytest, torch
+from recbook import baselines as B
 from recbook.baselines import MF, bpr_loss, clicked, popularity, train_bpr, uniform_negatives
 from recbook.data import Interactions, ratio_split
 from recbook.metrics import dot, evaluate
@@ -61,3 +62,63 @@ def test_the_baselines_are_still_found_in_the_chapter_they_come_from():
     space = {}
     exec("from recbook.collaborative.graph_cf import *", space)
     assert {"MF", "bpr_loss", "clicked", "popularity", "train_bpr", "uniform_negatives"} <= set(space)
+
+
+def test_shard_models_train_what_was_asked_and_give_back_the_rest():
+    done = []
+    def train(k):
+        done.append(k)
+        return object()
+    first = B.shard_models(train, 3)
+    after = B.shard_models(train, 3, first, [1, 1])
+    assert done == [0, 1, 2, 1] and after[0] is first[0] and after[2] is first[2] and after[1] is not first[1]
+    with pytest.raises(ValueError, match="2 models for 3 shards"):
+        B.shard_models(train, 3, first[:2])
+    with pytest.raises(ValueError, match=r"shards \[3\] beside 0..2"):
+        B.shard_models(train, 3, first, [3])
+
+def test_balanced_shards_are_equal_in_size_and_keep_clusters():
+    rng = np.random.default_rng(0)
+    centres = np.array([[0, 0], [9, 0], [0, 9], [9, 9]])
+    truth = rng.permutation(np.repeat(range(4), 10))
+    found = B.balanced_shards(centres[truth] + rng.normal(size=(40, 2)), 4, seed=3)
+    assert (np.bincount(found) == 10).all()
+    from sklearn.metrics import adjusted_rand_score
+    assert max(adjusted_rand_score(truth, B.balanced_shards(centres[truth] + rng.normal(size=(40, 2)), 4, seed=s))
+        for s in range(4)) == 1
+    assert np.bincount(B.balanced_shards(rng.normal(size=(11, 3)), 4)).max() <= 3
+    with pytest.raises(ValueError, match="n_shards=5 for 3 users"):
+        B.balanced_shards(np.zeros((3, 2)), 5)
+    with pytest.raises(ValueError, match="not finite"):
+        B.balanced_shards(np.full((3, 2), np.nan), 2)
+
+def test_shard_mixture_against_loops():
+    torch.manual_seed(0)
+    E = torch.randn(7, 3, 4)
+    m = B.ShardMixture(E, 4)
+    for p in m.parameters():
+        torch.nn.init.normal_(p)
+    for v in range(7):
+        X = torch.stack([m.W[s] @ E[v, s] + m.b[s] for s in range(3)])
+        a = (m.of_users if v < 4 else m.of_items)(X)[:, 0].softmax(0)
+        torch.testing.assert_close(m.E0[v], sum(a[s]*X[s] for s in range(3)), atol=1e-5, rtol=1e-4)
+    assert [len(x) for x in m()] == [4, 3]
+    with pytest.raises(ValueError, match="n_users=7: E has 7 rows"):
+        B.ShardMixture(E, 7)
+
+def test_mixing_trains_the_mixture_only_and_beats_a_single_shard():
+    x = World(0, 60, 50, clicks_per_user=8).interactions
+    shard = x.user % 2
+    def train(k):
+        torch.manual_seed(k)
+        m = B.MF(60, 50, 8)
+        B.train_bpr(m, x.subset(shard == k), epochs=20, lr=.02)
+        return m
+    models = B.shard_models(train, 2)
+    before = [m.E0.detach().clone() for m in models]
+    loss = lambda m: B.bpr_loss(m, B.uniform_negatives(x)(*torch.tensor(np.array([x.user, x.item]))), 0.).item()
+    mix = B.mix_shards(models, x, epochs=30, lr=.01)
+    assert loss(mix) < min(map(loss, models))
+    assert all(torch.equal(a, m.E0) for a, m in zip(before, models))
+    again = B.mix_shards(models, x, epochs=30, lr=.01)
+    assert torch.equal(mix.E0, again.E0)

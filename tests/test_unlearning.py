@@ -1,5 +1,5 @@
 "unlearning: closed forms, explicit inverses, exactness where exactness is promised, bad input."
-import copy
+import ast, copy, json
 from functools import partial
 import numpy as np, pandas as pd, pytest, torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from recbook.baselines import bpr_loss
 from recbook.collaborative.graph_cf import LightGCN
 from recbook.gradients import dense, flatten, grad_of, hvp, params_of
 from recbook.lm import mark_ids, nano_tokenizer
-from recbook.finetune import lora
+from recbook.finetune import lora, macs
 from recbook.trust import unlearning as U
 
 torch.set_num_threads(1)
@@ -190,7 +190,7 @@ def test_sisa_is_exact(model, tok, rows):
 
 def test_macs_counts_matrix_products():
     a, b = torch.randn(3, 4, requires_grad=True), torch.randn(4, 5, requires_grad=True)
-    assert U.macs(lambda: a @ b) == 60 and U.macs(lambda: (a @ b).sum().backward()) == 180
+    assert macs(lambda: a @ b) == 60 and macs(lambda: (a @ b).sum().backward()) == 180
 
 
 def test_forgetting_teacher():
@@ -345,9 +345,9 @@ def test_solver_on_minibatches_damped_and_doubled():
     torch.testing.assert_close(
         U.stochastic_solve(half, b, 4000, 0.05), 2 * U.stochastic_solve(full, b, 4000, 0.05), atol=1e-3, rtol=1e-3
     )
-    path = []
-    U.stochastic_solve(full, b, 20, 1e-5, path=path) # the authors' default hardly moves
-    assert len(path) == 20 and max(d.abs().max() for d in path) <= 20*1e-5*1.01
+    assert U.stochastic_solve(full, b, 20, 1e-5).abs().max() <= 20*1e-5*1.01 # the authors' default hardly moves
+    with pytest.raises(ValueError, match="steps=-1"):
+        U.stochastic_solve(full, b, -1, .1)
 
 def test_adapter_curvature_against_autograd(model, parts):
     m, x = adapter(model).double(), U.take(parts[1], slice(3))
@@ -598,17 +598,100 @@ def test_losses_of_the_graph_against_the_recommenders_own():
     off = lambda x: U.keep_loss(*(V[u] @ I[i].T for V, I in (x(), (V0, I0)))).item()
     assert off(near) < off(far) # L_p holds what remains
 
-def test_edge_requests_that_cannot_be_answered():
+def gif(m, f, rest, **kw): return U.graph_influence(m, f, rest, 6, 5, **kw)
+
+@pytest.mark.parametrize("method", [partial(U.unlearn_edges, n_users=6, n_items=5), gif], ids=["unlearnrec", "gif"])
+def test_edge_requests_that_cannot_be_answered(method):
     f, rest = EDGES[:3], EDGES[3:]
     m = light()
-    for method in (lambda *a: U.unlearn_edges(m, *a),):
-        with pytest.raises(ValueError, match="nothing to forget"):
-            method(f[:0], rest, 6, 5)
-        with pytest.raises(ValueError, match="nothing remains"):
-            method(EDGES, EDGES[:0], 6, 5)
-        with pytest.raises(ValueError, match=r"1 edge.*both sets, such as \(0, 0\)"):
-            method(f, np.r_[rest, f[:1]], 6, 5)
-        with pytest.raises(ValueError, match="outside of 6 users x 2 items"):
-            method(f, rest, 6, 2)
-        with pytest.raises(ValueError, match="shape"):
-            method(f[:, :1], rest, 6, 5)
+    for a, b, why in (
+        (f[:0], rest, "nothing to forget"),
+        (EDGES, EDGES[:0], "nothing remains"),
+        (f, np.r_[rest, f[:1]], r"1 edge.*both sets, such as \(0, 0\)"),
+        (f + [0, 4], rest, "item outside 0..4"),
+        (f*1.5, rest, "must hold integers"),
+        (f[:, :1], rest, "[Ss]hape"),
+        (np.r_[f, f], rest, "repeated"),
+        (f, rest[1:], "not what the model was trained on"),
+        (np.array([[5, 4]]) if [5, 4] not in EDGES.tolist() else np.array([[5, 3]]), EDGES, "not what the model"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            method(m, a, b)
+
+def test_a_model_of_other_users_is_refused_and_an_encoder_knows_its_graph():
+    with pytest.raises(ValueError, match="the model has others, 11 in all"):
+        U.unlearn_edges(light(), EDGES[:3], EDGES[3:], 7, 5)
+    enc = InfluenceEncoderOf(light())
+    U.pretrain_encoder(enc, EDGES, 6, 5, epochs=1)
+    U.unlearn_edges(enc, EDGES[:3], EDGES[3:], 6, 5, steps=0)
+    with pytest.raises(ValueError, match="not what the model was trained on"):
+        U.unlearn_edges(enc, EDGES[:3], EDGES[4:], 6, 5, steps=0)
+
+def pair_risk(A, E0, rows, n):
+    "BPR of fixed triples over n, with dense algebra: three steps of smoothing, averaged with the start."
+    E = sum(torch.linalg.matrix_power(A, k) @ E0 for k in range(4))/4
+    u, i, j = rows
+    return F.softplus(-(E[u]*(E[i] - E[j])).sum(1)).sum()/n
+
+def triples(n=40):
+    g = torch.Generator().manual_seed(0)
+    return torch.stack([torch.randint(6, (n,), generator=g), *(6 + torch.randint(5, (2, n), generator=g))])
+
+def test_gif_gradient_and_gauss_newton_products_against_dense_autograd():
+    m, rows = light(), triples()
+    g = U.Graph(EDGES, 6, 5)
+    A, E0 = g.A.to_dense(), m.E0.detach()
+    P = U.Pairwise(g, E0, rows, 40)
+    f = lambda e: pair_risk(A, e.view(11, 4), rows, 40)
+    torch.testing.assert_close(P.slope(), torch.func.grad(f)(E0.flatten()), atol=1e-6, rtol=1e-4)
+    S = sum(torch.linalg.matrix_power(A, k) for k in range(4))/4
+    z = lambda e: U.margins(S @ e.view(11, 4), rows)
+    J = torch.func.jacrev(z)(E0.flatten())
+    p = torch.sigmoid(z(E0.flatten()))
+    want = J.T @ torch.diag(p*(1 - p)/40) @ J
+    torch.testing.assert_close(dense(P.product, E0.flatten()), want, atol=1e-6, rtol=1e-4)
+
+def test_gif_is_the_newton_step_on_the_graph_that_remains():
+    f, rest, m = EDGES[:2], EDGES[2:], light()
+    full, left = U.Graph(np.r_[rest, f], 6, 5), U.Graph(rest, 6, 5)
+    out = gif(m, f, rest, damping=.1, negatives=2, tol=1e-6)
+    u, i, j = U.Graph(np.r_[rest, f], 6, 5).sample(*torch.as_tensor(full.edges.repeat(2, 0).T))
+    rows, E0 = torch.stack([u, 6 + i, 6 + j]), m.E0.detach()
+    slope = lambda A, r: torch.func.grad(lambda e: pair_risk(A, e, r, len(u)))(E0).flatten()
+    b = slope(left.A.to_dense(), rows[:, :2*len(rest)]) - slope(full.A.to_dense(), rows) # loss and smoothing change
+    C = dense(U.Pairwise(full, E0, rows, len(u)).product, E0.flatten()) + .1*torch.eye(44)
+    torch.testing.assert_close(out.E0.detach() - E0, -torch.linalg.solve(C, b).view(11, 4), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(out.A.to_dense(), left.A.to_dense())
+    assert score_of(out, f) < score_of(U.graph_model(left, E0), f) # and the forgotten edges fall
+
+
+def cohorts():
+    "The chapter's own functions that draw readers, with its smoke parameters."
+    from recbook.data import root
+    from functools import cache
+    from recbook.world import World
+    nb = json.loads((root()/"nbs/trust/02_unlearning.ipynb").read_text(encoding="utf-8"))["cells"]
+    space = dict(np=np, World=World, Remembered=cache, click_prompts=U.click_prompts, for_tuning=[1000, 1001])
+    wanted = {"make_world", "item_words", "described", "prompts_of", "readers_for", "cohort", "club"}
+    for c in nb:
+        source = "".join(c["source"])
+        if c["cell_type"] == "code" and c["metadata"].get("tags") == ["parameters"]:
+            exec(source, space)
+        elif c["cell_type"] == "code" and not source.startswith("#|") and not source.startswith("%"):
+            names = {n.name for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)}
+            if names & wanted:
+                exec(source, space)
+    return space
+
+def test_any_seed_has_readers_and_none_of_them_is_tuned_or_practised_on():
+    c = cohorts()
+    users = {s: set(c["cohort"](s).user) for s in (0, 1, 4, 5, 7, 123, 999, 1002, 10**6, 1000, 1001)}
+    assert all(len(u) == c["n_users"] for u in users.values())
+    tuned = users.pop(1000) | users.pop(1001)
+    reported = set().union(*users.values())
+    practised = set(range(25*c["n_users"], 30*c["n_users"]))
+    assert not reported & tuned and not reported & practised and not tuned & practised
+    assert len({frozenset(u) for u in users.values()}) == len(users)  # each seed draws its own
+    assert set(c["club"](5).user) <= set(range(20*c["n_users"])) and not set(c["club"](1001).user) & reported
+    for s in (5, 10**6):
+        assert c["cohort"](s).equals(c["cohort"](s))

@@ -11,44 +11,26 @@ from typing import NamedTuple
 import numpy as np, pandas as pd, scipy.sparse as sp, torch
 import torch.nn.functional as F
 from torch import nn
-from ..baselines import uniform_negatives
-from ..collaborative.graph_cf import LightGCN, Smooth, SymMM, sparse_tensor, sym_norm
+from ..baselines import balanced_shards, mix_shards, shard_models, train_bpr, uniform_negatives
+from ..collaborative.graph_cf import LightGCN, Smooth, SymMM, horner, sparse_tensor, sym_norm
 from ..data import Interactions
 from ..finetune import Prompts, active_adapter, answer_loss, beside, click_prompts, encode_prompts, joined, lora
-from ..finetune import adapter_params, check_strength, macs, merged, next_logits, predictions, settle, sft, take
+from ..finetune import adapter_params, check_strength, merged, next_logits, predictions, settle, sft, take
 from ..gradients import add_, flatten, ggn_vp, grad_of, hvp, solve
-from ..metrics import auc
-from ..training import batches, eval_mode, set_seed
+from ..metrics import auc, dot, jsd, symmetric_kl
+from ..training import batches, set_seed
 _all_ = ["Prompts", "adapter_params", "answer_loss", "click_prompts", "encode_prompts", "merged", "settle", "sft"]
 
 # %% auto #0
-__all__ = ['kl', 'jsd', 'symmetric_kl', 'true_logprob', 'check_sets', 'area', 'behaviour', 'evaluate_unlearning', 'two_losses',
-           'climb', 'gradient_ascent', 'neg_grad', 'bad_teacher', 'sisa', 'forgetting_teacher', 'soft_cross_entropy',
-           'forget_loss', 'e2urec_loss', 'Schedule', 'imitate', 'as_request', 'paper_lora', 'e2urec',
-           'request_gradient', 'curvature_products', 'stochastic_solve', 'full_product', 'solve_by_adam', 'solve_by_cg',
-           'llmeraser', 'as_edges', 'edge_graph', 'InfluenceEncoder', 'identity_mlp', 'Graph', 'columns', 'pair_loss',
-           'push_loss', 'keep_loss', 'contrast_loss', 'Simulated', 'simulated_batches', 'encoder_loss',
-           'pretrain_encoder', 'as_edge_request', 'trained_edges', 'check_graph', 'Answer', 'Asked', 'request_loss',
-           'ascent_loss', 'refine_answer', 'unlearn_edges', 'graph_model', 'Prompts', 'adapter_params', 'answer_loss',
-           'click_prompts', 'encode_prompts', 'merged', 'settle', 'sft']
-
-# %% ../../nbs/trust/02_unlearning.ipynb #0000000c
-def kl(p, q): # log-probabilities (n, vocab) -> (n,) nats
-    "Kullback-Leibler divergence KL(p || q)."
-    return (p.exp()*(p-q)).sum(-1)
-
-# %% ../../nbs/trust/02_unlearning.ipynb #d70e7097
-def jsd(z1, z2): # (n, vocab) logits -> (n,) nats, at most ln 2
-    "Jensen-Shannon divergence of the next-token distributions."
-    p, q = z1.double().log_softmax(-1), z2.double().log_softmax(-1)
-    m = torch.logaddexp(p, q) - np.log(2)
-    return (kl(p, m) + kl(q, m))/2
-
-# %% ../../nbs/trust/02_unlearning.ipynb #9e97bc42
-def symmetric_kl(z1, z2): # (n, vocab) logits -> (n,) nats, unbounded
-    "What E2URec's code reports under the name JSD."
-    p, q = z1.double().log_softmax(-1), z2.double().log_softmax(-1)
-    return (kl(p, q) + kl(q, p))/2
+__all__ = ['true_logprob', 'area', 'behaviour', 'evaluate_unlearning', 'two_losses', 'gradient_ascent', 'neg_grad', 'bad_teacher',
+           'sisa', 'forgetting_teacher', 'soft_cross_entropy', 'forget_loss', 'e2urec_loss', 'Schedule', 'imitate',
+           'as_request', 'paper_lora', 'e2urec', 'chunks', 'request_gradient', 'curvature_products', 'stochastic_solve',
+           'full_product', 'solve_by_adam', 'solve_by_cg', 'llmeraser', 'as_edges', 'edge_graph', 'identity_mlp',
+           'InfluenceEncoder', 'Graph', 'pair_loss', 'push_loss', 'keep_loss', 'contrast_loss', 'Simulated',
+           'simulated_batches', 'encoder_loss', 'pretrain_encoder', 'as_edge_request', 'check_graph', 'Answer', 'Asked',
+           'request_loss', 'ascent_loss', 'held_out', 'refine_answer', 'unlearn_edges', 'graph_model', 'margins',
+           'Pairwise', 'graph_influence', 'Prompts', 'adapter_params', 'answer_loss', 'click_prompts', 'encode_prompts',
+           'merged', 'settle', 'sft']
 
 # %% ../../nbs/trust/02_unlearning.ipynb #41d7b975
 def true_logprob(z, y): # logits (n, vocab), token ids (n,) -> (n,) nats
@@ -56,45 +38,30 @@ def true_logprob(z, y): # logits (n, vocab), token ids (n,) -> (n,) nats
     return z.log_softmax(-1).gather(1, y[:, None])[:, 0]
 
 # %% ../../nbs/trust/02_unlearning.ipynb #abfb500c
-def check_sets(yes, no, **sets):
-    "Refuse sets on which nothing could be measured."
+def area(z, rows, yes, no): # logits (n, vocab) -> scalar
+    "AUC of yes against no."
     if yes == no:
         raise ValueError(f"yes={yes} and no={no} are the same token: give the ids of the two answers")
-    for name, rows in sets.items():
-        if not len(rows.y):
-            raise ValueError(f"the {name} set is empty: nothing to measure")
-        if name != "unseen" and len((rows.y == yes).unique()) < 2:
-            raise ValueError(f"the {name} set has one answer in {len(rows.y)} rows: an AUC needs both answers")
-
-# %% ../../nbs/trust/02_unlearning.ipynb #9643b235
-def area(z, rows, yes, no): # logits (n, vocab) -> AUC of yes against no
     return auc((rows.y == yes).numpy(), (z[:, yes] - z[:, no]).numpy())
 
+# %% ../../nbs/trust/02_unlearning.ipynb #9643b235
 def behaviour(model, forget, unseen, test, yes, no): # -> logits on the forget set (n, vocab), measures
     "What one model does, whatever the reference."
     zf, zu, zt = (predictions(model, r) for r in (forget, unseen, test))
     lp = torch.cat([true_logprob(zf, forget.y), true_logprob(zu, unseen.y)]).numpy()
     out = dict(test_auc=area(zt, test, yes, no), forget_auc=area(zf, forget, yes, no))
-    out["gap"] = out["forget_auc"] - out["test_auc"]
-    out["mia"] = auc(np.arange(len(lp)) < len(zf), lp)
-    out["mass"] = zf.softmax(-1)[:, [yes, no]].sum(1).mean().item()
-    return zf, out
+    mass = zf.softmax(-1)[:, [yes, no]].sum(1).mean().item()
+    return zf, out | dict(gap=out["forget_auc"] - out["test_auc"], mia=auc(np.arange(len(lp)) < len(zf), lp), mass=mass)
 
-# %% ../../nbs/trust/02_unlearning.ipynb #f6b44175
+# %% ../../nbs/trust/02_unlearning.ipynb #797baed4
 def evaluate_unlearning(
     model, retrained, # the unlearned model, or a list of them (averaged), and the reference
-    forget, unseen, test, # Prompts: to be forgotten; like them, but never trained on; others
-    yes, no): # token ids of the two answers -> dict
-    """Forgetting and utility; `d_gap` and `d_mia` are distances to the retrained model, `lost` what test AUC lacks to
-    its; `mass` is the probability of yes and no together."""
-    sets = dict(forget=forget, unseen=unseen, test=test)
-    check_sets(yes, no, **sets)
-    z, out = behaviour(model, **sets, yes=yes, no=no)
-    z_re, ref = behaviour(retrained, **sets, yes=yes, no=no)
-    for k in ("gap", "mia"):
-        out[f"d_{k}"] = abs(out[k] - ref[k])
-    out["lost"] = max(0., ref["test_auc"] - out["test_auc"])
-    return out | dict(jsd=jsd(z, z_re).mean().item(), sym_kl=symmetric_kl(z, z_re).mean().item())
+    forget, unseen, test, yes, no): # Prompts: to forget; like them, but never trained on; others; answer ids -> dict
+    "Forgetting and utility; d_: distance to the retrained model, lost: its test AUC less ours, mass: P(yes) + P(no)."
+    (z, out), (z_re, ref) = (behaviour(m, forget, unseen, test, yes, no) for m in (model, retrained))
+    off = {f"d_{k}": abs(out[k] - ref[k]) for k in ("gap", "mia")}
+    off |= dict(jsd=jsd(z, z_re).mean().item(), sym_kl=symmetric_kl(z, z_re).mean().item())
+    return out | off | dict(lost=max(0., ref["test_auc"] - out["test_auc"]))
 
 # %% ../../nbs/trust/02_unlearning.ipynb #a2f00eb6
 def two_losses(model, batch, weight): # -> scalar
@@ -102,12 +69,9 @@ def two_losses(model, batch, weight): # -> scalar
     return answer_loss(model, batch[:3]) + weight*answer_loss(model, batch[3:])
 
 # %% ../../nbs/trust/02_unlearning.ipynb #d6c54dc5
-def climb(model, batch): return -answer_loss(model, batch)
-
-# %% ../../nbs/trust/02_unlearning.ipynb #9af4116e
 def gradient_ascent(model, forget, steps, lr=1e-4, **kw): # kw: of `sft`
     "Climb the loss of the rows to forget."
-    return sft(model, forget, steps, lr, loss=climb, **kw)
+    return sft(model, forget, steps, lr, loss=lambda m, batch: -answer_loss(m, batch), **kw)
 
 # %% ../../nbs/trust/02_unlearning.ipynb #85a4daaa
 def neg_grad(model, forget, retain, steps, lr=5e-5, weight=.2, batch_size=32, seed=0):
@@ -115,7 +79,6 @@ def neg_grad(model, forget, retain, steps, lr=5e-5, weight=.2, batch_size=32, se
     loss = partial(two_losses, weight=-weight)
     return sft(model, retain, steps, lr, batch_size, seed, loss, beside(forget, batch_size, seed))
 
-# %% ../../nbs/trust/02_unlearning.ipynb #afe3b356
 def bad_teacher(model, forget, retain, steps, lr=5e-5, weight=.2, batch_size=32, seed=0):
     "Descend on the retained rows and on flipped answers of the rows to forget (Prompts, two answers only)."
     answers = torch.cat([forget.y, retain.y]).unique()
@@ -125,23 +88,18 @@ def bad_teacher(model, forget, retain, steps, lr=5e-5, weight=.2, batch_size=32,
 
 # %% ../../nbs/trust/02_unlearning.ipynb #3cbbc4d3
 def sisa(
-    base, rows, # plain model; Prompts
-    user, # (n,) whose row it is; user u belongs to shard u mod n_shards
+    base, rows, user, # plain model; Prompts; (n,) whose row it is: user u belongs to shard u mod n_shards
     steps, n_shards=4, # steps of all shards together
     before=None, asks=(), # models of an earlier call, and the users forgotten since: only their shards are trained
-    seed=0, **kw): # of `sft` -> list of models, one a shard, for `next_logits`
+    **kw): # of `sft` -> list of models, one a shard, for `next_logits`
     "Sharded training (SISA): the exact way to make retraining smaller."
-    if before is not None and len(before) != n_shards:
-        raise ValueError(f"{len(before)} models for {n_shards} shards: pass those of the earlier call")
-    touched = set(range(n_shards)) if before is None else {int(u) % n_shards for u in asks}
-    train = lambda k: sft(base, take(rows, user % n_shards == k), steps//n_shards, seed=seed+k, **kw)
-    return [train(k) if k in touched else before[k] for k in range(n_shards)]
+    def train(k): return sft(base, take(rows, user % n_shards == k), steps//n_shards, **kw)
+    return shard_models(train, n_shards, before, [int(u) % n_shards for u in asks])
 
 # %% ../../nbs/trust/02_unlearning.ipynb #cddc8d05
 def forgetting_teacher(
     z_o, z_aug, # (n, vocab) logits of the original and of the augmented model
-    alpha=2.,
-    normalise=False, # take log-probabilities first: then a constant added to all logits changes nothing
+    alpha=2., normalise=False, # True: of log-probabilities, where a constant added to all logits changes nothing
     one_sided=True): # False: the difference itself instead of its ReLU (ablation) -> (n, vocab)
     "Logits that imitate a model without the forget set (E2URec, eq. for z_f; `normalise` is ours)."
     if z_o.shape != z_aug.shape:
@@ -155,12 +113,11 @@ def soft_cross_entropy(z, p): # logits and target probabilities (b, vocab) -> sc
     "Cross-entropy against a teacher's distribution."
     return -(p.to(z.device)*z.log_softmax(-1)).sum(-1).mean()
 
-# %% ../../nbs/trust/02_unlearning.ipynb #d929bcb5
 def forget_loss(model, batch): # ids, mask, y, softmax(z_f) -> scalar
     "The forgetting teacher alone (E2URec, L_FGT)."
     return soft_cross_entropy(next_logits(model, batch), batch[3])
 
-# %% ../../nbs/trust/02_unlearning.ipynb #4a2f0dc2
+# %% ../../nbs/trust/02_unlearning.ipynb #15670e0f
 def e2urec_loss(
     model, batch, # retained rows and p_o, then rows to forget and softmax(z_f): ids, mask, y, p, ids, mask, y, p
     beta=.4): # weight of the forgetting teacher -> scalar
@@ -169,7 +126,7 @@ def e2urec_loss(
     L_rem = soft_cross_entropy(z, p_o) + F.cross_entropy(z, y.to(z.device))
     return beta*forget_loss(model, batch[4:]) + (1-beta)*L_rem
 
-# %% ../../nbs/trust/02_unlearning.ipynb #15670e0f
+# %% ../../nbs/trust/02_unlearning.ipynb #e8d88a46
 @dataclass(frozen=True)
 class Schedule:
     "How long and how fast E2URec trains; the defaults are the authors'."
@@ -181,16 +138,7 @@ class Schedule:
     batch_size:int = 16
     seed:int = 0
 
-    def __post_init__(self):
-        for name in ("aug_steps", "warm_steps", "steps"):
-            if not (n := getattr(self, name) or 0) >= 0:
-                raise ValueError(f"{name}={n}: must be at least 0")
-
-# %% ../../nbs/trust/02_unlearning.ipynb #e8d88a46
-def imitate(
-    student, # peft model
-    f, r, # rows to forget with softmax(z_f), retained rows with p_o: ids, mask, y, p
-    beta, s): # weight of the forgetting teacher, Schedule
+def imitate(student, f, r, beta, s): # peft model; rows to forget with softmax(z_f), retained rows with p_o; Schedule
     "Train the student on its teachers: a warm-up with the forgetting one, then both (E2URec)."
     warm = -(-len(f[0])//s.batch_size) if s.warm_steps is None else s.warm_steps
     student = sft(student, f, warm, s.lr, s.batch_size, s.seed, forget_loss)
@@ -221,8 +169,7 @@ def paper_lora(model, r=16, alpha=32, dropout=.05, target_modules=("q_proj", "v_
 def e2urec(
     model, # fine-tuned on forget and retain; plain or peft (a copy is merged)
     tok, forget, retain, # rows with `prompt` and `completion`, or Prompts
-    alpha=2., beta=.4, # strength and weight of the forgetting teacher
-    teacher=forgetting_teacher, # (z_o, z_aug, alpha) -> z_f
+    alpha=2., beta=.4, teacher=forgetting_teacher, # its strength and its weight; (z_o, z_aug, alpha) -> z_f
     adapt=paper_lora, # plain model -> peft model, e.g. partial(paper_lora, r=8)
     **schedule): # of `Schedule`
     "The model with a LoRA that unlearns (E2URec); both teachers' probabilities are kept, rows x vocabulary."
@@ -238,43 +185,40 @@ def e2urec(
     return imitate(adapt(original), (*forget, z_f.softmax(-1)), (*retain, p_o), beta, s)
 
 # %% ../../nbs/trust/02_unlearning.ipynb #41045d48
+def chunks(rows, size): return [tuple(t[k:k+size] for t in rows) for k in range(0, len(rows[0]), size)]
+
 def request_gradient(
     model, n, # n: rows that the model was trained on
     before=None, after=None, # tensors of the rows to be changed, and of what takes their place; None: nothing
     params=None, loss=answer_loss, chunk=64): # -> (p,)
     "How a request changes the gradient of the empirical risk: IR, QM and RC in one formula (LLMEraser)."
-    def total(rows):
-        parts = [tuple(t[k:k+chunk] for t in rows) for k in range(0, len(rows[0]), chunk)]
-        return sum(len(x[0])/n*grad_of(model, loss, x, params).detach() for x in parts)
     if before is None and after is None:
         raise ValueError("no rows before and none after: this request asks for nothing")
-    with eval_mode(model):
-        return (0 if after is None else total(after)) - (0 if before is None else total(before))
+    def total(rows): # grad_of sees the model in evaluation mode
+        parts = [] if rows is None else chunks(rows, chunk)
+        return sum(len(x[0])/n*grad_of(model, loss, x, params).detach() for x in parts)
+    return total(after) - total(before)
 
 # %% ../../nbs/trust/02_unlearning.ipynb #b9431c49
 def curvature_products(
     model, rows, params, # rows: tensors of n rows each
-    kind="ggn", # "ggn": Gauss-Newton of `answer_loss`, never negative; "hessian": the true one, indefinite for LoRA
+    kind="ggn", # Gauss-Newton of `answer_loss`, never negative; "hessian": the true one, indefinite for LoRA
     batch_size=64, seed=0, loss=answer_loss): # -> endless; each is v -> C_B v for the next mini-batch B
     "Curvature-vector products on mini-batches (double backward), dropout off."
     if kind not in ("ggn", "hessian"):
         raise ValueError(f"kind={kind!r}: must be 'ggn' or 'hessian'")
-    head = lambda z, B: F.cross_entropy(z, B[2].to(z.device))
-    def product(B, v):
-        with eval_mode(model):
-            if kind == "hessian":
-                return hvp(model, loss, B, v, params)
-            return ggn_vp(model, next_logits, head, B, v, params)
+    def head(z, B): return F.cross_entropy(z, B[2].to(z.device))
+    def product(B, v): # the model is in evaluation mode
+        args = (loss, B) if kind == "hessian" else (next_logits, head, B)
+        return (hvp if kind == "hessian" else ggn_vp)(model, *args, v, params)
     loader = batches(*rows, batch_size=batch_size, seed=seed)
     while True:
         yield from (partial(product, B) for B in loader)
 
 # %% ../../nbs/trust/02_unlearning.ipynb #07bac7ad
 def stochastic_solve(
-    products, b, # products such as `curvature_products`; (p,)
-    steps, lr, # Adam; the rate falls to zero
-    damping=0., # lambda: (C + lambda I) delta = -b
-    path=None): # a list that collects delta after each step -> (p,)
+    products, b, steps, lr, # products such as `curvature_products`; (p,); Adam's, its rate falls to zero
+    damping=0.): # lambda: (C + lambda I) delta = -b -> (p,)
     "Minimise the quadratic of the influence step by mini-batches (LLMEraser)."
     if steps < 0:
         raise ValueError(f"steps={steps}: must be at least 0")
@@ -285,14 +229,12 @@ def stochastic_solve(
         delta.grad = product(delta.detach()) + damping*delta.detach() + b
         opt.step()
         plan.step()
-        if path is not None:
-            path.append(delta.detach().clone())
     return delta.detach()
 
 # %% ../../nbs/trust/02_unlearning.ipynb #d075c4fb
 def full_product(model, rows, params, kind="ggn", batch_size=256): # -> v -> C v over all rows
     "The curvature-vector product on all rows, in chunks."
-    parts = [tuple(t[k:k+batch_size] for t in rows) for k in range(0, len(rows[0]), batch_size)]
+    parts = chunks(rows, batch_size)
     each = [next(curvature_products(model, p, params, kind, len(p[0]))) for p in parts]
     return lambda v: sum(len(p[0])/len(rows[0])*f(v) for p, f in zip(parts, each))
 
@@ -309,45 +251,43 @@ def llmeraser(
     model, # peft model, fine-tuned on forget and retain to (near) a minimum, e.g. by `settle`
     tok, forget, retain, # rows with `prompt` and `completion`, or Prompts
     replace=None, # the rows that take the place of `forget` one by one (QM, RC); None removes them (IR)
-    damping=1e-2, # the ridge of the training, or more
-    solver="adam", # "adam": mini-batches (LLMEraser); "cg": conjugate gradients on all rows
+    damping=1e-2, solver="adam", # the ridge of the training, or more; mini-batches, or "cg" on all rows
     **how): # of the solver: steps, lr, batch_size, kind, seed; or tol, kind
     "A copy of the model whose adapter has moved by one influence step (LLMEraser)."
-    adapter_params(model)
     check_strength("damping", damping)
-    solvers = dict(adam=solve_by_adam, cg=solve_by_cg)
-    if solver not in solvers:
+    if solver not in (solvers := dict(adam=solve_by_adam, cg=solve_by_cg)):
         raise ValueError(f"solver={solver!r}: must be one of {list(solvers)}")
-    forget, retain = as_request(tok, forget, retain)
+    m = copy.deepcopy(model).eval()
+    P, (forget, retain) = adapter_params(m), as_request(tok, forget, retain)
     after = None if replace is None else encode_prompts(tok, replace)
     if after is not None and len(after.y) != len(forget.y):
         raise ValueError(f"{len(after.y)} rows replace {len(forget.y)}: one for one")
-    m, rows = copy.deepcopy(model).eval(), joined(forget, retain)
-    P = adapter_params(m)
-    b = request_gradient(m, len(rows.y), forget, after, P)
-    add_(P, solvers[solver](m, rows, P, b, damping, **how))
+    rows = joined(forget, retain)
+    add_(P, solvers[solver](m, rows, P, request_gradient(m, len(rows.y), forget, after, P), damping, **how))
     return m
 
 # %% ../../nbs/trust/02_unlearning.ipynb #c5b19ebe
 def as_edges(edges, n_users, n_items): # -> (m, 2) int64
-    "Edges as whole numbers within the users and items there are."
-    e = np.asarray(edges)
-    if e.size and (e.ndim != 2 or e.shape[1] != 2):
-        raise ValueError(f"edges of shape {e.shape}: need one row (user, item) an edge")
-    if e.size and not np.issubdtype(e.dtype, np.integer):
-        raise ValueError(f"edges of type {e.dtype}: users and items are whole numbers (see Interactions.from_frame)")
-    e = e.reshape(-1, 2).astype(np.int64)
-    if len(e) and (e.min() < 0 or (e >= [n_users, n_items]).any()):
-        raise ValueError(f"an edge outside of {n_users} users x {n_items} items: number them as in training")
-    return e
+    "Edges, checked as a log is: whole numbers within the users and items there are, none twice."
+    if not np.size(edges):
+        return np.zeros((0, 2), np.int64)
+    return Interactions(pd.DataFrame(np.asarray(edges), columns=["user", "item"]), n_users, n_items).df.to_numpy()
 
 def edge_graph(edges, n_users, n_items): # -> sparse CSR (N, N), N = n_users + n_items
     "The bipartite graph of some edges (m, 2), normalised by the degrees within them."
-    u, i = as_edges(edges, n_users, n_items).T + np.array([[0], [n_users]])
-    ones, N = np.ones(2*len(u), np.float32), n_users + n_items
-    return sparse_tensor(sym_norm(sp.csr_matrix((ones, (np.r_[u, i], np.r_[i, u])), (N, N))))
+    u, i = as_edges(edges, n_users, n_items).T
+    R = sp.csr_matrix((np.ones(len(u), np.float32), (u, i)), (n_users, n_items))
+    return sparse_tensor(sym_norm(sp.block_array([[None, R], [R.T, None]], format="csr")))
 
-# %% ../../nbs/trust/02_unlearning.ipynb #f287c504
+# %% ../../nbs/trust/02_unlearning.ipynb #055663e4
+def identity_mlp(d):
+    "Two layers that start (nearly) as the identity."
+    mlp = nn.Sequential(*[m for _ in range(2) for m in (nn.Linear(d, d), nn.LeakyReLU(.99))])
+    for m in mlp[::2]:
+        nn.init.eye_(m.weight)
+        nn.init.zeros_(m.bias)
+    return mlp
+
 class InfluenceEncoder(nn.Module):
     "Maps the graph of a request to new layer-0 embeddings (UnlearnRec)."
     def __init__(self,
@@ -357,10 +297,10 @@ class InfluenceEncoder(nn.Module):
         super().__init__()
         if E0.ndim != 2 or E0.shape != E.shape or L < 1:
             raise ValueError(f"E0 of shape {tuple(E0.shape)}, E of shape {tuple(E.shape)}, L={L}: (N, d) twice, L > 0")
-        self.L, self.rho, self.offset, self.mlp = L, rho, offset, identity_mlp(E0.shape[1]).requires_grad_(False)
-        self.E0, self.H0 = nn.Parameter(E0.clone(), False), nn.Parameter(torch.zeros_like(E0))
-        self.eta = nn.Parameter(torch.full((len(E0), 1), eta))
-        self.register_buffer("E", E.clone())
+        self.L, self.rho, self.offset = L, rho, offset
+        self.E0, self.E = (nn.Parameter(x.clone(), False) for x in (E0, E))
+        self.H0, self.eta = nn.Parameter(torch.zeros_like(E0)), nn.Parameter(torch.full((len(E0), 1), eta))
+        self.mlp = identity_mlp(E0.shape[1]).requires_grad_(False)
 
     def layers(self, A, H): # graph of the request, (N, d) -> L+1 times (N, d)
         "`H` and what l steps over the request's graph make of it."
@@ -376,56 +316,40 @@ class InfluenceEncoder(nn.Module):
 
     def forward(self, A): return self.E0 + self.mlp(self.influence(A)) # -> (N, d) new E0
 
-# %% ../../nbs/trust/02_unlearning.ipynb #055663e4
-def identity_mlp(d):
-    "Two layers that start (nearly) as the identity."
-    mlp = nn.Sequential(*[m for _ in range(2) for m in (nn.Linear(d, d), nn.LeakyReLU(.99))])
-    for m in mlp[::2]:
-        nn.init.eye_(m.weight)
-        nn.init.zeros_(m.bias)
-    return mlp
-
 # %% ../../nbs/trust/02_unlearning.ipynb #f7fd7a8c
 class Graph:
     "Edges (m, 2) of users and items, with the negative sampler and the propagation of LightGCN."
     def __init__(self, edges, n_users, n_items, K=3):
         self.edges, self.sizes, self.K = as_edges(edges, n_users, n_items), [n_users, n_items], K
-        self.A = edge_graph(edges, n_users, n_items)
-        self.sample = uniform_negatives(Interactions(pd.DataFrame(self.edges, columns=["user", "item"]), *self.sizes))
+        self.log = Interactions(pd.DataFrame(self.edges, columns=["user", "item"]), n_users, n_items)
+        self.A, self.sample = edge_graph(edges, n_users, n_items), uniform_negatives(self.log)
     def embed(self, E0): return Smooth.apply(self.A, E0, self.K).split(self.sizes)
     def epoch(self, batch_size, seed):
-        return batches(*columns(self.edges), batch_size=batch_size, sample=self.sample, seed=seed)
-
-def columns(edges): return [torch.from_numpy(c) for c in np.asarray(edges, np.int64).T.copy()]
+        return batches(self.log.user, self.log.item, batch_size=batch_size, sample=self.sample, seed=seed)
 
 # %% ../../nbs/trust/02_unlearning.ipynb #9f7649fe
-def pair_loss(
-    E0, U, I, # (N, d) layer 0; final embeddings of users and items
-    batch, # u, i, j: users, clicked items, negatives, each (b,)
-    l2=0.): # weight of the layer-0 rows in the batch -> scalar
-    "The recommender's own loss: BPR, with L2 as in LightGCN."
+def pair_loss(E0, U, I, batch, l2=0.): # (N, d) layer 0, final embeddings; u, i, j: users, clicked, negatives -> scalar
+    "The recommender's own loss: BPR, with L2 of the batch's layer-0 rows as in LightGCN."
     u, i, j = batch
     rank = F.softplus((U[u]*(I[j] - I[i])).sum(1)).mean()
     return rank + l2*E0[torch.cat([u, len(U)+i, len(U)+j])].square().sum()/(2*len(u))
 
 def push_loss(U, I, edges): # final embeddings, (m, 2) -> scalar
     "Mean -log sigmoid(-score) of the edges to forget (UnlearnRec, L_u)."
-    u, i = columns(edges)
+    u, i = torch.as_tensor(edges.T)
     return F.softplus((U[u]*I[i]).sum(1)).mean()
 
 # %% ../../nbs/trust/02_unlearning.ipynb #7ecbc7cd
-def keep_loss(
-    S, S0, # (b, b) scores of a batch's users and items, new and original; the diagonal is positive
-    tau=1.): # temperature -> scalar
-    "In-batch log-probabilities of remaining pairs stay what they were (UnlearnRec, L_p)."
+def keep_loss(S, S0, tau=1.): # (b, b) scores of a batch's users and items, new and original; temperature -> scalar
+    "In-batch log-probabilities of remaining pairs, the diagonal, stay what they were (UnlearnRec, L_p)."
     return ((S/tau).log_softmax(1).diagonal() - (S0/tau).log_softmax(1).diagonal()).square().mean()
 
-# %% ../../nbs/trust/02_unlearning.ipynb #0ad2e632
+# %% ../../nbs/trust/02_unlearning.ipynb #a77a51ba
 def contrast_loss(H1, H2): # (b, d) two views of the same nodes; the first is held fixed -> scalar
     "InfoNCE of cosine similarities (UnlearnRec, L_c)."
     return -(F.normalize(H1.detach(), dim=1) @ F.normalize(H2, dim=1).T).log_softmax(1).diagonal().mean()
 
-# %% ../../nbs/trust/02_unlearning.ipynb #cccf97fa
+# %% ../../nbs/trust/02_unlearning.ipynb #0ad2e632
 class Simulated:
     "A random request: what is to go, its graph, a thinned one, and the graph that remains."
     def __init__(self, edges, n_users, n_items, share, rng):
@@ -445,7 +369,7 @@ def simulated_batches(edges, n_users, n_items, epochs, every=5, share=.2, batch_
         for batch in x.rest.epoch(batch_size, seed + epoch):
             yield x, batch
 
-# %% ../../nbs/trust/02_unlearning.ipynb #0aea93c0
+# %% ../../nbs/trust/02_unlearning.ipynb #f0630009
 def encoder_loss(
     encoder, x, batch, # InfluenceEncoder, Simulated, and u, i, j of remaining edges
     weights=(1., .005, 1e-3), l2=1e-4): # lambda_u, lambda_p, lambda_c; of the layer-0 rows -> scalar
@@ -458,17 +382,16 @@ def encoder_loss(
     others = push_loss(U, I, x.gone), keep_loss(U[u] @ I[i].T, U0[u] @ I0[i].T), alike
     return pair_loss(E0, U, I, batch, l2) + sum(w*loss for w, loss in zip(weights, others))
 
+# %% ../../nbs/trust/02_unlearning.ipynb #515c97f5
 def pretrain_encoder(
     encoder, edges, n_users, n_items, # InfluenceEncoder, trained in place; (m, 2) what the recommender was trained on
-    epochs=40, lr=1e-3,
-    loss=encoder_loss, # e.g. partial(encoder_loss, weights=...)
+    epochs=40, lr=1e-3, loss=encoder_loss, # e.g. partial(encoder_loss, weights=...)
     **how): # of `simulated_batches`: every, share, batch_size, seed
     "Teach the encoder to answer simulated requests; only H_0 and eta move (UnlearnRec)."
-    edges = as_edges(edges, n_users, n_items)
-    check_graph(encoder, edges[:0], n_users, n_items)
-    encoder.trained = edges @ [n_items, 1]
-    opt = torch.optim.Adam([encoder.H0, encoder.eta], lr=lr)
-    for x, batch in simulated_batches(edges, n_users, n_items, epochs, **how):
+    g = Graph(edges, n_users, n_items)
+    check_graph(encoder, g)
+    encoder.A, opt = g.A, torch.optim.Adam([encoder.H0, encoder.eta], lr=lr)
+    for x, batch in simulated_batches(g.edges, n_users, n_items, epochs, **how):
         opt.zero_grad()
         loss(encoder, x, batch).backward()
         opt.step()
@@ -480,30 +403,18 @@ def as_edge_request(forget, remaining, n_users, n_items): # -> (m, 2), (r, 2)
     f, r = (as_edges(x, n_users, n_items) for x in (forget, remaining))
     if not len(f) or not len(r):
         raise ValueError("nothing remains: start anew" if len(f) else "nothing to forget: the forget set is empty")
-    for name, x in (("forget", f), ("remaining", r)):
-        if len(np.unique(x, axis=0)) < len(x):
-            raise ValueError(f"the {name} set holds an edge twice: drop repetitions, as in training")
     if len(both := np.intersect1d(f @ [n_items, 1], r @ [n_items, 1])):
         raise ValueError(f"{len(both)} edge(s) are in both sets, such as {divmod(int(both[0]), n_items)}: decide")
     return f, r
 
-# %% ../../nbs/trust/02_unlearning.ipynb #495f76fb
-def trained_edges(model, n_users, n_items):
-    "Numbers of the edges a model was trained on: a LightGCN still has its graph, an encoder remembers; else None."
-    if not isinstance(model, LightGCN):
-        return getattr(model, "trained", None)
-    row, col = model.A.to_sparse_coo().coalesce().indices().cpu().numpy()
-    return (row*n_items + col - n_users)[row < n_users]
-
-def check_graph(model, forget, n_users, n_items):
-    "Does the model belong to these users, items and edges?"
-    if len(model.E0) != n_users + n_items or getattr(model, "n_users", n_users) != n_users:
-        raise ValueError(f"n_users={n_users}, n_items={n_items}: the model has others, {len(model.E0)} in all")
-    known = trained_edges(model, n_users, n_items)
-    unknown = forget[:0] if known is None else forget[~np.isin(forget @ [n_items, 1], known)]
-    if len(unknown):
-        edge = tuple(unknown[0].tolist())
-        raise ValueError(f"{len(unknown)} edge(s) to forget, such as {edge}, were never trained on: leave them out")
+def check_graph(model, g): # Graph of all edges before the request
+    "Are these users, items and edges what the model was trained on?"
+    A = getattr(model, "A", None)
+    if len(model.E0) != sum(g.sizes) or getattr(model, "n_users", g.sizes[0]) != g.sizes[0]:
+        raise ValueError(f"{g.sizes} users and items: the model has others, {len(model.E0)} in all")
+    same = lambda part: getattr(A, part)().equal(getattr(g.A, part)())
+    if A is not None and not (same("crow_indices") and same("col_indices")):
+        raise ValueError("forget and remaining are not what the model was trained on: give all of its edges, no others")
 
 # %% ../../nbs/trust/02_unlearning.ipynb #f25c992b
 class Answer(nn.Module):
@@ -533,31 +444,32 @@ def request_loss(
 
 def ascent_loss(E0, asked, batch): # -> scalar
     "Gradient ascent on the BPR loss of the forgotten edges."
-    return -pair_loss(E0, *asked.rest.embed(E0), asked.sample(*columns(asked.forget)))
+    return -pair_loss(E0, *asked.rest.embed(E0), asked.sample(*torch.as_tensor(asked.forget.T)))
 
-# %% ../../nbs/trust/02_unlearning.ipynb #6925f250
+# %% ../../nbs/trust/02_unlearning.ipynb #b14264ae
+def held_out(g, valid): # Graph, (m, 2) edges or None -> function of layer 0
+    "BPR loss on validation edges; without any, every step is as good as the one before."
+    held = None if valid is None else g.sample(*torch.as_tensor(valid.T))
+    return lambda E0: 0. if held is None else pair_loss(E0, *g.embed(E0), held).item()
+
+# %% ../../nbs/trust/02_unlearning.ipynb #a8aa6ed3
 def refine_answer(
-    answer, asked, loss, # Answer, tuned in place; Asked; (E0, asked, batch) -> scalar
-    steps, lr,
+    answer, asked, loss, steps, lr, # Answer, tuned in place; Asked; (E0, asked, batch) -> scalar
     valid=None, # (m, 2) edges; the step with the lowest BPR loss on them is kept
     batch_size=1024, seed=0): # -> (N, d)
     "A few steps of a request's answer."
     if steps < 0:
         raise ValueError(f"steps={steps}: must be at least 0")
-    g, opt = asked.rest, torch.optim.Adam(answer.parameters(), lr=lr)
-    held = None if valid is None else g.sample(*columns(valid))
-    score = lambda E0: 0. if held is None else pair_loss(E0, *g.embed(E0), held).item()
-    best, lowest = answer().detach().clone(), score(answer().detach())
+    g, score, opt = asked.rest, held_out(asked.rest, valid), torch.optim.Adam(answer.parameters(), lr=lr)
+    best = answer().detach().clone()
     for _, batch in zip(range(steps), (b for e in range(steps) for b in g.epoch(batch_size, seed + e))):
         opt.zero_grad()
         loss(answer(), asked, batch).backward()
         opt.step()
-        E0 = answer().detach().clone()
-        if (now := score(E0)) <= lowest:
-            best, lowest = E0, now
+        best = min(answer().detach().clone(), best, key=score)
     return best
 
-# %% ../../nbs/trust/02_unlearning.ipynb #c3895b61
+# %% ../../nbs/trust/02_unlearning.ipynb #761e0320
 def unlearn_edges(
     model, # a pre-trained InfluenceEncoder; or the LightGCN itself: tuned without an encoder; not touched
     forget, remaining, n_users, n_items, # (m, 2) edges
@@ -566,14 +478,47 @@ def unlearn_edges(
     **how): # of `refine_answer`: valid, batch_size, seed -> LightGCN on the remaining graph
     "Answer one request (UnlearnRec): the encoder's pass, then a few steps."
     forget, remaining = as_edge_request(forget, remaining, n_users, n_items)
-    check_graph(model, forget, n_users, n_items)
     g, before = (Graph(e, n_users, n_items) for e in (remaining, np.r_[remaining, forget]))
+    check_graph(model, before)
     E = model.E if isinstance(model, InfluenceEncoder) else torch.cat(model()).detach()
     answer = Answer(model, edge_graph(forget, n_users, n_items))
     return graph_model(g, refine_answer(answer, Asked(forget, E, g, before.sample), loss, steps, lr, **how))
 
-def graph_model(g, E0): # Graph, (N, d)
+def graph_model(g, E0): # Graph, (N, d) -> LightGCN
     "A LightGCN with these layer-0 embeddings."
     m = LightGCN(g.A, g.sizes[0], E0.shape[1], g.K)
     m.E0.data.copy_(E0)
     return m
+
+# %% ../../nbs/trust/02_unlearning.ipynb #f601f8d5
+def margins(E, triples): # (N, d) final embeddings; u, i, j (n,) numbered as nodes -> (n,)
+    "Score of the clicked item minus score of the negative."
+    u, i, j = triples
+    return (E[u]*(E[i] - E[j])).sum(1)
+
+class Pairwise:
+    "BPR over fixed triples, summed and divided by n, as a function of layer 0: its gradient, Gauss-Newton products."
+    def __init__(self, g, E0, triples, n): # Graph, (N, d), u, i, j
+        self.smooth, self.f, self.n = lambda X: horner(g.A, X, g.K), partial(margins, triples=triples), n
+        self.E = self.smooth(E0)
+        self.z, self.pull = torch.func.vjp(self.f, self.E)
+    def back(self, r): return self.smooth(self.pull(r/self.n)[0]).flatten()
+    def slope(self): return self.back(-torch.sigmoid(-self.z)) # (N*d,)
+    def product(self, v): # (N*d,) -> (N*d,)
+        Jv = torch.func.jvp(self.f, (self.E,), (self.smooth(v.view_as(self.E)),))[1]
+        return self.back(torch.sigmoid(self.z)*torch.sigmoid(-self.z)*Jv)
+
+# %% ../../nbs/trust/02_unlearning.ipynb #ef069890
+def graph_influence(
+    model, forget, remaining, n_users, n_items, # LightGCN, not touched; (m, 2) edges
+    damping=1e-3, negatives=5, tol=.05): # the ridge; negatives of each edge; of conjugate gradients -> LightGCN
+    "One influence step on the layer-0 embeddings: edges and smoothing change at once (GIF)."
+    forget, remaining = as_edge_request(forget, remaining, n_users, n_items)
+    full, rest = (Graph(e, n_users, n_items, model.K) for e in (np.r_[remaining, forget], remaining))
+    check_graph(model, full)
+    u, i, j = full.sample(*torch.as_tensor(full.edges.repeat(negatives, 0).T))
+    triples, E0 = torch.stack([u, n_users + i, n_users + j]), model.E0.detach()
+    before = Pairwise(full, E0, triples, len(u))
+    after = Pairwise(rest, E0, triples[:, :len(remaining)*negatives], len(u))
+    delta = solve(before.product, before.slope() - after.slope(), damping, tol)
+    return graph_model(rest, E0 + delta.view_as(E0))
