@@ -4,8 +4,9 @@
 
 # %% ../nbs/foundations/16_provenance.ipynb #fa5787c7
 from __future__ import annotations
-import ast, dis, functools, hashlib, inspect, json, os, re, sys, sysconfig, tempfile, types
+import ast, dis, functools, hashlib, inspect, json, math, os, re, sys, sysconfig, tempfile, types
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -16,9 +17,9 @@ from .data import cache_dir, root
 
 # %% auto #0
 __all__ = ['PACKAGE', 'bare', 'Module', 'named', 'words', 'defined', 'touched', 'read_module', 'module_of', 'reach', 'imported',
-           'digest', 'Digest', 'mix', 'content', 'exact_array', 'names_in', 'imports_in', 'bytecode', 'package_code',
-           'code_at', 'distribution', 'library', 'module_code', 'written_here', 'library_folders', 'Store',
-           'Remembered', 'notebook_code', 'python']
+           'digest', 'still', 'Digest', 'mix', 'content', 'exact_array', 'names_in', 'imports_in', 'bytecode',
+           'package_code', 'code_at', 'distribution', 'library', 'module_code', 'written_here', 'library_folders',
+           'Store', 'Remembered', 'notebook_code', 'python']
 
 # %% ../nbs/foundations/16_provenance.ipynb #6f2d9ca7
 def bare(
@@ -173,23 +174,60 @@ def digest(
     x, # a function, class, or value
     ) -> str: # 64 hexadecimal digits
     "A digest of `x` and of all code and values it can reach; equal digests mean that nothing has changed."
-    return Digest().of(x)
+    return (_walks[-1] if _walks else Digest()).of(x)
+
+
+_walks = [] # one while nothing changes, see `still`
 
 # %% ../nbs/foundations/16_provenance.ipynb #6ea1ca3b
+@contextmanager
+def still():
+    "Inside, what digests reach does not change, so each part is walked once."
+    _walks.append(_walks[-1] if _walks else Digest())
+    try:
+        yield
+    finally:
+        _walks.pop()
+
+# %% ../nbs/foundations/16_provenance.ipynb #bdee07f4
 class Digest:
     "One walk over everything reachable; what is met again is not walked again, what contains itself is named."
-    def __init__(self): self.done, self.open = {}, {}
+    def __init__(self): self.done, self.here, self.open, self.low = {}, {}, {}, []
 
     def of(self, x) -> str:
-        "Digest of one object."
-        if id(x) in self.done:
-            return self.done[id(x)][0]
+        "Digest of one object. What contains itself is named by how far up it stands, wherever the walk began."
         if id(x) in self.open:
-            return f"open {list(self.open).index(id(x))}"
+            return self.above(list(self.open).index(id(x)))
+        for known in (self.done, self.here):
+            if id(x) in known:
+                self.reach(known[id(x)][1])
+                return known[id(x)][0]
         self.open[id(x)] = x
+        self.low.append(len(self.open))
         made = mix(self.parts(x))
+        return self.close(x, made)
+
+    def above(self, at):
+        "The name of an object that is being walked, `at` from the outermost."
+        self.reach(at)
+        return f"open {len(self.open) - at}"
+
+    def reach(self, at):
+        "Note that the object being walked leads back to the one at that depth."
+        if self.low:
+            self.low[-1] = min(self.low[-1], at)
+
+    def close(self, x, made):
+        "Keep a digest: for all walks where it leads back to nothing outside, else for this one."
         del self.open[id(x)]
-        self.done[id(x)] = made, x # x is kept, or its id could be given to another object
+        low = self.low.pop()
+        whole = low >= len(self.open)
+        if not whole:
+            self.reach(low)
+        kept = self.done if whole else self.here
+        kept[id(x)] = made, (math.inf if whole else low), x # x is kept, or its id could be given to another object
+        if not self.open:
+            self.here = {}
         return made
 
     def parts(self, x):

@@ -14,7 +14,7 @@ import numpy as np, pandas as pd
 from tqdm.auto import tqdm
 from .datasets import _registry
 from .metrics import Outcome, ranked
-from .provenance import Remembered, Store, digest, distribution
+from .provenance import Remembered, Store, digest, distribution, still
 
 # %% auto #0
 __all__ = ['ROLES', 'LIBRARIES', 'Method', 'check_axis', 'settings', 'Case', 'trial_key', 'names_of', 'run_trial', 'pack',
@@ -134,16 +134,16 @@ def run_all(
     store:Store|None=None, # where outcomes are kept; the book's cache by default
     desc:str="trials",
     ) -> list[Outcome]:  # in the order of `todo`
-    """Every trial, from the store where it is there; what is computed is kept at once, so that an interrupted run
-    resumes."""
+    "Every trial, from the store where it is there; what is computed is kept at once."
     store = store or Store()
-    keys = [trial_key(*t) for t in todo]
-    found = {k: unpack(d) for k in dict.fromkeys(keys) if (d := store.get(k)) is not None}
-    left = {k: t for k, t in zip(keys, todo) if k not in found}
-    quiet = not left or bool(os.environ.get("TQDM_DISABLE"))
-    for k, out in tqdm(in_turn(left, jobs), total=len(left), desc=desc, leave=False, disable=quiet):
-        found[k] = out
-        store.put(k, pack(out))
+    with still():
+        keys = [trial_key(*t) for t in todo]
+        found = {k: unpack(d) for k in dict.fromkeys(keys) if (d := store.get(k)) is not None}
+        left = {k: t for k, t in zip(keys, todo) if k not in found}
+        quiet = not left or bool(os.environ.get("TQDM_DISABLE"))
+        for k, out in tqdm(in_turn(left, jobs), total=len(left), desc=desc, leave=False, disable=quiet):
+            found[k] = out
+            store.put(k, pack(out))
     return [found[k] for k in keys]
 
 # %% ../nbs/foundations/17_trials.ipynb #cd4312b2

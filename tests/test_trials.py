@@ -1,5 +1,5 @@
 "The planted faults of an unfair comparison are each caught; trials are computed once and never stale."
-import json, sys
+import functools, json, sys
 from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
@@ -469,3 +469,26 @@ def test_a_parameter_is_no_global(monkeypatch):
     assert digest(f) == before
     monkeypatch.setitem(globals(), "Kind", int)
     assert digest(f) != before
+
+
+# ---- one walk for many digests
+
+def even(n): return n == 0 or odd(n - 1)
+
+def odd(n): return n != 0 and even(n - 1)
+
+def uses_both(n): return even(n) + odd(n)
+
+def test_digests_do_not_depend_on_what_was_walked_before(monkeypatch):
+    "Also where functions call each other, from whichever of them the walk begins."
+    from recbook.provenance import digest, still
+    things = [even, odd, uses_both, [odd, even], functools.partial(even, 3)]
+    alone = [digest(x) for x in things]
+    for order in ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [2, 0, 4, 1, 3]):
+        with still():
+            assert [digest(things[k]) for k in order] == [alone[k] for k in order]
+            with still():
+                assert digest(even) == alone[0]
+    before = digest(uses_both)
+    monkeypatch.setitem(globals(), "odd", lambda n: n % 2 == 1)
+    assert digest(uses_both) != before
