@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from importlib import metadata
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 import joblib
 import numpy as np, pandas as pd, scipy.sparse as sp
@@ -197,37 +198,36 @@ class Digest:
     def of(self, x) -> str:
         "Digest of one object. What contains itself is named by how far up it stands, wherever the walk began."
         if id(x) in self.open:
-            return self.above(list(self.open).index(id(x)))
+            at = list(self.open).index(id(x))
+            self.reach(at, False)
+            return f"open {len(self.open) - at}"
         for known in (self.done, self.here):
             if id(x) in known:
-                self.reach(known[id(x)][1])
-                return known[id(x)][0]
+                made, low, _ = known[id(x)]
+                self.reach(low, known is self.here)
+                return made
         self.open[id(x)] = x
-        self.low.append(len(self.open))
+        self.low.append([len(self.open), False, len(self.here)])
         made = mix(self.parts(x))
         return self.close(x, made)
 
-    def above(self, at):
-        "The name of an object that is being walked, `at` from the outermost."
-        self.reach(at)
-        return f"open {len(self.open) - at}"
-
-    def reach(self, at):
-        "Note that the object being walked leads back to the one at that depth."
+    def reach(self, at, through):
+        "Note that the object being walked leads back to depth `at`, itself or `through` another object."
         if self.low:
-            self.low[-1] = min(self.low[-1], at)
+            self.low[-1][:2] = min(self.low[-1][0], at), self.low[-1][1] or through
 
     def close(self, x, made):
-        "Keep a digest: for all walks where it leads back to nothing outside, else for this one."
+        """Keep a digest: for good where no circle passes through `x`, and inside a circle until it is closed. `x` is
+        kept with it, or its id could be given to another object."""
         del self.open[id(x)]
-        low = self.low.pop()
-        whole = low >= len(self.open)
-        if not whole:
-            self.reach(low)
-        kept = self.done if whole else self.here
-        kept[id(x)] = made, (math.inf if whole else low), x # x is kept, or its id could be given to another object
-        if not self.open:
-            self.here = {}
+        low, through, before = self.low.pop()
+        if low < len(self.open):
+            self.reach(low, True)
+            self.here[id(x)] = made, low, x
+            return made
+        self.here = dict(islice(self.here.items(), before))
+        if not through:
+            self.done[id(x)] = made, math.inf, x
         return made
 
     def parts(self, x):
