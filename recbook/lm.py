@@ -25,8 +25,8 @@ from .world import World
 # %% auto #0
 __all__ = ['RECIPE', 'LEAST', 'nano_tokenizer', 'doc_batches', 'next_token_loss', 'facts_first', 'pretrain', 'cached', 'digests',
            'whole', 'rebuild', 'sweep', 'cannot_write', 'corpus_of', 'safely', 'has_code', 'read_json',
-           'only_safetensors', 'unreachable', 'nano_lm', 'reading_plan', 'read_causal', 'mark_ids', 'read',
-           'mask_tokens', 'nano_mlm', 'read_masked', 'load_lm']
+           'only_safetensors', 'unreachable', 'nano_lm', 'reading_plan', 'read_causal', 'fresh_llama', 'mark_ids',
+           'read', 'mask_tokens', 'nano_mlm', 'read_masked', 'weights_mark', 'load_lm']
 
 # %% ../nbs/foundations/11_lm.ipynb #f4a2e5a7
 def nano_tokenizer(
@@ -346,24 +346,19 @@ def read_causal(
 ):
     "Train a Llama on `docs` and save it in the folder `to`."
     def build(tok):
-        heads = max(1, hidden_size//32)
-        m = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tok),
-                hidden_size=hidden_size,
-                intermediate_size=intermediate_size,
-                num_hidden_layers=n_layers,
-                num_attention_heads=heads,
-                num_key_value_heads=heads,
-                max_position_embeddings=max_length,
-                tie_word_embeddings=True,
-                initializer_range=0.05,
-                **mark_ids(tok),
-            )
-        )
+        m = fresh_llama(tok, hidden_size, n_layers, intermediate_size, max_length)
         mark = tok(":", add_special_tokens=False).input_ids[-1]
         return m, lambda x: next_token_loss(m(x).logits, x, tok.pad_token_id, mark)
     read(docs, to, build, steps//4, steps, seed, vocab_size, max_length, lr, batch_size)
+
+# %% ../nbs/foundations/11_lm.ipynb #395baecb
+def fresh_llama(tok, hidden_size=96, n_layers=3, intermediate_size=1024, max_length=256):
+    "An untrained Llama for the tokenizer's words; a head for every 32 numbers of a state."
+    heads = max(1, hidden_size//32)
+    shape = dict(hidden_size=hidden_size, num_hidden_layers=n_layers, intermediate_size=intermediate_size)
+    shape |= dict(num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=max_length)
+    how = dict(tie_word_embeddings=True, initializer_range=.05)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), **shape, **how, **mark_ids(tok)))
 
 # %% ../nbs/foundations/11_lm.ipynb #632e72f9
 def mark_ids(tok):
@@ -450,6 +445,12 @@ def read_masked(
             return m(input_ids=y, attention_mask=(x != tok.pad_token_id).long(), labels=labels).loss
         return m, loss
     read(docs, to, build, steps//2, steps, seed, vocab_size, max_length, lr, batch_size)
+
+# %% ../nbs/foundations/11_lm.ipynb #e3e848de
+def weights_mark(model):
+    "A digest of all weights, for the key of what is made from them."
+    parts = (p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for p in model.parameters())
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 # %% ../nbs/foundations/11_lm.ipynb #518978b2
 def load_lm(

@@ -120,8 +120,10 @@ def test_names_are_read_without_facts():
         E.Edit("Ann", "Ann sings:", "alto", "bass", neighbours=[("Ann lives in:", "Bonn")]),
         E.Edit("Bob", "Bob sings:", "bass", "alto"),
     ]
-    rows = E.name_rows(es)
-    assert sorted(set(rows.answer)) == ["Bonn", "alto", "bass"] and not rows.prompt.str.contains("Ann|Bob").any()
+    read = E.name_texts(es)
+    assert sorted({t.split()[-1] for t in read}) == ["Bonn.", "alto.", "bass."]
+    assert not any(s in t for t in read for s in ("Ann", "Bob"))
+    assert "Ann lives in: Bonn." in E.known_texts(es) and "Ann sings: bass." in E.known_texts(es)
 
 def test_exact_null_space_keeps_logits(model, tok, facts):
     keep = [f"{p} {a}." for p, a in zip(facts.ask(range(2), E.ONE_HOP[0]), facts.answers(range(2)))]
@@ -338,11 +340,11 @@ def test_the_curriculum_goes_through_all_levels(facts):
     single = parts[0]
     assert (single[single.kind == "in"].prompt.str.count(r" \d\. ") == 1).all()
 
-def test_a_reader_answers_its_rows(facts, tmp_path, monkeypatch):
+def test_a_model_knows_what_it_has_read(facts, tmp_path, monkeypatch):
     monkeypatch.setenv("RECBOOK_CACHE", str(tmp_path))
-    rows = E.known_rows(facts.edits([0, 6, 12], 0))
-    m, tok = E.reader_lm(rows, steps=40)
-    assert E.accuracy(m, tok, rows.prompt.tolist(), rows.answer.tolist()) > .8
+    es = facts.edits([0, 6, 12], 0)
+    m, tok = E.fact_lm(E.known_texts(es), steps=60)
+    assert E.accuracy(m, tok, [e.prompt for e in es], [e.old for e in es]) == 1
 
 
 @pytest.mark.parametrize(
@@ -401,5 +403,5 @@ def test_bad_memory_and_world(facts):
     ],
 )
 def test_a_subject_is_found_as_the_whole_name(text, subject, at):
-    from recbook.trust.editing import place_in
+    from recbook.answers import place_in
     assert place_in(text, subject) == at
