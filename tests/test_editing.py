@@ -343,7 +343,7 @@ def test_the_curriculum_goes_through_all_levels(facts):
 def test_a_model_knows_what_it_has_read(facts, tmp_path, monkeypatch):
     monkeypatch.setenv("RECBOOK_CACHE", str(tmp_path))
     es = facts.edits([0, 6, 12], 0)
-    m, tok = E.fact_lm(E.known_texts(es), steps=60)
+    m, tok = E.fact_lm(E.known_texts(es), 60, 256)
     assert E.accuracy(m, tok, [e.prompt for e in es], [e.old for e in es]) == 1
 
 

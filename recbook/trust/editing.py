@@ -106,12 +106,12 @@ def corpus(self:Facts) -> list[str]:
 
 # %% ../../nbs/trust/03_editing.ipynb #092bf80f
 def fact_lm(
-    docs:Sequence[str], steps:int=800, seed:int=0, weight:float=50.): # weight: of the token behind a colon
+    docs:Sequence[str], steps=800, width=1024, seed=0, weight=50.): # weight: of the token behind a colon
     "A small Llama that has read `docs`, and its tokenizer; from the cache."
     def build(tok):
-        m, mark = fresh_llama(tok), tok(":", add_special_tokens=False).input_ids[-1]
+        m, mark = fresh_llama(tok, intermediate_size=width), tok(":", add_special_tokens=False).input_ids[-1]
         return m, lambda x: next_token_loss(m(x).logits, x, tok.pad_token_id, mark, weight)
-    kind = dict(fact_lm=2, steps=steps, seed=seed, weight=weight)
+    kind = dict(fact_lm=3, steps=steps, width=width, seed=seed, weight=weight)
     return load_lm(cached("causal", docs, kind, lambda to: read(docs, to, build, 0, steps, seed, 4096, 256, .0012, 64)))
 
 # %% ../../nbs/trust/03_editing.ipynb #1ac0229b
@@ -703,8 +703,7 @@ def lessons(facts, subjects, levels, kinds, steps, seed):
     "Frames of new rows for 20 steps each, the levels in turn, equally long."
     for k in range(0, steps, 20):
         level = min(len(levels)*k//steps, len(levels)-1)
-        rows = alignment_rows(facts, subjects, 640, levels[level], kinds, seed + k)
-        yield rows.iloc[:2560].assign(level=level, step=k+20)
+        yield alignment_rows(facts, subjects, 640, levels[level], kinds, seed + k)[:2560].assign(level=level, step=k+20)
 
 def in_order(tok, rows):
     "Batches of 128, the parts of the curriculum one after the other."
@@ -728,9 +727,10 @@ def learn_to_edit(
     def build(to):
         rows = pd.concat(lessons(facts, subjects, levels, kinds, steps, seed), ignore_index=True)
         m = copy.deepcopy(model)
-        study(m, tok, rows, steps).to_json(to/"curriculum.json", orient="records")
+        log = study(m, tok, rows, steps)
         m.save_pretrained(to)
         tok.save_pretrained(to)
+        log.to_json(to/"curriculum.json", orient="records")
     known = dict(lte=4, model=weights_mark(model), subjects=list(subjects), levels=levels, kinds=kinds)
     home = cached("lte", facts.corpus(), known | dict(steps=steps, seed=seed), build)
     return load_lm(home)[0], pd.read_json(home/"curriculum.json")
