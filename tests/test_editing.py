@@ -61,6 +61,16 @@ def test_drift_is_the_divergence():
     q = torch.tensor([[.25, .75], [.9, .1]]).log()
     assert E.drift(p, p) == 0 and E.drift(p, q) == pytest.approx(.5*(.5*np.log(2) + .5*np.log(2/3)))
 
+def test_free_text_is_measured():
+    from scipy.stats import entropy
+    from recbook.text import consistency, fluency
+    words = "a b a b c a b".split()
+    h = [entropy(pd.Series(list(zip(*(words[k:] for k in range(n))))).value_counts(), base=2) for n in (2, 3)]
+    assert fluency([" ".join(words)]*2) == pytest.approx(h[0]/3 + 2*h[1]/3) and fluency(["no no no"]) == 0
+    assert consistency(["oak and tin", "oak"], ["tin and oak", "silk"]) == pytest.approx(.5)
+    with pytest.raises(ValueError, match="pairs"):
+        consistency(["a"], [])
+
 def test_rome_writes_its_key_and_is_the_least_change():
     K = random_keys(200)
     C = K @ K.T/200
@@ -381,6 +391,11 @@ def test_bad_requests(model, tok, bad, kw, match):
     with pytest.raises(ValueError, match=match.replace("{}", r"\{\}")):
         E.edit(model, tok, bad, **kw)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters()))
+
+def test_the_old_name_of_the_loss_and_no_other():
+    assert E.__getattr__("answer_loss") is E.rehearsal_loss
+    with pytest.raises(AttributeError, match="answer_los'"):
+        E.answer_los
 
 def test_bad_memory_and_world(facts):
     with pytest.raises(ValueError, match="empty"):
