@@ -73,7 +73,8 @@ def test_opt_shows_its_keys_in_rows(tok):
 def test_answer_loss_is_that_of_the_models_own_logits(kind, tok):
     m = tiny_model(kind, tok)
     P, C = token_columns(tok, ["The capital of France is", "Answer:"], [" Paris.", " yes no A"])
-    loss, hit = E.rehearsal_loss(m, padded(tok, [p + c for p, c in zip(P, C)]), torch.tensor([len(p) for p in P]), rest=1.)
+    x, start = padded(tok, [p + c for p, c in zip(P, C)]), torch.tensor([len(p) for p in P])
+    loss, hit = E.rehearsal_loss(m, x, start, rest=1.)
     with torch.no_grad():
         z = [m(torch.tensor([p + c])).logits[0, len(p)-1:-1] for p, c in zip(P, C)]
         want = torch.nn.functional.cross_entropy(torch.cat(z), torch.tensor(sum(C, [])))
