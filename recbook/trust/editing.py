@@ -529,7 +529,7 @@ def edit(
     return memory
 
 # %% ../../nbs/trust/03_editing.ipynb #d66efff9
-def zsre_edits(n:int=300, longest:int=14) -> list[Edit]: # n records; longest: characters of an answer
+def zsre_edits(n:int=600, longest:int=14) -> list[Edit]: # n records; longest: characters of an answer
     "Records of ZsRE (KnowEdit's test file) with short answers whose subject stands in both questions, in their order."
     name, out = "ZsRE/ZsRE-test-all.json", {}
     for x in json.loads(fetch("knowedit", [name])[name].read_text(encoding="utf-8")):
