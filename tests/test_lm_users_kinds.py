@@ -4,7 +4,7 @@ import copy
 import numpy as np, pandas as pd, pytest, torch
 from datasets import Dataset
 from peft import LoraConfig
-from recbook.answers import last_logits, padded, prompt_ids, token_columns
+from recbook.answers import last_logits, padded, place_in, prompt_ids, token_columns
 from recbook.decode import ItemTrie
 from recbook.finetune import active_adapter, lora
 from recbook.llm import alignment as A
@@ -159,9 +159,9 @@ def test_few_texts_get_a_ridge_and_a_word(method, tok, texts):
 
 def test_subjects_are_found_as_words_and_in_any_alphabet(tok):
     assert (
-        E.place_in("Part of art", "art") == 8
-        and E.place_in("Parts", "art") == 1
-        and E.place_in("art art", "art", 1) == 4
+        place_in("Part of art", "art") == 8
+        and place_in("Parts", "art") == 1
+        and place_in("art art", "art", 1) == 4
     )
     for text, s in (
         ("Who likes Amélie ?", "Amélie"),
@@ -170,7 +170,7 @@ def test_subjects_are_found_as_words_and_in_any_alphabet(tok):
         ("Also Al likes it", "Al"),
     ):
         (ids,), (at,) = E.sites(tok, [E.Edit(s, text, " x")], "subject_last")
-        end = E.place_in(text, s) + len(s)
+        end = place_in(text, s) + len(s)
         assert tok.decode(ids[:at+1], skip_special_tokens=True) == text[:end]
         double, _ = E.sites(tok, [E.Edit(s, "<bos>" + text, " x")], "subject_last")
         assert double[0] == ids
