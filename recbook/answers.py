@@ -4,18 +4,22 @@
 
 # %% ../nbs/foundations/12_answers.ipynb #0b162e36
 from __future__ import annotations
-import inspect
+import difflib, inspect, re
 from collections.abc import Sequence
 import numpy as np, torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 from .training import eval_mode
 from .world import CUES
 
 # %% auto #0
 __all__ = ['marks_of', 'token_ids', 'padded', 'encode', 'context_limit', 'late_positions', 'label_ids', 'answer_logits',
            'tokens_only', 'logits_of', 'whole_model', 'takes', 'virtual_tokens', 'last_logits', 'sequence_logprob',
-           'shared_prefix', 'token_columns', 'end_mark', 'start_mark', 'completion_ids', 'prompt_ids', 'knows']
+           'shared_prefix', 'token_columns', 'end_mark', 'start_mark', 'completion_ids', 'prompt_ids', 'labelled',
+           'answer_nll', 'answer_scores', 'accuracy', 'next_logprobs', 'drift', 'knows', 'module_at', 'weight_of',
+           'in_rows', 'hooked', 'passes', 'key_moments', 'span_ids', 'place_in', 'span_of']
 
 # %% ../nbs/foundations/12_answers.ipynb #c9ce3db4
 def marks_of(tok):
@@ -253,6 +257,53 @@ def prompt_ids(tok, prompts):
     at least one token."""
     return [x or start_mark(tok) for x in token_ids(tok, prompts)]
 
+# %% ../nbs/foundations/12_answers.ipynb #f6e9801f
+def labelled(tok, prompts:Sequence[str], answers:Sequence[str]) -> tuple: # batch, and labels (n, length)
+    """Prompts with their answers behind them (blanks included); labels: an answer's tokens where they are predicted,
+    else -100."""
+    if len(prompts) != len(answers):
+        raise ValueError(f"{len(prompts)} prompts, {len(answers)} answers: these are pairs")
+    P, A = token_columns(tok, prompts, answers, eos=False)
+    x = padded(tok, [p + a[:-1] for p, a in zip(P, A)])
+    labels = torch.full_like(x["input_ids"], -100)
+    for row, p, a in zip(labels, P, A):
+        row[len(p)-1:len(p)-1+len(a)] = torch.tensor(a, dtype=torch.long)
+    return x, labels
+
+def answer_nll(logits, labels): # (n, length, vocab), (n, length) -> (n,)
+    "Negative log-probability of each row's answer."
+    return F.cross_entropy(logits.transpose(1, 2), labels.to(logits.device), ignore_index=-100, reduction="none").sum(1)
+
+# %% ../nbs/foundations/12_answers.ipynb #560459c0
+@torch.no_grad()
+def answer_scores(model, tok, prompts, answers, batch_size:int=256) -> tuple[Tensor, Tensor]:
+    "Log-probability (n,) of answers (without a leading space); and bool (n,): greedy decoding would write all of it."
+    (x, labels), out = labelled(tok, prompts, [" "+a for a in answers]), []
+    for ids, mask, y in zip(*(t.split(batch_size) for t in (x["input_ids"], x["attention_mask"], labels))):
+        with eval_mode(model):
+            z = logits_of(model, BatchEncoding(dict(input_ids=ids, attention_mask=mask)).to(model.device)).float().cpu()
+        out.append((-answer_nll(z, y), ((z.argmax(-1) == y) | (y == -100)).all(1)))
+    return tuple(map(torch.cat, zip(*out)))
+
+def accuracy(model, tok, prompts, answers) -> float:
+    "Share of answers that greedy decoding writes."
+    return answer_scores(model, tok, prompts, answers)[1].float().mean().item()
+
+# %% ../nbs/foundations/12_answers.ipynb #666229ee
+@torch.no_grad()
+def next_logprobs(model, tok, prompts:Sequence[str], batch_size:int=256) -> Tensor: # (n, vocab)
+    "Log-probabilities of the next token after each prompt."
+    ids = prompt_ids(tok, prompts)
+    if not ids:
+        raise ValueError("no prompts: nothing to compare")
+    parts = [padded(tok, ids[k:k+batch_size]).to(model.device) for k in range(0, len(ids), batch_size)]
+    with eval_mode(model):
+        return torch.cat([last_logits(model, x).log_softmax(-1).float().cpu() for x in parts])
+
+def drift(before:Tensor, after:Tensor) -> float: # (n, vocab) log-probabilities -> nats
+    "Mean Kullback-Leibler divergence of the changed model from the original one."
+    return (before.exp()*(before - after)).sum(-1).mean().item()
+
 # %% ../nbs/foundations/12_answers.ipynb #eed221bd
 def knows(
     model:PreTrainedModel, tok:PreTrainedTokenizerBase,
@@ -264,3 +315,82 @@ def knows(
     prompts = [f"Question: what is the {attribute} of {t}? Answer:" for t in items.title]
     s = answer_logits(model, tok, prompts, [f" {v}" for v in values])
     return np.array(values)[s.argmax(1)] == items[attribute].to_numpy()
+
+# %% ../nbs/foundations/12_answers.ipynb #e949ab38
+def module_at(model, template, layer):
+    "The module called `template` with the layer's number in place of {}; unknown names are refused."
+    name, have = template.format(layer), dict(model.named_modules())
+    if "{}" not in template:
+        raise ValueError(f"module {template!r}: write {{}} where the layer's number goes: 'model.layers.{{}}.mlp'")
+    if name in have:
+        return have[name]
+    numbered = [re.sub(r"\.\d+(\.|$)", r".{}\1", k, count=1) for k in have if re.search(r"\.\d+(\.|$)", k)]
+    if n := numbered.count(template):
+        raise ValueError(f"layer {layer} of {template!r} does not exist: layers count from 0 to {n - 1}")
+    near = difflib.get_close_matches(template, set(numbered), 3, .3) or sorted(set(numbered))[:8]
+    raise ValueError(f"no module {template!r} in this model; did you mean {' or '.join(near)}?")
+
+# %% ../nbs/foundations/12_answers.ipynb #4bfe7714
+def weight_of(m):
+    "The weight of a linear map as (outputs, inputs), a view: Conv1D of GPT-2 stores it transposed."
+    if hasattr(m, "base_layer"):
+        raise ValueError("an adapter (peft) lies over this module: merge it, or name '...base_layer' below it")
+    if not isinstance(m, (nn.Linear, Conv1D)):
+        raise ValueError(f"module of type {type(m).__name__}: only linear maps can be edited")
+    W = m.weight
+    if not W.is_floating_point() or W.dtype.itemsize < 2:
+        kind = str(W.dtype)[6:]
+        raise ValueError(f"the weight is stored as {kind}, which would round an edit away: load it in bfloat16")
+    if W.is_meta:
+        raise ValueError("the weight is not in memory (offloaded): load the model as a whole")
+    return W.T if isinstance(m, Conv1D) else W
+
+# %% ../nbs/foundations/12_answers.ipynb #0cb00d61
+def in_rows(h, length):
+    "States as (rows, length, width), also where a model has flattened them (OPT)."
+    return h if h.ndim == 3 else h.view(-1, length, h.shape[-1])
+
+def hooked(module, f, length=None):
+    "Inside the block, what `module` puts out becomes f of it; `length` of the texts, for models that flatten states."
+    def changed(h): return f(in_rows(h, length)).view(h.shape)
+    def hook(m, i, out): return (changed(out[0]), *out[1:]) if isinstance(out, tuple) else changed(out)
+    return module.register_forward_hook(hook) # a context manager
+
+@torch.no_grad()
+def passes(model, module, x): # -> (rows, length, width) each
+    "What goes into `module` and what comes out when the model reads the batch `x`."
+    seen = {}
+    def look(m, i, out): seen.update(i=i[0], o=out[0] if isinstance(out, tuple) else out)
+    with eval_mode(model), module.register_forward_hook(look):
+        whole_model(model).base_model(**x, use_cache=False)
+    return tuple(in_rows(seen[k], x["input_ids"].shape[1]) for k in "io")
+
+def key_moments(model, tok, texts, module): # -> (width, width)
+    "Mean of k k^T over all tokens of the texts, k being what goes into `module`, in float64."
+    ids, total, n = prompt_ids(tok, texts), 0., 0
+    for k in range(0, len(ids), 256):
+        x = padded(tok, ids[k:k+256]).to(model.device)
+        K = passes(model, module, x)[0][x["attention_mask"].bool()].double()
+        total, n = total + K.T @ K, n + len(K)
+    return total/n
+
+# %% ../nbs/foundations/12_answers.ipynb #34557c0b
+def span_ids(tok, text):
+    "Token ids with the marks in front, and the first and last character of each."
+    (front, _), x = marks_of(tok), tok(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, ends = x.input_ids, x.offset_mapping
+    return (ids, ends) if ids[:len(front)] == front else (front + ids, [(0, 0)]*len(front) + ends)
+
+def place_in(text, name, start=0):
+    "Where the name begins, behind `start`."
+    for inside in ("\\w+#'’\\-\u0300-\u036f", "\\w"): # what a name goes on with: an accent of its own, C++
+        found = re.compile(rf"(?<![{inside}]){re.escape(name)}(?![{inside}])").search(text, start)
+        if found:
+            return found.start()
+    return text.index(name, start)
+
+def span_of(tok, text, name, skip=0):
+    "The name's tokens as a slice of the text's (searched behind the first `skip` characters)."
+    begin, (_, ends) = place_in(text, name, skip), span_ids(tok, text)
+    on = [j for j, (a, b) in enumerate(ends) if a < begin + len(name) and b > begin]
+    return slice(on[0], on[-1]+1)

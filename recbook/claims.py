@@ -206,7 +206,7 @@ def finite(v): return None if v is None or not np.isfinite(v) else float(v)
 def is_provisional(verdict, ours, theirs):
     "Could a caveat of the losing side (of either side when nobody wins) turn the verdict?"
     weak = {"supported": theirs, "refuted": ours}.get(verdict, [*ours, *theirs])
-    return any(re.match("unfinished|edge|untuned|tie|setting of", c) for c in weak)
+    return "not alive" in ours or any(re.match("unfinished|edge|untuned|tie|setting of", c) for c in weak)
 
 # %% ../nbs/foundations/18_claims.ipynb #6b9576ba
 class Claim(dict):

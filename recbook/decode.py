@@ -18,7 +18,7 @@ from .training import eval_mode
 __all__ = ['ItemTrie', 'tree_mask', 'subtrees', 'path', 'prompts_for', 'read_prompts', 'reads_on', 'keeps_only', 'reads_trees',
            'node_logprobs', 'tree_logprobs', 'path_logprobs', 'rank_items', 'constrained_beam', 'beam_batch',
            'kept_prompts', 'plain_prompts', 'extend', 'valid_rate', 'generated', 'own_settings_aside', 'sampled_texts',
-           'catalogue_policy', 'draw_items']
+           'continuations', 'sample_prefixes', 'catalogue_policy', 'draw_items']
 
 # %% ../nbs/foundations/13_decode.ipynb #4ebd338a
 class ItemTrie:
@@ -397,6 +397,16 @@ def sampled_texts(model, tok, prompts:Sequence[str], n:int, seed:int=0, **how) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return tok.batch_decode(generated(model, tok, prompt_ids(tok, prompts), n, **how), skip_special_tokens=True)
+
+def continuations(model, tok, prompts:Sequence[str], length:int=24, seed:int=0, least:int|None=None) -> list[str]:
+    "What the model goes on to say, sampled; at least `least` tokens (all if None)."
+    if not len(prompts) or length < 2:
+        raise ValueError(f"{len(prompts)} prompts, length={length}: need one and two tokens at least")
+    return sampled_texts(model, tok, prompts, length, seed, min_new_tokens=length if least is None else least)
+
+def sample_prefixes(model, tok, n:int=5, length:int=10, seed:int=0) -> list[str]:
+    "Texts that the model itself makes up, as contexts for something else."
+    return [t.strip() for t in continuations(model, tok, [""]*n, length, seed, 2)]
 
 # %% ../nbs/foundations/13_decode.ipynb #2f9b3bb2
 def catalogue_policy(model, tok, prompts:Sequence[str], trie:ItemTrie, batch_size:int=32) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
+from itertools import islice
 from time import perf_counter, process_time
 from typing import NamedTuple
 import numpy as np, pandas as pd, torch
@@ -22,7 +23,8 @@ from .training import batches, eval_mode, fit
 # %% auto #0
 __all__ = ['lora', 'active_adapter', 'merge', 'CostMeter', 'priced', 'macs', 'Prompts', 'take', 'as_rows', 'encode_prompts',
            'joined', 'encode_answers', 'next_logits', 'check_length', 'answer_loss', 'sft', 'predictions', 'merged',
-           'adapter_params', 'check_strength', 'settle', 'beside', 'check_ratings', 'profiles', 'click_prompts']
+           'adapter_params', 'check_strength', 'settle', 'beside', 'rehearsal_loss', 'answer_batches', 'two_speeds',
+           'half_step', 'rehearse', 'check_ratings', 'profiles', 'click_prompts']
 
 # %% ../nbs/foundations/14_finetune.ipynb #aab5cf68
 def lora(
@@ -280,6 +282,60 @@ def beside(
         at = torch.randperm(n, generator=g)[:batch_size]
         return (*batch, *(t[at] for t in rows))
     return sample
+
+# %% ../nbs/foundations/14_finetune.ipynb #295f016f
+def rehearsal_loss(
+    model, x, # batch: input_ids, attention_mask (n, length)
+    start, # (n,) first position of each answer
+    rest=.3): # weight of the tokens behind an answer's first -> scalar, (n,) is the first one right?
+    "Cross-entropy of the tokens from `start` on; and whether the first is the likeliest."
+    y, at = x["input_ids"], torch.arange(x["input_ids"].shape[1])
+    on = (at >= start[:, None]) & x["attention_mask"].bool()
+    lead = (at == start[:, None])[on]
+    seen = on[:, 1:].any(0).nonzero()[:, 0] # columns that predict a token of some answer
+    logits = logits_of(model, x, seen)[on[:, 1:][:, seen]]
+    w = torch.where(lead, 1., rest).to(logits)
+    ce = F.cross_entropy(logits, y[on], reduction="none")
+    return (ce*w).sum()/w.sum(), logits[lead].argmax(-1) == y[on][lead]
+
+def answer_batches(tok, rows:pd.DataFrame, batch_size:int=128, seed:int=0):
+    "Endless batches of rows (prompt, answer): numbers of the rows, ids, first position of the answer."
+    P, A = token_columns(tok, rows.prompt.tolist(), [f" {a}." for a in rows.answer])
+    rng = np.random.default_rng(seed)
+    while True:
+        for some in np.array_split(rng.permutation(len(P)), -(-len(P)//batch_size)):
+            some = np.array(sorted(some, key=lambda j: len(P[j] + A[j])))
+            yield some, padded(tok, [P[j] + A[j] for j in some]), torch.tensor([len(P[j]) for j in some])
+
+# %% ../nbs/foundations/14_finetune.ipynb #4568d9d4
+def two_speeds(model, lr, slow):
+    "AdamW; attention and norms learn at `lr`, all else at `slow` times that."
+    quick = lambda n: any(w in n for w in ("attn", "attention", "norm", "ln_"))
+    groups = [dict(params=[p for n, p in model.named_parameters() if quick(n) == q]) for q in (True, False)]
+    return torch.optim.AdamW([g | dict(lr=l, top=l) for g, l in zip(groups, (lr, lr*slow))], weight_decay=0.)
+
+def half_step(model, x, start, rows):
+    "Gradients of half a batch, no wider than its own rows; rows come sorted by length."
+    wide = int(x["attention_mask"][rows].sum(1).max())
+    loss, hit = rehearsal_loss(model, {k: v[rows, :wide] for k, v in x.items()}, start[rows])
+    (loss/2).backward()
+    return hit
+
+# %% ../nbs/foundations/14_finetune.ipynb #a79b5241
+def rehearse(
+    model, batches, # of `answer_batches`
+    steps, lr=2e-3, slow=1.): # slow: how fast all but attention learns
+    "Train in place on `steps` batches; numbers of the rows, and which first tokens were right, of each batch."
+    opt, seen = two_speeds(model, lr, slow), []
+    for k, (some, x, start) in enumerate(islice(batches, steps)):
+        opt.zero_grad()
+        right = [half_step(model, x, start, rows) for rows in torch.arange(len(start)).chunk(2)]
+        for g in opt.param_groups:
+            g["lr"] = min(1, (k+1)/50, 3*(1 - k/steps))*g["top"]
+        nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        opt.step()
+        seen.append((some, torch.cat(right).numpy()))
+    return seen
 
 # %% ../nbs/foundations/14_finetune.ipynb #fa18672f
 def check_ratings(ratings, titles, words):

@@ -27,7 +27,7 @@ __all__ = ['RECIPE', 'CAUSAL', 'MASKED', 'LEAST', 'nano_tokenizer', 'doc_batches
            'cached', 'digests', 'whole', 'rebuild', 'sweep', 'cannot_write', 'corpus_of', 'safely', 'has_code',
            'read_json', 'only_safetensors', 'unreachable', 'nano_lm', 'came_with_the_book', 'shipped', 'reading_plan',
            'read_causal', 'colon', 'blank_causal', 'mark_ids', 'read', 'read_on', 'mask_tokens', 'nano_mlm',
-           'read_masked', 'blank_masked', 'load_lm']
+           'read_masked', 'blank_masked', 'weights_mark', 'load_lm']
 
 # %% ../nbs/foundations/11_lm.ipynb #f4a2e5a7
 def nano_tokenizer(
@@ -467,6 +467,12 @@ def blank_masked(tok, hidden_size, n_layers, intermediate_size, max_length):
     how = dict(global_attn_every_n_layers=1, initializer_range=.05)
     ends = dict(cls_token_id=tok.bos_token_id, sep_token_id=tok.eos_token_id)
     return ModernBertForMaskedLM(ModernBertConfig(vocab_size=len(tok), **shape, **how, **ends, **mark_ids(tok)))
+
+# %% ../nbs/foundations/11_lm.ipynb #f83f5189
+def weights_mark(model):
+    "A digest of all weights, for the key of what is made from them."
+    parts = (p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for p in model.parameters())
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 # %% ../nbs/foundations/11_lm.ipynb #518978b2
 def load_lm(

@@ -4,7 +4,8 @@
 
 # %% ../nbs/foundations/15_text.ipynb #33ed81f7
 from __future__ import annotations
-import json
+import json, re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 import numpy as np, torch
@@ -14,7 +15,8 @@ from .lm import nano_lm, safely
 from .training import eval_mode
 
 # %% auto #0
-__all__ = ['text_vectors', 'tfidf_vectors', 'pooled', 'load_encoder', 'pooling_of']
+__all__ = ['text_vectors', 'tfidf_vectors', 'tfidf', 'pooled', 'load_encoder', 'pooling_of', 'fluency', 'ngram_entropy',
+           'consistency']
 
 # %% ../nbs/foundations/15_text.ipynb #b6a8d967
 def text_vectors(
@@ -48,6 +50,13 @@ def tfidf_vectors(texts, dim, seed):
     T = TfidfVectorizer(sublinear_tf=True).fit_transform(texts)
     return T.toarray() if min(T.shape) <= dim else TruncatedSVD(dim, random_state=seed).fit_transform(T)
 
+# %% ../nbs/foundations/15_text.ipynb #6cc0da2d
+def tfidf(background:Sequence[str]): # -> (texts -> (n, n_words) float32, rows of length 1)
+    "An embedding for texts to come; the background says which words are rare."
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    vec = TfidfVectorizer(sublinear_tf=True, token_pattern=r"\w+").fit(background)
+    return lambda texts: vec.transform(texts).toarray().astype(np.float32)
+
 # %% ../nbs/foundations/15_text.ipynb #49bab3b3
 @torch.no_grad()
 def pooled(model, tok, texts, batch_size=64, how="mean"):
@@ -78,3 +87,25 @@ def pooling_of(name):
             return "mean"
         f = Path(found)
     return "cls" if json.loads(f.read_text()).get("pooling_mode_cls_token") else "mean"
+
+# %% ../nbs/foundations/15_text.ipynb #53facb17
+def fluency(texts:Sequence[str]) -> float: # bits
+    "Mean over texts of 1/3 H2 + 2/3 H3, the entropies of a text's word pairs and triples (Meng et al. 2022)."
+    if not len(texts):
+        raise ValueError("no texts: nothing to measure")
+    return float(np.mean([ngram_entropy(t, 2)/3 + 2*ngram_entropy(t, 3)/3 for t in texts]))
+
+def ngram_entropy(text, n):
+    "Entropy of the distribution of a text's n-grams of words, in bits; 0 if it has none."
+    words = re.findall(r"\w+|[^\w\s]", text)
+    counts = np.array(list(Counter(zip(*(words[k:] for k in range(n)))).values()), float)
+    p = counts/counts.sum() if len(counts) else np.ones(1)
+    return float(-(p*np.log2(p)).sum())
+
+def consistency(texts:Sequence[str], about:Sequence[str]) -> float: # `about`: a reference for each text
+    "Mean cosine of the TF-IDF vectors of texts and references."
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    if not len(texts) or len(texts) != len(about):
+        raise ValueError(f"{len(texts)} texts, {len(about)} references: these are pairs, one at least")
+    V = TfidfVectorizer(token_pattern=r"\w+").fit([*texts, *about])
+    return float(V.transform(texts).multiply(V.transform(about)).sum(1).mean())

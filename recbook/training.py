@@ -19,7 +19,7 @@ from .data import whole_number
 
 # %% auto #0
 __all__ = ['set_seed', 'pick_device', 'Rows', 'batches', 'as_is', 'eval_mode', 'Objective', 'fit', 'one_step', 'mean_loss',
-           'keep_best', 'restore', 'fan_out']
+           'keep_best', 'restore', 'minimise', 'fan_out']
 
 # %% ../nbs/foundations/07_training.ipynb #58fbd141
 def set_seed(seed:int):
@@ -206,6 +206,27 @@ def restore(best, model, monitor):
     if best["state"] is None:
         raise FloatingPointError(f"{monitor} was never finite: check `evaluate` and the model's scores")
     model.load_state_dict(best["state"])
+
+# %% ../nbs/foundations/07_training.ipynb #598e788f
+def minimise(
+    loss:Callable, # x -> the losses of its rows, (len(x),)
+    x:Tensor, # a leaf, changed in place
+    steps:int, lr:float,
+    limit:Callable, # x -> None: pulls x back, in place
+    stop:float=0.): # rows with a loss below it are done
+    "Adam, under a limit, until no row moves any more; nothing but x gets a gradient."
+    opt, moving = torch.optim.Adam([x], lr=lr), torch.ones(len(x), dtype=torch.bool)
+    for _ in range(steps):
+        each = loss(x)
+        moving &= each.detach().cpu() >= stop
+        if not moving.any():
+            break
+        held, (x.grad,) = x.detach().clone(), torch.autograd.grad(each[moving].sum(), [x])
+        opt.step()
+        with torch.no_grad():
+            x[~moving] = held[~moving]
+            limit(x)
+    x.grad = None
 
 # %% ../nbs/foundations/07_training.ipynb #519c36eb
 def fan_out(

@@ -203,6 +203,8 @@ def test_detectable_effect_is_found_in_four_of_five_experiments():
         ("inconclusive", ["tie"], [], True),
         ("negligible", [], ["untuned"], True),
         ("supported", [], [], False),
+        ("supported", ["not alive"], [], True),
+        ("refuted", [], ["not alive"], False),
     ],
 )
 def test_caveats_of_the_losing_side_make_a_verdict_provisional(said, ours, theirs, want):

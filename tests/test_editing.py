@@ -19,7 +19,7 @@ def tok(facts): return nano_tokenizer(facts.corpus(), 1024)
 @pytest.fixture
 def model(tok):
     torch.manual_seed(0)
-    return E.fresh_llama(tok, 32, 3, 96).double().eval()
+    return E.blank_causal(tok, 32, 3, 96, 256).double().eval()
 
 def random_keys(n, d=40, rank=None, seed=0):
     g = torch.Generator().manual_seed(seed)
@@ -60,6 +60,16 @@ def test_drift_is_the_divergence():
     p = torch.tensor([[.5, .5], [.9, .1]]).log()
     q = torch.tensor([[.25, .75], [.9, .1]]).log()
     assert E.drift(p, p) == 0 and E.drift(p, q) == pytest.approx(.5*(.5*np.log(2) + .5*np.log(2/3)))
+
+def test_free_text_is_measured():
+    from scipy.stats import entropy
+    from recbook.text import consistency, fluency
+    words = "a b a b c a b".split()
+    h = [entropy(pd.Series(list(zip(*(words[k:] for k in range(n))))).value_counts(), base=2) for n in (2, 3)]
+    assert fluency([" ".join(words)]*2) == pytest.approx(h[0]/3 + 2*h[1]/3) and fluency(["no no no"]) == 0
+    assert consistency(["oak and tin", "oak"], ["tin and oak", "silk"]) == pytest.approx(.5)
+    with pytest.raises(ValueError, match="pairs"):
+        consistency(["a"], [])
 
 def test_rome_writes_its_key_and_is_the_least_change():
     K = random_keys(200)
@@ -120,8 +130,10 @@ def test_names_are_read_without_facts():
         E.Edit("Ann", "Ann sings:", "alto", "bass", neighbours=[("Ann lives in:", "Bonn")]),
         E.Edit("Bob", "Bob sings:", "bass", "alto"),
     ]
-    rows = E.name_rows(es)
-    assert sorted(set(rows.answer)) == ["Bonn", "alto", "bass"] and not rows.prompt.str.contains("Ann|Bob").any()
+    read = E.name_texts(es)
+    assert sorted({t.split()[-1] for t in read}) == ["Bonn.", "alto.", "bass."]
+    assert not any(s in t for t in read for s in ("Ann", "Bob"))
+    assert "Ann lives in: Bonn." in E.known_texts(es) and "Ann sings: bass." in E.known_texts(es)
 
 def test_exact_null_space_keeps_logits(model, tok, facts):
     keep = [f"{p} {a}." for p, a in zip(facts.ask(range(2), E.ONE_HOP[0]), facts.answers(range(2)))]
@@ -338,11 +350,11 @@ def test_the_curriculum_goes_through_all_levels(facts):
     single = parts[0]
     assert (single[single.kind == "in"].prompt.str.count(r" \d\. ") == 1).all()
 
-def test_a_reader_answers_its_rows(facts, tmp_path, monkeypatch):
+def test_a_model_knows_what_it_has_read(facts, tmp_path, monkeypatch):
     monkeypatch.setenv("RECBOOK_CACHE", str(tmp_path))
-    rows = E.known_rows(facts.edits([0, 6, 12], 0))
-    m, tok = E.reader_lm(rows, steps=40)
-    assert E.accuracy(m, tok, rows.prompt.tolist(), rows.answer.tolist()) > .8
+    es = facts.edits([0, 6, 12], 0)
+    m, tok = E.fact_lm(E.known_texts(es), 60, 256)
+    assert E.accuracy(m, tok, [e.prompt for e in es], [e.old for e in es]) == 1
 
 
 @pytest.mark.parametrize(
@@ -380,6 +392,11 @@ def test_bad_requests(model, tok, bad, kw, match):
         E.edit(model, tok, bad, **kw)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters()))
 
+def test_the_old_name_of_the_loss_and_no_other():
+    assert E.__getattr__("answer_loss") is E.rehearsal_loss
+    with pytest.raises(AttributeError, match="answer_los'"):
+        getattr(E, "answer_los") # noqa: B009
+
 def test_bad_memory_and_world(facts):
     with pytest.raises(ValueError, match="empty"):
         E.EditMemory(facts.corpus()).search(["a"])
@@ -401,5 +418,5 @@ def test_bad_memory_and_world(facts):
     ],
 )
 def test_a_subject_is_found_as_the_whole_name(text, subject, at):
-    from recbook.trust.editing import place_in
+    from recbook.answers import place_in
     assert place_in(text, subject) == at

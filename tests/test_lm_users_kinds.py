@@ -4,7 +4,7 @@ import copy
 import numpy as np, pandas as pd, pytest, torch
 from datasets import Dataset
 from peft import LoraConfig
-from recbook.answers import last_logits, padded, prompt_ids, token_columns
+from recbook.answers import last_logits, padded, place_in, prompt_ids, token_columns
 from recbook.decode import ItemTrie
 from recbook.finetune import active_adapter, lora
 from recbook.llm import alignment as A
@@ -73,7 +73,8 @@ def test_opt_shows_its_keys_in_rows(tok):
 def test_answer_loss_is_that_of_the_models_own_logits(kind, tok):
     m = tiny_model(kind, tok)
     P, C = token_columns(tok, ["The capital of France is", "Answer:"], [" Paris.", " yes no A"])
-    loss, hit = E.answer_loss(m, padded(tok, [p + c for p, c in zip(P, C)]), torch.tensor([len(p) for p in P]), rest=1.)
+    x, start = padded(tok, [p + c for p, c in zip(P, C)]), torch.tensor([len(p) for p in P])
+    loss, hit = E.rehearsal_loss(m, x, start, rest=1.)
     with torch.no_grad():
         z = [m(torch.tensor([p + c])).logits[0, len(p)-1:-1] for p, c in zip(P, C)]
         want = torch.nn.functional.cross_entropy(torch.cat(z), torch.tensor(sum(C, [])))
@@ -158,9 +159,9 @@ def test_few_texts_get_a_ridge_and_a_word(method, tok, texts):
 
 def test_subjects_are_found_as_words_and_in_any_alphabet(tok):
     assert (
-        E.place_in("Part of art", "art") == 8
-        and E.place_in("Parts", "art") == 1
-        and E.place_in("art art", "art", 1) == 4
+        place_in("Part of art", "art") == 8
+        and place_in("Parts", "art") == 1
+        and place_in("art art", "art", 1) == 4
     )
     for text, s in (
         ("Who likes Amélie ?", "Amélie"),
@@ -169,7 +170,7 @@ def test_subjects_are_found_as_words_and_in_any_alphabet(tok):
         ("Also Al likes it", "Al"),
     ):
         (ids,), (at,) = E.sites(tok, [E.Edit(s, text, " x")], "subject_last")
-        end = E.place_in(text, s) + len(s)
+        end = place_in(text, s) + len(s)
         assert tok.decode(ids[:at+1], skip_special_tokens=True) == text[:end]
         double, _ = E.sites(tok, [E.Edit(s, "<bos>" + text, " x")], "subject_last")
         assert double[0] == ids

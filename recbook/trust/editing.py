@@ -4,42 +4,39 @@
 
 # %% ../../nbs/trust/03_editing.ipynb #30730e70
 from __future__ import annotations
-import copy, difflib, hashlib, json, re, warnings
-from collections import namedtuple
+import copy, json, warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from functools import partial
+from statistics import harmonic_mean
 from types import SimpleNamespace
 from typing import NamedTuple
 import numpy as np, pandas as pd, torch
-import torch.nn.functional as F
 from fastcore.basics import patch
-from sklearn.feature_extraction.text import TfidfVectorizer
-from torch import Tensor, nn
-from transformers import BatchEncoding, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
-from ..answers import last_logits, logits_of, marks_of, padded, prompt_ids, start_mark, token_columns, whole_model
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from ..answers import accuracy, answer_nll, answer_scores, drift, hooked, key_moments, labelled, module_at
+from ..answers import next_logprobs, padded, passes, span_ids, span_of, token_columns, weight_of
 from ..datasets import fetch
-from ..decode import generated
-from ..lm import cached, load_lm, mark_ids, nano_tokenizer, next_token_loss, read
-from ..training import eval_mode
+from ..decode import continuations, sample_prefixes
+from ..finetune import answer_batches, rehearsal_loss, rehearse
+from ..lm import blank_causal, cached, colon, load_lm, next_token_loss, read, weights_mark
+from ..text import tfidf
+from ..training import eval_mode, minimise
 from ..world import CUES, World
 
 # %% auto #0
-__all__ = ['LINES', 'PAIRS', 'RELATIONS', 'ONE_HOP', 'TWO_HOP', 'OPTIONS', 'Targets', 'METHODS', 'answer_loss', 'FRAME', 'KINDS',
-           'LEVELS', 'say', 'Facts', 'fresh_llama', 'fact_lm', 'refuse', 'labelled', 'single', 'answer_nll',
-           'answer_scores', 'accuracy', 'Edit', 'check_request', 'check_requests', 'check_layers', 'weight_of',
-           'harmonic', 'evaluate_edits', 'questions', 'next_logprobs', 'drift', 'module_at', 'first', 'in_rows',
-           'hooked', 'span_ids', 'place_in', 'span_of', 'subject_noise', 'restored', 'answer_probability',
-           'causal_trace', 'numbered', 'places_of', 'passes', 'sites', 'read_at', 'mean_keys', 'spaced', 'options_of',
-           'targets', 'z_loss', 'minimise', 'compute_z', 'shifted_logits', 'at_site', 'continuations',
-           'sample_prefixes', 'rome_update', 'memit_update', 'null_space', 'alphaedit_update', 'rect', 'prune',
-           'fit_weight', 'Memory', 'remember', 'key_moments', 'check_memory', 'firm', 'edit', 'write', 'change',
-           'zsre_edits', 'zsre_edit', 'known_rows', 'name_rows', 'rehearsal_loss', 'answer_batches', 'two_speeds',
-           'rehearse', 'half_step', 'reader_lm', 'saved', 'lte_prompt', 'descriptor', 'EditMemory', 'Level',
-           'alignment_rows', 'grid_of', 'outside_of', 'free_form', 'some_object', 'lookalikes', 'invented_items',
-           'learn_to_edit', 'lessons', 'in_order', 'weights_mark']
+__all__ = ['LINES', 'PAIRS', 'RELATIONS', 'ONE_HOP', 'TWO_HOP', 'ASKED', 'OPTIONS', 'Targets', 'METHODS', 'FRAME', 'KINDS',
+           'LEVELS', 'say', 'Facts', 'fact_lm', 'Edit', 'refuse', 'check_request', 'check_requests', 'questions',
+           'evaluate_edits', 'subject_noise', 'restored', 'answer_probability', 'places_of', 'effect_table',
+           'causal_trace', 'spaced', 'sites', 'read_at', 'mean_keys', 'check_number', 'options_of', 'contexts',
+           'targets', 'site_of', 'z_loss', 'single', 'within', 'shifted_logits', 'at_site', 'compute_z', 'rome_update',
+           'memit_update', 'null_space', 'alphaedit_update', 'rect', 'prune', 'fit_weight', 'Memory', 'remember',
+           'firm', 'check_memory', 'check_layers', 'change', 'write', 'edit', 'zsre_edits', 'zsre_edit', 'known_texts',
+           'name_texts', 'lte_prompt', 'descriptor', 'EditMemory', 'Level', 'some_object', 'context_of', 'scope_of',
+           'outside_of', 'free_form', 'grid_of', 'lookalikes', 'invented_items', 'alignment_rows', 'lessons',
+           'in_order', 'study', 'learn_to_edit']
 
 # %% ../../nbs/trust/03_editing.ipynb #571108b8
 LINES = """brand label Acme Bolt Corvo Delta Ember Fable Gusto Halo Isar Juno Kite Lumen Mira Nova Orbit Pico
@@ -56,23 +53,21 @@ PAIRS = [(a.split(), b.split()) for a, b in zip(LINES[::2], LINES[1::2])]
 RELATIONS = {r: (q, o, h, v) for (r, q, *o), (h, *v) in PAIRS} # synonym, 16 objects, what they belong to, its 8 values
 
 # %% ../../nbs/trust/03_editing.ipynb #2bdf03f7
-ONE_HOP = ["The {r} of {s}:", "{s} has the {q}:", "For {s} we note the {q}:", "Question: what is the {r} of {s}? "
-                                                                              "Answer:"]
+ONE_HOP = ["The {r} of {s}:", "{s} has the {q}:", "For {s} we note the {q}:"]
+ONE_HOP += ["Question: what is the {r} of {s}? Answer:"]
 TWO_HOP = ["The {h} of the {r} of {s}:", "Question: what is the {h} of the {r} of {s}? Answer:"]
 
-def say(template, s, r): return template.format(s=s, r=r, q=RELATIONS[r][0], h=RELATIONS[r][2])
-
-
+def say(template, s, r):
+    "A template about relation r of subject s."
+    return template.format(s=s, r=r, q=RELATIONS[r][0], h=RELATIONS[r][2])
 
 # %% ../../nbs/trust/03_editing.ipynb #f98bacc4
 class Facts:
     "Planted facts: `table` (subject, relation, object, hop), a row a fact; `belongs`, relation -> object -> value."
-    def __init__(self,
-        n_subjects:int=200, # items of the World of that seed; each has one object for each of the five relations
-        seed:int=0):
+    def __init__(self, n_subjects:int=200, seed:int=0): # items of the World of that seed; each has five facts
         w = World(seed, n_users=1, n_items=3*n_subjects+10, clicks_per_user=1)
-        self.seed, rng, titles = seed, w.rng("facts"), [" ".join(t.split()[:2]) for t in w.items.title]
-        self.subjects = list(dict.fromkeys(titles))[:n_subjects]
+        self.seed, rng = seed, w.rng("facts")
+        self.subjects = list(dict.fromkeys(" ".join(t.split()[:2]) for t in w.items.title))[:n_subjects]
         self.belongs = {r: dict(zip(o, rng.permutation(v*2).tolist())) for r, (_, o, _, v) in RELATIONS.items()}
         rows = [(s, r, str(rng.choice(RELATIONS[r][1]))) for s in self.subjects for r in RELATIONS]
         self.table = pd.DataFrame(rows, columns=["subject", "relation", "object"])
@@ -80,145 +75,81 @@ class Facts:
 
     def __len__(self): return len(self.table)
 
-    def ask(self, rows, template) -> list[str]:
-        "The prompts that `template` makes of facts."
-        t = self.table.iloc[list(rows)]
-        return [say(template, s, r) for s, r in zip(t.subject, t.relation)]
-
-    def answers(self, rows, hop:bool=False) -> list[str]:
-        "The objects of facts, or what these belong to."
-        return self.table.iloc[list(rows)]["hop" if hop else "object"].tolist()
-
 # %% ../../nbs/trust/03_editing.ipynb #e85190e4
+@patch
+def ask(self:Facts, rows, template) -> list[str]:
+    "The prompts that `template` makes of facts."
+    t = self.table.iloc[list(rows)]
+    return [say(template, s, r) for s, r in zip(t.subject, t.relation)]
+
+# %% ../../nbs/trust/03_editing.ipynb #55e42ba3
+@patch
+def answers(self:Facts, rows, hop:bool=False) -> list[str]:
+    "The objects of facts, or what these belong to."
+    return self.table.iloc[list(rows)]["hop" if hop else "object"].tolist()
+
+# %% ../../nbs/trust/03_editing.ipynb #30597aac
+@patch
+def texts(self:Facts, rows, template) -> list[str]:
+    "Facts as sentences."
+    return [f"{p} {a}." for p, a in zip(self.ask(rows, template), self.answers(rows, template in TWO_HOP))]
+
 @patch
 def corpus(self:Facts) -> list[str]:
     "All there is to read, shuffled: each fact in four wordings, its consequence in two, and what belongs to what."
-    rows, out = range(len(self)), []
-    for t in ONE_HOP + TWO_HOP:
-        out += [f"{p} {a}." for p, a in zip(self.ask(rows, t), self.answers(rows, t in TWO_HOP))]
+    out = [x for t in ONE_HOP + TWO_HOP for x in self.texts(range(len(self)), t)]
     for r, (_, objects, h, _) in RELATIONS.items():
         for o in objects:
             out += [f"The {h} of the {r} {o}: {self.belongs[r][o]}.", f"{o} has the {h}: {self.belongs[r][o]}."]*4
     out += ["Use what fits. [Updated Information]: 1. 2. 3. [Question]:"]*40 # the words of LTE's frame
     return [out[k] for k in np.random.default_rng(self.seed).permutation(len(out))]
 
-
-
-# %% ../../nbs/trust/03_editing.ipynb #3d81d451
-def fresh_llama(tok, hidden_size=96, n_layers=3, intermediate_size=1024):
-    "An untrained Llama for the tokenizer's words; its MLPs are about ten times as wide as its states."
-    heads = max(1, hidden_size//32)
-    shape = dict(hidden_size=hidden_size, num_hidden_layers=n_layers, intermediate_size=intermediate_size)
-    how = dict(max_position_embeddings=256, tie_word_embeddings=True, initializer_range=.05)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tok), num_attention_heads=heads, num_key_value_heads=heads, **shape, **how, **mark_ids(tok)
-        )
-    )
-
-def fact_lm(facts:Facts, steps:int=800, seed:int=0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    "A small Llama that knows `facts`, from the cache; its loss weighs answers fifty times as much as the rest."
+# %% ../../nbs/trust/03_editing.ipynb #092bf80f
+def fact_lm(
+    docs:Sequence[str], steps=800, width=1024, seed=0, weight=50.): # weight: of the token behind a colon
+    "A small Llama that has read `docs`, and its tokenizer; from the cache."
     def build(tok):
-        m, mark = fresh_llama(tok), tok(":", add_special_tokens=False).input_ids[-1]
-        return m, lambda x: next_token_loss(m(x).logits, x, tok.pad_token_id, mark, 50.)
-    docs, kind = facts.corpus(), dict(fact_lm=2, steps=steps, seed=seed)
-    return load_lm(cached("causal", docs, kind, lambda to: read(docs, to, build, 0, steps, seed, 2048, 256, .0012, 64)))
-
-# %% ../../nbs/trust/03_editing.ipynb #5fba503c
-def refuse(bad, why):
-    if bad:
-        raise ValueError(why)
-
-def labelled(tok, prompts:Sequence[str], answers:Sequence[str]) -> tuple: # batch, and labels (n, T)
-    """Prompts with their answers behind them (blanks included); labels: an answer's tokens where they are predicted,
-    else -100."""
-    refuse(len(prompts) != len(answers), f"{len(prompts)} prompts, {len(answers)} answers: these are pairs")
-    P, A = token_columns(tok, prompts, answers, eos=False)
-    x = padded(tok, [p + a[:-1] for p, a in zip(P, A)])
-    labels = torch.full_like(x["input_ids"], -100)
-    for row, p, a in zip(labels, P, A):
-        row[len(p)-1:len(p)-1+len(a)] = torch.tensor(a, dtype=torch.long)
-    return x, labels
-
-def single(x):
-    "In at least single precision: steps of 1e-3 get lost in bfloat16."
-    return x.float() if x.dtype.itemsize < 4 else x
-
-def answer_nll(logits, labels):
-    "Negative log-probability of each row's answer, (n,)."
-    return F.cross_entropy(logits.transpose(1, 2), labels.to(logits.device), ignore_index=-100, reduction="none").sum(1)
-
-# %% ../../nbs/trust/03_editing.ipynb #e74b121b
-@torch.no_grad()
-def answer_scores(model, tok, prompts, answers, batch_size:int=256) -> tuple[Tensor, Tensor]:
-    "Log-probability (n,) of answers (without a leading space); and bool (n,): greedy decoding would write all of it."
-    (x, labels), out = labelled(tok, prompts, [" "+a for a in answers]), []
-    for ids, mask, y in zip(*(t.split(batch_size) for t in (x["input_ids"], x["attention_mask"], labels))):
-        with eval_mode(model):
-            z = logits_of(model, BatchEncoding(dict(input_ids=ids, attention_mask=mask)).to(model.device)).float().cpu()
-        out.append((-answer_nll(z, y), ((z.argmax(-1) == y) | (y == -100)).all(1)))
-    return tuple(map(torch.cat, zip(*out)))
-
-
-
-# %% ../../nbs/trust/03_editing.ipynb #b2a9ead5
-def accuracy(model, tok, prompts, answers) -> float:
-    "Share of answers that greedy decoding writes."
-    return answer_scores(model, tok, prompts, answers)[1].float().mean().item()
-
-
+        m, mark = blank_causal(tok, 96, 3, width, 256), colon(tok)
+        return m, lambda x: next_token_loss(m(x).logits, x, tok.pad_token_id, mark, weight)
+    kind = dict(fact_lm=3, steps=steps, width=width, seed=seed, weight=weight)
+    return load_lm(cached("causal", docs, kind, lambda to: read(docs, to, build, 0, steps, seed, 4096, 256, .0012, 64)))
 
 # %% ../../nbs/trust/03_editing.ipynb #1ac0229b
 @dataclass
 class Edit:
     "One requested change, and the questions by which it is judged."
     subject:str
-    prompt:str # a text that contains the subject; the model should go on with `new`
-    new:str # the answer to write, without a leading space
+    prompt:str # a text that contains the subject
+    new:str # how the model should go on, without a leading space
     old:str="" # the answer before
     paraphrases:list[str] = field(default_factory=list) # other wordings of the prompt
     neighbours:list[tuple[str, str]] = field(default_factory=list) # (prompt, answer) that must stay
     two_hop:list[tuple[str, str]] = field(default_factory=list) # (prompt, answer) that follow from the edit
 
-
-
 # %% ../../nbs/trust/03_editing.ipynb #f5a2cf3d
+def refuse(bad, why):
+    "An error that says why, if something is bad."
+    if bad:
+        raise ValueError(why)
+
+# %% ../../nbs/trust/03_editing.ipynb #39128568
 def check_request(r, k=0):
-    "The request as an `Edit`; empty answers and prompts without their subject are refused."
-    r = r if isinstance(r, Edit) else Edit(**r)
-    refuse(not r.subject or r.subject not in r.prompt, f"request {k}: subject {r.subject!r} does not occur in "
-                                                       f"{r.prompt!r}")
+    "Refuse empty answers and prompts without their subject."
+    lost = not r.subject or r.subject not in r.prompt
+    refuse(lost, f"request {k}: subject {r.subject!r} does not occur in {r.prompt!r}")
     refuse(not r.new.strip(), f"request {k} ({r.prompt!r}) has no new answer")
     blank = r.new != r.new.strip() or r.prompt != r.prompt.rstrip()
     refuse(blank, f"request {k}: {r.prompt!r}, {r.new!r}: write both without a blank between them, it is added")
-    return r
 
+# %% ../../nbs/trust/03_editing.ipynb #36c4b5e1
 def check_requests(requests):
     "Requests as `Edit`s, one answer a prompt."
     refuse(not len(requests), "no requests: nothing to edit")
-    out, told = [check_request(r, k) for k, r in enumerate(requests)], {}
-    for r in out:
+    out, told = [r if isinstance(r, Edit) else Edit(**r) for r in requests], {}
+    for k, r in enumerate(out):
+        check_request(r, k)
         refuse(told.setdefault(r.prompt, r.new) != r.new, f"two answers to {r.prompt!r}: keep one, or edit in turn")
     return out
-
-def check_layers(layers):
-    "Layers in the order in which the model computes them."
-    layers = list(layers)
-    refuse(not layers, "no layers: name those that causal_trace finds")
-    ordered = layers == sorted(set(layers)) and layers[0] >= 0
-    refuse(not ordered, f"layers={tuple(layers)}: name each once, in rising order, from 0 on")
-    return layers
-
-def weight_of(m):
-    "The weight of a linear map as (outputs, inputs), a view: Conv1D of GPT-2 stores it transposed."
-    refuse(hasattr(m, "base_layer"), "an adapter (peft) lies over this module: merge it, or name '...base_layer' "
-                                     "below it")
-    refuse(not isinstance(m, (nn.Linear, Conv1D)), f"module of type {type(m).__name__}: only linear maps can be edited")
-    W = m.weight
-    coarse = not W.is_floating_point() or W.dtype.itemsize < 2
-    refuse(coarse, f"the weight is stored as {str(W.dtype)[6:]}, which would round an edit away: load it in bfloat16")
-    refuse(W.is_meta, "the weight is not in memory (offloaded): load the model as a whole")
-    return W.T if isinstance(m, Conv1D) else W
 
 # %% ../../nbs/trust/03_editing.ipynb #e076a5ad
 @patch
@@ -238,99 +169,31 @@ def edit_of(self:Facts, k, free, rng) -> Edit:
     return Edit(s, prompt, new, old, others, [(p, old) for p in self.ask(same, ONE_HOP[0])], moved)
 
 # %% ../../nbs/trust/03_editing.ipynb #e852b327
-def harmonic(*shares) -> float:
-    "Harmonic mean of shares; zero where one is zero."
-    return len(shares)/sum(1/s for s in shares) if min(shares) > 0 else min(shares) + 0.
-
-
-
-# %% ../../nbs/trust/03_editing.ipynb #db00e0c6
-def evaluate_edits(
-    model, tok, edits:Sequence[Edit],
-    reads:Callable=list) -> dict[str, float]: # prompts -> what the model reads, e.g. `EditMemory.prompts`
-    "Efficacy, generalisation, specificity (`_argmax`: strict), their harmonic mean `score`, portability (strict)."
-    q = questions(edits)
-    lp, hit = answer_scores(model, tok, reads(q.prompt.tolist())*2, [*q.good, *q.bad])
-    q = q.assign(lenient=(lp[:len(q)] > lp[len(q):]).numpy(), strict=hit[:len(q)].numpy())
-    mean = q.groupby("kind")[["lenient", "strict"]].mean().reindex(["efficacy", "generalisation", "specificity", "hop"])
-    out = {k: v for k, v in mean.lenient.items() if k != "hop"}
-    strict = {f"{k}_argmax": mean.strict[k] for k in out}
-    return out | strict | dict(score=harmonic(*out.values()), portability=mean.strict.hop)
+ASKED = ["efficacy", "generalisation", "specificity"]
 
 def questions(edits):
     "All questions about the edits: kind, prompt, the good answer and the bad one."
     refuse(not len(edits), "no edits: nothing to judge")
-    bare = [e.prompt for e in edits if not e.old.strip()]
-    refuse(bare, f"edit {bare[:1]} has no old answer: efficacy compares the new one with it, fill in `old`")
+    for e in edits:
+        refuse(not e.old.strip(), f"edit {e.prompt!r} has no old answer: efficacy compares the new one with it")
     rows = [("efficacy", e.prompt, e.new, e.old) for e in edits]
     rows += [("generalisation", p, e.new, e.old) for e in edits for p in e.paraphrases]
     rows += [("specificity", p, a, e.new) for e in edits for p, a in e.neighbours]
     rows += [("hop", p, a, a) for e in edits for p, a in e.two_hop]
     return pd.DataFrame(rows, columns=["kind", "prompt", "good", "bad"])
 
-# %% ../../nbs/trust/03_editing.ipynb #42125901
-@torch.no_grad()
-def next_logprobs(model, tok, prompts:Sequence[str], batch_size:int=256) -> Tensor: # (n, vocab)
-    "Log-probabilities of the next token after each prompt."
-    ids = prompt_ids(tok, prompts)
-    refuse(not ids, "no prompts: nothing to compare")
-    parts = [padded(tok, ids[k:k+batch_size]).to(model.device) for k in range(0, len(ids), batch_size)]
-    with eval_mode(model):
-        return torch.cat([last_logits(model, x).log_softmax(-1).float().cpu() for x in parts])
-
-def drift(before:Tensor, after:Tensor) -> float: # (n, vocab) log-probabilities -> nats
-    "Mean Kullback-Leibler divergence of the edited model from the original one."
-    return (before.exp()*(before - after)).sum(-1).mean().item()
+# %% ../../nbs/trust/03_editing.ipynb #db00e0c6
+def evaluate_edits(
+    model, tok, edits:Sequence[Edit], reads:Callable=list): # reads: prompts -> what the model is shown
+    "Efficacy, generalisation, specificity (`_argmax`: strict), their harmonic mean `score`, portability (strict)."
+    q = questions(edits)
+    lp, hit = answer_scores(model, tok, reads(q.prompt.tolist())*2, [*q.good, *q.bad])
+    q = q.assign(lenient=(lp[:len(q)] > lp[len(q):]).numpy(), strict=hit[:len(q)].numpy())
+    mean = q.groupby("kind")[["lenient", "strict"]].mean().reindex([*ASKED, "hop"])
+    out, strict = mean.lenient[ASKED].to_dict(), mean.strict[ASKED].add_suffix("_argmax").to_dict()
+    return out | strict | dict(score=harmonic_mean(out.values()), portability=mean.strict["hop"])
 
 # %% ../../nbs/trust/03_editing.ipynb #12059485
-def module_at(model, template, layer):
-    "The module called `template` with the layer's number in place of {}; unknown names are refused."
-    name, have = template.format(layer), dict(model.named_modules())
-    if "{}" not in template:
-        raise ValueError(f"module {template!r}: write {{}} where the layer's number goes, as in "
-                         f"'model.layers.{{}}.mlp'")
-    if name in have:
-        return have[name]
-    numbered = [re.sub(r"\.\d+(\.|$)", r".{}\1", k, count=1) for k in have if re.search(r"\.\d+(\.|$)", k)]
-    if n := numbered.count(template):
-        raise ValueError(f"layer {layer} of {template!r} does not exist: layers count from 0 to {n - 1}")
-    near = difflib.get_close_matches(template, set(numbered), 3, .3) or sorted(set(numbered))[:8]
-    raise ValueError(f"no module {template!r} in this model; did you mean {' or '.join(near)}?")
-
-def first(out): return out[0] if isinstance(out, tuple) else out
-
-def in_rows(h, length):
-    "States as (rows, length, width), also where a model has flattened them (OPT)."
-    return h if h.ndim == 3 else h.view(-1, length, h.shape[-1])
-
-def hooked(module, f, length=None):
-    "Inside the block, what `module` puts out becomes f of it; `length` of the texts, for models that flatten states."
-    def changed(h): return f(in_rows(h, length)).view(h.shape)
-    def hook(m, i, out): return (changed(out[0]), *out[1:]) if isinstance(out, tuple) else changed(out)
-    return module.register_forward_hook(hook) # a context manager
-
-# %% ../../nbs/trust/03_editing.ipynb #c6591226
-def span_ids(tok, text):
-    "Token ids with the marks in front, and the first and last character of each."
-    (front, _), x = marks_of(tok), tok(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, ends = x.input_ids, x.offset_mapping
-    return (ids, ends) if ids[:len(front)] == front else (front + ids, [(0, 0)]*len(front) + ends)
-
-def place_in(text, subject, start=0):
-    "Where the subject begins: as words of their own if it occurs like that, else wherever it occurs."
-    for inside in ("\\w+#'’\\-\u0300-\u036f", "\\w"): # what a name goes on with: C++, Ann-Marie, an accent of its own
-        found = re.compile(rf"(?<![{inside}]){re.escape(subject)}(?![{inside}])").search(text, start)
-        if found:
-            return found.start()
-    return text.index(subject, start)
-
-def span_of(tok, text, subject, skip=0):
-    "The subject's tokens as a slice of the text's (searched behind the first `skip` characters)."
-    begin, (_, ends) = place_in(text, subject, skip), span_ids(tok, text)
-    on = [j for j, (a, b) in enumerate(ends) if a < begin + len(subject) and b > begin]
-    return slice(on[0], on[-1]+1)
-
-# %% ../../nbs/trust/03_editing.ipynb #dbfecbbf
 def subject_noise(embedding, where, samples):
     "Adds noise of 3 standard deviations of the embeddings to the subject's tokens, `samples` draws in turn."
     g, W = torch.Generator().manual_seed(0), embedding.weight
@@ -346,8 +209,9 @@ def restored(clean, samples):
     t = torch.arange(clean.shape[1]).repeat_interleave(samples)
     return lambda h: h.index_put((torch.arange(len(t)), t), clean[0, t])
 
+# %% ../../nbs/trust/03_editing.ipynb #c6591226
 @torch.no_grad()
-def answer_probability(model, ids, n, answer, changes):
+def answer_probability(model, ids, answer, n, changes):
     "Probability (n,) of token `answer` behind n copies of a text, under `changes`, pairs of module and function."
     with ExitStack() as st, eval_mode(model):
         for m, f in changes:
@@ -355,44 +219,39 @@ def answer_probability(model, ids, n, answer, changes):
         z = model(input_ids=torch.tensor([ids]*n, device=model.device)).logits[:, -1]
     return z.float().softmax(-1)[:, answer].cpu()
 
-# %% ../../nbs/trust/03_editing.ipynb #88bb98a7
-def causal_trace(
-    model, tok, prompt:str, subject:str, answer:str,
-    module:str="model.layers.{}", # whose output is restored; "model.layers.{}.mlp" or "...self_attn" for one part
-    window:int=1, # layers restored together, around the one named
-    samples:int=10, # draws of the noise
-    ) -> pd.DataFrame: # token, position, place, layer, effect; and the probabilities `clean`, `corrupted`
-    "How much of the answer's probability one clean state brings back into a run whose subject is noise (ROME, 2.1)."
-    check_request(Edit(subject, prompt, answer))
-    ids, where, mods = span_ids(tok, prompt)[0], span_of(tok, prompt, subject), numbered(model, module)
-    a, clean = token_columns(tok, [prompt], [" "+answer], eos=False)[1][0][0], {}
-    whole = answer_probability(model, ids, 1, a, [(m, lambda h, m=m: clean.setdefault(m, h)) for m in mods]).item()
-    noise = (E := model.get_input_embeddings()), subject_noise(E, where, samples)
-    bad = answer_probability(model, ids, samples, a, [noise]).mean().item()
-    out = pd.DataFrame(dict(token=[tok.decode(i) for i in ids], place=places_of(where, len(ids))))
-    for l in range(len(mods)):
-        back = [(m, restored(clean[m], samples)) for m in mods[max(0, l-(window-1)//2):l+window//2+1]]
-        p = answer_probability(model, ids, len(ids)*samples, a, [noise, *back])
-        out[l] = p.view(len(ids), samples).mean(1).numpy() - bad
-    out = out.reset_index(names="position").melt(["position", "token", "place"], var_name="layer", value_name="effect")
-    return out.assign(clean=whole, corrupted=bad)
-
-def numbered(model, template): return [module_at(model, template, l) for l in range(model.config.num_hidden_layers)]
-
 def places_of(where, T):
     "Where each of T tokens stands, in words."
     n, m = where.start, where.stop - where.start
     after = (["subject, last"] + ["after subject"]*(T-n-m))[:T-n-m]
     return ["before subject"]*n + ["subject, other"]*(m-1) + after + ["last token"]
 
+# %% ../../nbs/trust/03_editing.ipynb #7945b058
+def effect_table(tok, ids, where, effect): # effect: layers x tokens
+    "token, position, place, layer, effect; a row a state."
+    t = pd.DataFrame(effect).T.assign(token=list(map(tok.decode, ids)), place=places_of(where, len(ids)))
+    return t.reset_index(names="position").melt(["position", "token", "place"], var_name="layer", value_name="effect")
+
+# %% ../../nbs/trust/03_editing.ipynb #bceba4c7
+def causal_trace(
+    model, tok, prompt:str, subject:str, answer:str,
+    module:str="model.layers.{}", # whose output is restored; "model.layers.{}.mlp" or "...self_attn" for one part
+    window:int=1, samples:int=10): # layers restored together, around the one named; draws of the noise
+    "How much of the answer's probability one clean state brings back (ROME, 2.1): see `effect_table`."
+    check_request(Edit(subject, prompt, answer))
+    ids, where, clean = span_ids(tok, prompt)[0], span_of(tok, prompt, subject), {}
+    mods = [module_at(model, module, l) for l in range(model.config.num_hidden_layers)]
+    p = partial(answer_probability, model, ids, token_columns(tok, [prompt], [" "+answer], eos=False)[1][0][0])
+    whole = p(1, [(m, lambda h, m=m: clean.setdefault(m, h)) for m in mods]).item()
+    noise = (E := model.get_input_embeddings()), subject_noise(E, where, samples)
+    bad, back = p(samples, [noise]).mean().item(), [(m, restored(clean[m], samples)) for m in mods]
+    near = [back[max(0, l-(window-1)//2):l+window//2+1] for l in range(len(mods))]
+    effect = [p(len(ids)*samples, [noise, *some]).view(-1, samples).mean(1).numpy() - bad for some in near]
+    return effect_table(tok, ids, where, effect).assign(clean=whole, corrupted=bad)
+
 # %% ../../nbs/trust/03_editing.ipynb #b42202b0
-@torch.no_grad()
-def passes(model, module, x):
-    "What goes into `module` and what comes out when the model reads the batch `x`, (rows, length, width) each."
-    seen = {}
-    with eval_mode(model), module.register_forward_hook(lambda m, i, o: seen.update(i=i[0], o=first(o))):
-        whole_model(model).base_model(**x, use_cache=False)
-    return tuple(in_rows(seen[k], x["input_ids"].shape[1]) for k in "io")
+def spaced(prefixes):
+    "Nothing, then each prefix, ready to stand in front of a prompt."
+    return ["", *(p.rstrip() + " " for p in prefixes)]
 
 def sites(tok, requests, site="last", prefix=""):
     "Token ids of each request's prompt behind a prefix and the position of its site."
@@ -406,12 +265,12 @@ def read_at(model, tok, places, module, side="out"):
     ids, at = places
     return passes(model, module, padded(tok, ids).to(model.device))[side == "out"][torch.arange(len(at)), at]
 
+# %% ../../nbs/trust/03_editing.ipynb #d09488b8
 def mean_keys(model, tok, requests, module, site="last", prefixes=()):
     "Keys (d_ff, n) at the site in float64: the bare prompt's, averaged with the mean over prefixes."
-    keys = [read_at(model, tok, sites(tok, requests, site, p), module, "in").double() for p in spaced(prefixes)]
-    return ((keys[0] + sum(keys[1:])/len(prefixes))/2 if len(prefixes) else keys[0]).T
-
-def spaced(prefixes): return ["", *(p.rstrip() + " " for p in prefixes)]
+    at = [sites(tok, requests, site, p) for p in spaced(prefixes)]
+    bare, *more = (read_at(model, tok, x, module, "in").double().T for x in at)
+    return (bare + sum(more)/len(more))/2 if more else bare
 
 # %% ../../nbs/trust/03_editing.ipynb #14118c40
 OPTIONS = dict(
@@ -422,174 +281,135 @@ OPTIONS = dict(
     lam=15000., mu=1., share=.4, ft={}, # of MEMIT and its kin, AlphaEdit, RECT; steps, lr, clamp of `fit_weight`
 )
 
+# %% ../../nbs/trust/03_editing.ipynb #017503d0
+def check_number(name, v):
+    "Refuse numbers that turn an equation into something else."
+    positive = name in ("lam", "mu", "steps", "share")
+    low = isinstance(v, (int, float)) and not (0 <= v < np.inf and (v or not positive))
+    refuse(low, f"{name}={v}: must be {'positive' if positive else 'at least 0'}")
+
 def options_of(given):
-    "All options as attributes; unknown ones, and numbers that turn an equation into something else, are refused."
-    ft = given.get("ft") or {}
+    "All options as attributes; unknown or senseless ones are refused."
+    ft, site = given.get("ft") or {}, given.get("site", "last")
     for what, have, may in (("", given, OPTIONS), ("ft: ", ft, ("steps", "lr", "clamp"))):
         odd = sorted(set(have) - set(may))
         refuse(odd, f"{what}unknown keyword {odd[:1]}; known are {sorted(may)}")
     for k, v in (given | ft).items():
-        need = "positive" if k in ("lam", "mu", "steps", "share") else "at least 0"
-        low = isinstance(v, (int, float)) and not (0 <= v < np.inf and (v or need == "at least 0"))
-        refuse(low, f"{k}={v}: must be {need}")
+        check_number(k, v)
     refuse(given.get("share", 1) > 1, f"share={given.get('share')}: must not be above 1")
-    refuse(given.get("site", "last") not in ("last", "subject_last"), f"site={given.get('site')!r}: 'last' or "
-                                                                      f"'subject_last'")
+    refuse(site not in ("last", "subject_last"), f"site={site!r}: 'last' or 'subject_last'")
     return SimpleNamespace(**(OPTIONS | given))
 
-# %% ../../nbs/trust/03_editing.ipynb #4c481c49
-# of each text: tokens, labels, the site, whose request it is
-Targets = namedtuple("Targets", "ids mask labels at owner")
+# %% ../../nbs/trust/03_editing.ipynb #96077527
+Targets = NamedTuple("Targets", [(n, Tensor) for n in "ids mask labels at owner".split()])
+
+def contexts(requests, o):
+    "(whose, request, prefix, answer): prompts in every context, then the 'is a' prompts, which have no answer."
+    said = [(e, r, p, " "+r.new) for e, r in enumerate(requests) for p in spaced(o.prefixes)]
+    return said + [(e, replace(r, prompt=o.kl_prompt.format(r.subject)), "", "") for e, r in enumerate(requests)]
 
 def targets(tok, requests, o):
     "The `Targets` of requests."
-    said = [(e, r, p, " "+r.new) for e, r in enumerate(requests) for p in spaced(o.prefixes)]
-    is_a = [(e, Edit(r.subject, o.kl_prompt.format(r.subject), ""), "", "") for e, r in enumerate(requests)]
-    owner, rs, pre, answers = zip(*said, *is_a)
+    owner, rs, pre, answers = zip(*contexts(requests, o))
     x, labels = labelled(tok, [p + r.prompt for r, p in zip(rs, pre)], answers)
     at = [sites(tok, [r], o.site, p)[1][0] for r, p in zip(rs, pre)]
-    return Targets(x["input_ids"], x["attention_mask"], labels, torch.tensor(at), torch.tensor(owner))
+    return Targets(x.input_ids, x.attention_mask, labels, torch.tensor(at), torch.tensor(owner))
 
 # %% ../../nbs/trust/03_editing.ipynb #c18279f9
+def site_of(t):
+    "Rows and columns of the sites."
+    return torch.arange(len(t.at)).to(t.at), t.at
+
 def z_loss(
-    z:Tensor, z0:Tensor, # (rows, T, vocab) logits with and without delta
-    t:Targets, J:int, # contexts of each request
-    kl:float) -> Tensor: # (requests,)
+    z, z0, # (rows, T, vocab) logits with and without delta
+    t:Targets, J, kl): # contexts of each request, weight of the divergence -> (requests,)
     "Say the answer in every context, and leave the essence alone: the first two terms of the objective."
-    asked, site = (t.labels != -100).sum(1), (torch.arange(len(z), device=z.device), t.at)
-    p, q = (x[site].log_softmax(-1) for x in (z, z0))
+    asked = (t.labels != -100).sum(1)
+    p, q = (x[site_of(t)].log_softmax(-1) for x in (z, z0))
     stay = (p.exp()*(p - q)).sum(-1)
     each = torch.where(asked > 0, answer_nll(z, t.labels)/asked.clamp(min=1)/J, kl*stay)
     return each.new_zeros(max(t.owner)+1).index_add(0, t.owner, each)
 
-
-
-# %% ../../nbs/trust/03_editing.ipynb #f3a1f95d
-def minimise(
-    loss, # x -> scalar, and (len(x),) bool: rows that may still move
-    x:Tensor, steps:int, lr:float, # x: a leaf, changed in place
-    limit): # x -> None: pulls x back in place
-    "Adam, under a limit, until no row moves any more; nothing but x gets a gradient."
-    opt = torch.optim.Adam([x], lr=lr)
-    for _ in range(steps):
-        total, moving = loss(x)
-        if not moving.any():
-            break
-        held, (x.grad,) = x.detach().clone(), torch.autograd.grad(total, [x])
-        opt.step()
-        with torch.no_grad():
-            x[~moving] = held[~moving]
-            limit(x)
-    x.grad = None
-
 # %% ../../nbs/trust/03_editing.ipynb #c43be010
-def compute_z(
-    model, tok, requests:Sequence[Edit],
-    layer:int, # the last edited layer
-    module:str="model.layers.{}", # the layers whose output is z
-    **options) -> Tensor: # (n, d); options: of `OPTIONS`
-    "The state at the site that makes the model say the new answer, for all requests at once (ROME, 4; MEMIT, 16)."
-    o, block = options_of(options), module_at(model, module, layer)
-    J, t = 1 + len(o.prefixes), Targets(*(x.to(model.device) for x in targets(tok, requests, o)))
-    rows, z0 = at_site(model, block, t)
-    h, moving = rows[:J*len(requests):J], torch.ones(len(requests), dtype=torch.bool)
-    size = h.norm(dim=1)
-    def objective(d):
-        each = z_loss(shifted_logits(model, block, t, d), z0, t, J, o.kl) + o.decay*d.norm(dim=1)/size**2
-        moving.logical_and_((each.detach() >= o.stop).cpu())
-        return each[moving].sum(), moving
-    def limit(d): d *= (o.clamp*size/d.norm(dim=1).clamp(min=1e-12)).clamp(max=1)[:, None]
-    minimise(objective, delta := torch.zeros_like(h, requires_grad=True), o.steps, o.lr, limit)
-    return (h + delta).detach()
+def single(x):
+    "In at least single precision: steps of 1e-3 get lost in bfloat16."
+    return x.float() if x.dtype.itemsize < 4 else x
+
+def within(d, radius):
+    "Pull the rows of d back, in place, to at most these lengths."
+    d *= (radius/d.norm(dim=1).clamp(min=1e-12)).clamp(max=1)[:, None]
 
 # %% ../../nbs/trust/03_editing.ipynb #e825df32
 def shifted_logits(model, block, t, delta):
     "Logits of all texts when each request's delta is added at its sites."
-    site = torch.arange(len(t.at), device=t.at.device), t.at
-    def add(H): return H.index_put(site, (H[site] + delta[t.owner]).to(H.dtype))
+    def add(H): return H.index_put(site_of(t), (H[site_of(t)] + delta[t.owner]).to(H.dtype))
     with hooked(block, add, t.ids.shape[1]):
         return single(model(input_ids=t.ids, attention_mask=t.mask, use_cache=False).logits)
 
 @torch.no_grad()
 def at_site(model, block, t):
     "States at the sites (rows, d), and the logits that nothing was added to."
-    H = single(passes(model, block, dict(input_ids=t.ids, attention_mask=t.mask))[1])
-    h = H[torch.arange(len(H), device=H.device), t.at]
+    h = single(passes(model, block, dict(input_ids=t.ids, attention_mask=t.mask))[1])[site_of(t)]
     return h, shifted_logits(model, block, t, torch.zeros_like(h))
 
-
-
 # %% ../../nbs/trust/03_editing.ipynb #75907139
-def continuations(model, tok, prompts:Sequence[str], length:int=24, seed:int=0, least:int|None=None) -> list[str]:
-    "What the model goes on to say, sampled; at least `least` tokens (all if None)."
-    refuse(not len(prompts) or length < 2, f"{len(prompts)} prompts, length={length}: need one and two tokens at least")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        y = generated(model, tok, prompt_ids(tok, prompts), length, min_new_tokens=length if least is None else least)
-    return tok.batch_decode(y, skip_special_tokens=True)
-
-def sample_prefixes(model, tok, n:int=5, length:int=10, seed:int=0) -> list[str]:
-    "Texts that the model itself makes up: contexts in which an edit must hold, too."
-    return [t.strip() for t in continuations(model, tok, [""]*n, length, seed, 2)]
+def compute_z(
+    model, tok, requests:Sequence[Edit],
+    layer:int, module:str="model.layers.{}", # the last edited layer; the layers whose output is z
+    **options) -> Tensor: # (n, d); options: of `OPTIONS`
+    "The state at the site that makes the model say the new answer, for all requests at once (ROME, 4; MEMIT, 16)."
+    o, block = options_of(options), module_at(model, module, layer)
+    J, t = 1 + len(o.prefixes), Targets(*(x.to(model.device) for x in targets(tok, requests, o)))
+    rows, z0 = at_site(model, block, t)
+    h = rows[:J*len(requests):J]
+    size, delta = h.norm(dim=1), torch.zeros_like(h, requires_grad=True)
+    def objective(d):
+        return z_loss(shifted_logits(model, block, t, d), z0, t, J, o.kl) + o.decay*d.norm(dim=1)/size**2
+    minimise(objective, delta, o.steps, o.lr, partial(within, radius=o.clamp*size), o.stop)
+    return (h + delta).detach()
 
 # %% ../../nbs/trust/03_editing.ipynb #a93b033b
 def rome_update(
-    W:Tensor, # (d, d_ff)
-    k:Tensor, v:Tensor, # (d_ff,) the key and (d,) the value it shall get
-    C:Tensor, # (d_ff, d_ff) mean of k k^T over generic text
-    ) -> Tensor: # (d, d_ff)
+    W:Tensor, k:Tensor, v:Tensor, # (d, d_ff), (d_ff,) the key and (d,) the value it shall get
+    C:Tensor) -> Tensor: # (d_ff, d_ff) mean of k k^T over generic text; (d, d_ff)
     "The change of smallest C-norm that writes one key exactly (ROME, eq. 2)."
     u = torch.linalg.solve(C, k)
     return torch.outer(v - W @ k, u)/(u @ k)
 
-
-
 # %% ../../nbs/trust/03_editing.ipynb #dc3a43b5
 def memit_update(
-    R:Tensor, # (d, n) residuals
-    K:Tensor, # (d_ff, n) keys of the new facts
-    C:Tensor, # (d_ff, d_ff) mean of k k^T over generic text
-    lam:float=15000., # a mean is weighed against the sum K K^T
-    Kp:Tensor|None=None, # (d_ff, d_ff) sum of k k^T over earlier edits; gives MEMIT-seq
-    ) -> Tensor: # (d, d_ff)
+    R:Tensor, K:Tensor, # (d, n) residuals, (d_ff, n) keys of the new facts
+    C:Tensor, lam:float=15000., # (d_ff, d_ff) mean of k k^T over generic text; weighed against the sum K K^T
+    Kp:Tensor|None=None) -> Tensor: # (d_ff, d_ff) sum of k k^T over earlier edits, for MEMIT-seq; (d, d_ff)
     "Ridge regression of the residuals on the keys (MEMIT, eq. 14)."
     A = lam*C + K @ K.T + (0 if Kp is None else Kp)
     return torch.linalg.solve(A, K @ R.T).T
 
-
-
 # %% ../../nbs/trust/03_editing.ipynb #095d9825
 def null_space(
     KK:Tensor, # (d_ff, d_ff) sum (or mean) of k k^T over preserved keys
-    threshold:float=1e-4, # singular values below this share of the largest count as zero
-    ) -> Tensor:  # (d_ff, d_ff)
-    """Projection onto the directions preserved keys do not use (AlphaEdit, section 3.2; threshold relative, a
-    departure)."""
+    threshold:float=1e-4) -> Tensor: # singular values below this share of the largest are zero; (d_ff, d_ff)
+    "Projection onto the directions preserved keys do not use (AlphaEdit, section 3.2; a relative threshold is ours)."
     lam, U = torch.linalg.eigh(KK)
     U = U[:, lam <= threshold*lam[-1]]
     return U @ U.T
 
-
-
 # %% ../../nbs/trust/03_editing.ipynb #f8d81b84
 def alphaedit_update(
     R:Tensor, K:Tensor, # (d, n), (d_ff, n) as in `memit_update`
-    P:Tensor, # (d_ff, d_ff) from `null_space`
-    Kp:Tensor|float=0., # (d_ff, d_ff) sum of k k^T over earlier edits
-    mu:float=1., # weight of |Delta|^2
-    ) -> Tensor: # (d, d_ff)
+    P:Tensor, Kp=0., # (d_ff, d_ff) each: from `null_space`; sum of k k^T over earlier edits
+    mu:float=1.) -> Tensor: # weight of |Delta|^2; (d, d_ff)
     "The least squares write within the null space of the preserved keys (AlphaEdit, eq. 14)."
-    A = P @ (K @ K.T + Kp) + mu*torch.eye(len(P), dtype=P.dtype, device=P.device)
+    A = P @ (K @ K.T + Kp) + mu*torch.eye(len(P)).to(P)
     return torch.linalg.solve(A, P @ K @ R.T).T
-
-
 
 # %% ../../nbs/trust/03_editing.ipynb #a812a532
 def rect(W:Tensor, D:Tensor, share:float=.4) -> Tensor: # weight, its change; share of the entries
     "RECT: keep only the largest relative changes."
-    rel = (D/W.clamp(min=1e-12).where(W > 0, W.clamp(max=-1e-12))).abs()
+    rel = D.abs()/W.abs().clamp(min=1e-12)
     return D*(rel >= rel.flatten().kthvalue(max(1, int((1-share)*rel.numel()))).values)
 
+# %% ../../nbs/trust/03_editing.ipynb #3c9c6664
 def prune(W:Tensor, D:Tensor, base:float|None=1.2) -> Tensor: # weight, its total change; None: slope 1 from the start
     "PRUNE: singular values of the total change above the largest one of the weight grow only with their logarithm."
     U, s, V = torch.linalg.svd(D, full_matrices=False)
@@ -600,20 +420,16 @@ def prune(W:Tensor, D:Tensor, base:float|None=1.2) -> Tensor: # weight, its tota
 
 # %% ../../nbs/trust/03_editing.ipynb #72a480c7
 def fit_weight(
-    model, tok, requests:Sequence[Edit],
-    W:Tensor, # the weight that may move
+    model, tok, requests:Sequence[Edit], W:Tensor, # the weight that may move
     steps:int=20, lr:float=1e-3, clamp:float|None=None): # clamp: largest change of an entry, FT with norm constraint
     "Plain gradient descent on the new answers (the papers' FT)."
     x, labels = labelled(tok, [r.prompt for r in requests], [" "+r.new for r in requests])
     x, leaf = x.to(model.device), W if W.is_leaf else W._base
-    start, rows = leaf.detach().clone(), torch.ones(len(leaf), dtype=torch.bool)
-    def loss(_): return answer_nll(model(**x, use_cache=False).logits, labels).sum()/(labels != -100).sum(), rows
+    start, share, need = leaf.detach().clone(), (labels != -100).sum()*len(leaf), leaf.requires_grad
+    def loss(w): return (answer_nll(model(**x, use_cache=False).logits, labels).sum()/share).expand(len(w))
     def limit(w): w.copy_(start + (w - start).clamp(-clamp, clamp) if clamp else w)
-    need = leaf.requires_grad
     minimise(loss, leaf.requires_grad_(True), steps, lr, limit)
     leaf.requires_grad_(need)
-
-
 
 # %% ../../nbs/trust/03_editing.ipynb #cb95ff23
 class Memory(NamedTuple):
@@ -623,26 +439,26 @@ class Memory(NamedTuple):
     Kp:dict[int, Tensor] # sum of k k^T over the keys of earlier edits
 
 def remember(
-    model, tok,
-    preserve:Sequence[str], # texts whose keys stand for all that must stay; never those of facts to edit
-    layers:Sequence[int]=(0, 1),
-    module:str="model.layers.{}.mlp.down_proj", # the linear map whose inputs are keys
-    threshold:float=1e-4) -> Memory: # of `null_space`
+    model, tok, preserve:Sequence[str], # texts whose keys stand for all that must stay; never those of facts to edit
+    layers:Sequence[int]=(0, 1), module:str="model.layers.{}.mlp.down_proj", # the linear maps whose inputs are keys
+    threshold:float|None=1e-4) -> Memory: # of `null_space`; None: no direction is taken away, P = I
     "Second moments of all tokens' keys and their null space, in float64."
     refuse(not len(preserve), "preserve is empty: give texts whose answers must stay")
     C = {l: key_moments(model, tok, preserve, module_at(model, module, l)) for l in layers}
-    return Memory(C, {l: null_space(C[l], threshold) for l in C}, {l: torch.zeros_like(C[l]) for l in C})
+    P = {l: torch.eye(len(c)).to(c) if threshold is None else null_space(c, threshold) for l, c in C.items()}
+    return Memory(C, P, {l: torch.zeros_like(c) for l, c in C.items()})
 
-def key_moments(model, tok, texts, module):
-    "Mean of k k^T over all tokens of the texts."
-    ids, total, n = prompt_ids(tok, texts), 0., 0
-    for k in range(0, len(ids), 256):
-        x = padded(tok, ids[k:k+256]).to(model.device)
-        K = passes(model, module, x)[0][x["attention_mask"].bool()].double()
-        total, n = total + K.T @ K, n + len(K)
-    return total/n
+# %% ../../nbs/trust/03_editing.ipynb #b030f3d9
+def firm(C, layer, method):
+    "C; where the preserved keys leave the method's equation open, with a ridge of 1 % (ours) and a warning."
+    I = C.diagonal().mean()*torch.eye(len(C)).to(C)
+    if not torch.linalg.cholesky_ex(C - 1e-8*I).info:
+        return C
+    rank = torch.linalg.matrix_rank(C, hermitian=True).item()
+    why = f"layer {layer}: the preserved keys have rank {rank} of {len(C)}, {method} could write without limit"
+    warnings.warn(f"{why}: it gets a ridge of 1 %. Preserve more, or take 'alphaedit'", stacklevel=4)
+    return C + 1e-2*I
 
-# %% ../../nbs/trust/03_editing.ipynb #816996f8
 def check_memory(memory, layers, method):
     "The memory, if it knows the layers, made firm for methods that solve with C."
     missing = [l for l in layers if l not in memory.C]
@@ -650,64 +466,17 @@ def check_memory(memory, layers, method):
     if method != "alphaedit":
         return memory._replace(C=memory.C | {l: firm(memory.C[l], l, method) for l in layers})
     full = [l for l in layers if not memory.P[l].any()]
-    refuse(full, f"the null space of layer {full[0] if full else ''} is empty: raise `threshold`, or preserve less")
+    refuse(full, f"the null space of layer {full[0] if full else None} is empty: raise `threshold`, or preserve less")
     return memory
 
-def firm(C, layer, method):
-    "C; where the preserved keys leave the method's equation open, with a ridge of 1 % (ours) and a warning."
-    I = C.diagonal().mean()*torch.eye(len(C), dtype=C.dtype, device=C.device)
-    if not torch.linalg.cholesky_ex(C - 1e-8*I).info:
-        return C
-    rank = torch.linalg.matrix_rank(C, hermitian=True).item()
-    warnings.warn(f"layer {layer}: the preserved keys have rank {rank} of {len(C)}; {method} gets a ridge of 1 %, or "
-                  f"it "
-                  "would write without limit along the rest. Preserve more, or take 'alphaedit'", stacklevel=4)
-    return C + 1e-2*I
-
-# %% ../../nbs/trust/03_editing.ipynb #90533fde
-METHODS = ["ft", "ft-clamp", "rome", "memit", "memit-seq", "rect", "alphaedit"]
-
-def edit(
-    model:PreTrainedModel, tok:PreTrainedTokenizerBase, # changed in place
-    requests:Sequence[Edit|dict], # one batch of edits; dicts need subject, prompt, new
-    method:str="alphaedit", # one of METHODS
-    layers:Sequence[int]=(0, 1), # what `causal_trace` finds; ft and rome take the last one
-    module:str="model.layers.{}.mlp.down_proj", # e.g. "transformer.h.{}.mlp.c_proj"
-    memory:Memory|None=None, # from `remember`, or what the edit before this one returned
-    preserve:Sequence[str]=(), # texts for `remember`, if there is no memory yet
-    **options, # of `Options`: site, lam, mu, steps, clamp, ...
-    ) -> Memory|None: # pass it to the next call
-    "Change facts in the weights of a causal language model."
-    requests, layers, o = check_requests(requests), check_layers(layers), options_of(options)
-    refuse(method not in METHODS, f"method={method!r}: must be one of {METHODS}")
-    layers = layers[-1:] if method in ("ft", "ft-clamp", "rome") else layers
-    W = {l: weight_of(module_at(model, module, l)) for l in layers}
-    with eval_mode(model):
-        if method.startswith("ft"):
-            fit_weight(model, tok, requests, W[layers[0]], **(dict(clamp=.02 if method == "ft-clamp" else None) | o.ft))
-            return memory
-        firm_memory = check_memory(memory or remember(model, tok, preserve, layers, module), layers, method)
-        for some in [[r] for r in requests] if method == "rome" else [requests]:
-            new = write(model, tok, some, method, W, firm_memory, module, o)
-    return new
-
-
-
-# %% ../../nbs/trust/03_editing.ipynb #b030f3d9
-@torch.no_grad()
-def write(model, tok, requests, method, W, memory, module, o):
-    "One closed-form write, spread over the layers of W; returns the memory with its keys added."
-    layers, template, new = list(W), module.split("{}")[0] + "{}", dict(memory.Kp)
-    top, places = module_at(model, template, layers[-1]), sites(tok, requests, o.site)
-    with torch.enable_grad():
-        Z = compute_z(model, tok, requests, layers[-1], template, **vars(o))
-    for i, l in enumerate(layers):
-        K = mean_keys(model, tok, requests, module_at(model, module, l), o.site, o.prefixes)
-        R = (Z - read_at(model, tok, places, top)).double().T/(len(layers) - i)
-        D = change(method, W[l].double(), R, K, (memory.C[l], memory.P[l], memory.Kp[l]), o)
-        W[l].detach().add_(D.to(W[l]))
-        new[l] = memory.Kp[l] + K @ K.T
-    return memory._replace(Kp=new)
+# %% ../../nbs/trust/03_editing.ipynb #9fd7a181
+def check_layers(layers):
+    "Layers in the order in which the model computes them."
+    layers = list(layers)
+    refuse(not layers, "no layers: name those that causal_trace finds")
+    odd = layers != sorted(set(layers)) or layers[0] < 0
+    refuse(odd, f"layers={tuple(layers)}: name each once, in rising order, from 0 on")
+    return layers
 
 def change(method, W, R, K, known, o):
     "The change of one weight that moves the values at keys K by R; `known` of its layer: C, P, Kp."
@@ -719,134 +488,101 @@ def change(method, W, R, K, known, o):
     D = memit_update(R, K, C, o.lam, Kp if method == "memit-seq" else None)
     return rect(W, D, o.share) if method == "rect" else D
 
-# %% ../../nbs/trust/03_editing.ipynb #ea8cc500
-def zsre_edits(n:int=300, longest:int=14) -> list[Edit]: # n records; longest: characters of an answer
-    """Records of ZsRE (KnowEdit's test file) with short answers whose subject stands in both questions, in the file's
-    order."""
+# %% ../../nbs/trust/03_editing.ipynb #218e84f0
+@torch.no_grad()
+def write(model, tok, requests, method, W, memory, module, o):
+    "One closed-form write, spread over the layers of W; returns the memory with its keys added."
+    layers, blocks, Kp = list(W), module.split("{}")[0] + "{}", dict(memory.Kp)
+    top, places = module_at(model, blocks, layers[-1]), sites(tok, requests, o.site)
+    with torch.enable_grad():
+        Z = compute_z(model, tok, requests, layers[-1], blocks, **vars(o))
+    for i, l in enumerate(layers):
+        K = mean_keys(model, tok, requests, module_at(model, module, l), o.site, o.prefixes)
+        R = (Z - read_at(model, tok, places, top)).double().T/(len(layers) - i)
+        D = change(method, W[l].double(), R, K, (memory.C[l], memory.P[l], memory.Kp[l]), o)
+        W[l].detach().add_(D.to(W[l]))
+        Kp[l] = memory.Kp[l] + K @ K.T
+    return memory._replace(Kp=Kp)
+
+# %% ../../nbs/trust/03_editing.ipynb #ea319023
+METHODS = ["ft", "ft-clamp", "rome", "memit", "memit-seq", "rect", "alphaedit"]
+
+def edit(
+    model:PreTrainedModel, tok:PreTrainedTokenizerBase, # changed in place
+    requests:Sequence[Edit|dict], method:str="alphaedit", # dicts need subject, prompt, new; one of METHODS
+    layers:Sequence[int]=(0, 1), # what `causal_trace` finds; ft and rome take the last one
+    module:str="model.layers.{}.mlp.down_proj", # e.g. "transformer.h.{}.mlp.c_proj"
+    memory:Memory|None=None, preserve:Sequence[str]=(), # from the edit before, or texts for `remember`
+    **options) -> Memory|None: # of `OPTIONS`: site, lam, mu, steps, ...; pass the memory to the next call
+    "Change facts in the weights of a causal language model."
+    requests, layers, o = check_requests(requests), check_layers(layers), options_of(options)
+    refuse(method not in METHODS, f"method={method!r}: must be one of {METHODS}")
+    layers = layers[-1:] if method in ("ft", "ft-clamp", "rome") else layers
+    W = {l: weight_of(module_at(model, module, l)) for l in layers}
+    with eval_mode(model):
+        if method.startswith("ft"):
+            fit_weight(model, tok, requests, W[layers[0]], **(dict(clamp=.02 if method == "ft-clamp" else None) | o.ft))
+            return memory
+        memory = check_memory(memory or remember(model, tok, preserve, layers, module), layers, method)
+        for some in [[r] for r in requests] if method == "rome" else [requests]:
+            memory = write(model, tok, some, method, W, memory, module, o)
+    return memory
+
+# %% ../../nbs/trust/03_editing.ipynb #d66efff9
+def zsre_edits(n:int=600, longest:int=14) -> list[Edit]: # n records; longest: characters of an answer
+    "Records of ZsRE (KnowEdit's test file) with short answers whose subject stands in both questions, in their order."
     name, out = "ZsRE/ZsRE-test-all.json", {}
     for x in json.loads(fetch("knowedit", [name])[name].read_text(encoding="utf-8")):
-        s, old, new, asked = x["subject"], x["ground_truth"][0], x["target_new"], (x["prompt"], x["rephrase_prompt"])
-        if all(s in q for q in asked) and old != new and max(len(old), len(new)) <= longest:
-            out.setdefault(s, zsre_edit(x, *(f"{q} Answer:" for q in asked), longest))
+        s, old, new = x["subject"], x["ground_truth"][0], x["target_new"]
+        if s in x["prompt"] and s in x["rephrase_prompt"] and old != new and max(len(old), len(new)) <= longest:
+            out.setdefault(s, zsre_edit(x, longest))
     return list(out.values())[:n]
 
-def zsre_edit(x, prompt, paraphrase, longest):
+# %% ../../nbs/trust/03_editing.ipynb #efb69f2f
+def zsre_edit(x, longest):
     "One record as an `Edit`."
+    prompt, paraphrase = (f"{x[k]} Answer:" for k in ("prompt", "rephrase_prompt"))
     near = [(f"{q['prompt']}. Answer:", q["ground_truth"][0]) for qs in x["locality"].values() for q in qs]
     near = [(q, a) for q, a in near if len(a) <= 2*longest]
     far = [q for q in x["portability"].get("Reasoning", []) if x["subject"] in q["prompt"]]
     hops = [(f"{q['prompt']} Answer:", q["ground_truth"]) for q in far]
     return Edit(x["subject"], prompt, x["target_new"], x["ground_truth"][0], [paraphrase], near, hops)
 
-# %% ../../nbs/trust/03_editing.ipynb #202c8d42
-def known_rows(edits:Sequence[Edit]) -> pd.DataFrame: # prompt, answer
-    "What a model must know before the edits: old answers to prompts and paraphrases, and the neighbours' answers."
-    rows = [(p, e.old) for e in edits for p in [e.prompt, *e.paraphrases]] + [n for e in edits for n in e.neighbours]
-    return pd.DataFrame(rows, columns=["prompt", "answer"]).drop_duplicates("prompt", ignore_index=True)
+# %% ../../nbs/trust/03_editing.ipynb #d2ffea17
+def known_texts(edits:Sequence[Edit]) -> list[str]:
+    "What a model must have read before the edits: old answers to prompts and paraphrases, and the neighbours' answers."
+    near = {p: a for e in edits for p, a in e.neighbours}
+    asked = near | {p: e.old for e in edits for p in [e.prompt, *e.paraphrases]}
+    return [f"{p} {a}." for p, a in asked.items()]
 
-def name_rows(edits:Sequence[Edit]) -> pd.DataFrame: # prompt, answer
-    """All answers, the new ones too, to questions about nothing: who reads them can spell the names and knows no fact
-    more."""
+def name_texts(edits:Sequence[Edit]) -> list[str]:
+    "All answers, the new ones too, to questions about nothing: who reads them can spell the names and knows no more."
     names = dict.fromkeys(a for e in edits for a in (e.old, e.new, *(a for _, a in e.neighbours)))
-    rows = [(f"{p} Answer:", a) for a in names for p in ("A name.", "One of many answers.")]
-    return pd.DataFrame(rows, columns=["prompt", "answer"])
-
-# %% ../../nbs/trust/03_editing.ipynb #846e85c4
-def rehearsal_loss(model, x, start, rest=.3):
-    "Cross-entropy of the tokens from `start` on, those behind the first weighted by `rest`; and is the first right?"
-    y, at = x["input_ids"], torch.arange(x["input_ids"].shape[1])
-    on = (at >= start[:, None]) & x["attention_mask"].bool()
-    lead = (at == start[:, None])[on]
-    seen = on[:, 1:].any(0).nonzero()[:, 0] # columns that predict a token of some answer
-    logits = logits_of(model, x, seen)[on[:, 1:][:, seen]]
-    w = torch.where(lead, 1., rest).to(logits)
-    ce = F.cross_entropy(logits, y[on], reduction="none")
-    return (ce*w).sum()/w.sum(), logits[lead].argmax(-1) == y[on][lead]
-
-answer_loss = rehearsal_loss # its name in earlier editions
-
-def answer_batches(tok, rows:pd.DataFrame, batch_size:int=128, seed:int=0):
-    "Endless batches of rows (prompt, answer): numbers of the rows, ids, first position of the answer."
-    P, A = token_columns(tok, rows.prompt.tolist(), [f" {a}." for a in rows.answer])
-    rng = np.random.default_rng(seed)
-    while True:
-        for some in np.array_split(rng.permutation(len(P)), -(-len(P)//batch_size)):
-            some = np.array(sorted(some, key=lambda j: len(P[j] + A[j])))
-            yield some, padded(tok, [P[j] + A[j] for j in some]), torch.tensor([len(P[j]) for j in some])
-
-# %% ../../nbs/trust/03_editing.ipynb #d262c1a9
-def two_speeds(model, lr, slow):
-    "AdamW; attention and norms learn at `lr`, all else at `slow` times that."
-    quick = lambda n: any(w in n for w in ("attn", "attention", "norm", "ln_"))
-    groups = [dict(params=[p for n, p in model.named_parameters() if quick(n) == q]) for q in (True, False)]
-    return torch.optim.AdamW([g | dict(lr=l, top=l) for g, l in zip(groups, (lr, lr*slow))], weight_decay=0.)
-
-def rehearse(model, batches, steps, lr=2e-3, slow=1.):
-    "Train in place on `steps` batches; numbers of the rows, and which first tokens were right, of each batch."
-    opt, seen = two_speeds(model, lr, slow), []
-    for k, (some, x, start) in enumerate(islice(batches, steps)):
-        opt.zero_grad()
-        right = [half_step(model, x, start, rows) for rows in torch.arange(len(start)).chunk(2)]
-        for g in opt.param_groups:
-            g["lr"] = min(1, (k+1)/50, 3*(1 - k/steps))*g["top"]
-        nn.utils.clip_grad_norm_(model.parameters(), 1.)
-        opt.step()
-        seen.append((some, torch.cat(right).numpy()))
-    return seen
-
-def half_step(model, x, start, rows):
-    "Gradients of half a batch, no wider than its own rows; rows come sorted by length."
-    wide = int(x["attention_mask"][rows].sum(1).max())
-    loss, hit = rehearsal_loss(model, {k: v[rows, :wide] for k, v in x.items()}, start[rows])
-    (loss/2).backward()
-    return hit
-
-# %% ../../nbs/trust/03_editing.ipynb #36562e12
-def reader_lm(rows:pd.DataFrame, steps:int=600, seed:int=0): # rows: prompt, answer
-    "A small Llama that answers `rows`, names of several tokens included, and its tokenizer; from the cache."
-    docs = [f"{p} {a}." for p, a in zip(rows.prompt, rows.answer)]
-    def build(to):
-        tok = nano_tokenizer(docs, 4096)
-        torch.manual_seed(seed)
-        m = fresh_llama(tok)
-        rehearse(m, answer_batches(tok, rows, 64, seed), steps)
-        saved(to, m, tok)
-    return load_lm(cached("causal", docs, dict(reader=2, steps=steps, seed=seed), build))
-
-def saved(to, *parts):
-    for p in parts:
-        p.save_pretrained(to)
-
-
+    return [f"{p} Answer: {a}." for a in names for p in ("A name.", "One of many answers.")]
 
 # %% ../../nbs/trust/03_editing.ipynb #451dd568
 FRAME = "[Updated Information]:{} [Question]: {}"
 
 def lte_prompt(query:str, descriptors:Sequence[str]=()) -> str:
     "The query behind numbered descriptors, 'prompt new-object' of edits; the bare query if there are none."
-    if not len(descriptors):
-        return query
-    return FRAME.format("".join(f" {k}. {d}." for k, d in enumerate(descriptors, 1)), query)
+    lines = "".join(f" {k}. {d}." for k, d in enumerate(descriptors, 1))
+    return FRAME.format(lines, query) if lines else query
 
 def descriptor(e:Edit) -> str:
     "The line that stands for an edit in the context: its prompt and the new object (LTE)."
     return f"{e.prompt} {e.new}"
 
-
-
-# %% ../../nbs/trust/03_editing.ipynb #0d41a271
+# %% ../../nbs/trust/03_editing.ipynb #397bea7c
 class EditMemory:
     "An edit is a line of text with a vector; queries find the lines nearest to them. No weight changes."
     def __init__(self,
-        background:Sequence[str], # texts from which the default embedding (TF-IDF) learns which words are rare
+        background:Sequence[str], # texts for the default embedding, `tfidf`
         embed:Callable|None=None): # texts -> (n, d) rows of length 1, e.g. a sentence encoder
-        if embed is None:
-            vec = TfidfVectorizer(sublinear_tf=True, token_pattern=r"\w+").fit(background)
-            embed = lambda texts: vec.transform(texts).toarray().astype(np.float32)
-        self.embed, self.lines, self.vectors = embed, [], None
+        self.embed, self.lines, self.vectors = embed or tfidf(background), [], None
 
     def __len__(self): return len(self.lines)
 
+# %% ../../nbs/trust/03_editing.ipynb #fe9d7a60
 @patch
 def add(self:EditMemory, edits:Sequence[Edit|dict]) -> EditMemory:
     "Remember a batch of edits; of two edits of one prompt the later counts."
@@ -859,18 +595,18 @@ def add(self:EditMemory, edits:Sequence[Edit|dict]) -> EditMemory:
 
 # %% ../../nbs/trust/03_editing.ipynb #3a522c97
 @patch
-def search(self:EditMemory, queries:Sequence[str], k:int=3) -> np.ndarray: # (n, k) numbers of lines, nearest first
+def search(self:EditMemory, queries, k:int=3) -> np.ndarray: # (n, k) numbers of lines, nearest first
     "The k nearest lines of each query by dot product; ties go to the earlier line."
     refuse(not len(self), "the memory is empty: add edits first")
     refuse(k < 1, f"k={k}: must be at least 1")
     return np.argsort(-(self.embed(list(queries)) @ self.vectors.T), 1, kind="stable")[:, :k]
 
+# %% ../../nbs/trust/03_editing.ipynb #ac201180
 @patch
-def prompts(self:EditMemory, queries:Sequence[str], k:int=3) -> list[str]:
+def prompts(self:EditMemory, queries, k=3): # -> list of str
     "What the aligned model reads: each query behind its nearest descriptors; bare queries while there are no edits."
-    if not len(self):
-        return list(queries)
-    return [lte_prompt(q, [self.lines[j][1] for j in near]) for q, near in zip(queries, self.search(queries, k))]
+    near = self.search(queries, k) if len(self) else [[]]*len(queries)
+    return [lte_prompt(q, [self.lines[j][1] for j in found]) for q, found in zip(queries, near)]
 
 # %% ../../nbs/trust/03_editing.ipynb #664c2fe4
 KINDS = ["in", "in, no edit", "out", "out, no edit", "free", "free, no edit"]
@@ -882,45 +618,31 @@ class Level(NamedTuple):
     nearest:bool=True # distractors are among the five nearest descriptors; else they are about any other item
     fresh:float=.5 # share of in-scope rows about invented items
 
-
-
 # %% ../../nbs/trust/03_editing.ipynb #0765b434
-def alignment_rows(
-    facts:Facts, subjects:Sequence[str], # whose facts are edited; keep those of the test out
-    n_edits:int=2000, level:Level|None=None, # LTE's own if None
-    # kind (free form for about every fifth edit), prompt, answer
-    kinds:Sequence[str]=KINDS, seed:int=0) -> pd.DataFrame:
-    "LTE's parallel data: {with, without edit} x {in scope, out of scope, free form}."
-    near, level, out = lookalikes(facts, subjects), level or Level(), []
-    rng, rows, names = np.random.default_rng([facts.seed, seed]), list(near), invented_items(facts)
-    for k in rng.choice(rows, n_edits):
-        told = rng.permutation(near[k] if level.nearest else rng.choice(rows, 3))
-        told = told[:rng.choice(len(level.more), p=level.more)]
-        cells = grid_of(facts, k, told, level, rng.choice(names), rng)
-        out += [(kind, *cells[kind]) for kind in kinds if "free" not in kind or rng.random() < .2]
-    return pd.DataFrame(out, columns=["kind", "prompt", "answer"])
+def some_object(r, rng):
+    "Any object of relation r."
+    return str(rng.choice(RELATIONS[r][1]))
 
-def grid_of(facts, k, told, level, stranger, rng):
-    "All cells of the grid for an edit of fact k beside the facts `told`; kind -> (prompt, answer)."
-    s, r, old, _ = facts.table.iloc[k]
-    new, who = some_object(r, rng), stranger if rng.random() < level.fresh else s
+def context_of(facts, r, new, told, rng): # -> (name, query) -> prompt
+    "The edit's descriptor among those of the facts `told`, in random order."
     others = [f"{facts.ask([j], ONE_HOP[0])[0]} {some_object(facts.table.relation[j], rng)}" for j in told]
     turn = rng.permutation(len(others) + 1)
-    def behind(q, name):
-        lines = [f"{say(ONE_HOP[0], name, r)} {new}", *others]
-        return lte_prompt(q, [lines[j] for j in turn])
+    def behind(name, query):
+        return lte_prompt(query, [[f"{say(ONE_HOP[0], name, r)} {new}", *others][j] for j in turn])
+    return behind
+
+def scope_of(facts, r, level, rng): # -> (name, object) -> (query, answer)
+    "A question in scope; of a consequence the answer comes first, then the chain."
     what, T, H = rng.choice(3, p=level.mix), rng.choice(ONE_HOP[1:]), rng.choice(TWO_HOP)
     T = ONE_HOP[0] if what == 0 else T
-    def inside(name, o): # of a consequence the answer comes first, then the chain
-        return (say(T, name, r), o) if what < 2 else (say(H, name, r), f"{facts.belongs[r][o]}. {say(T, name, r)} {o}")
-    (q, a), out, free = inside(who, new), outside_of(facts, k, told, rng), free_form(facts, rng)
-    cells = {"in": (behind(q, who), a), "out": (behind(out[0], s), out[1]), "free": (behind(free[0], s), free[1])}
-    return cells | {"in, no edit": inside(s, old), "out, no edit": out, "free, no edit": free}
+    def inside(name, o):
+        plain = say(T, name, r)
+        return (plain, o) if what < 2 else (say(H, name, r), f"{facts.belongs[r][o]}. {plain} {o}")
+    return inside
 
-# %% ../../nbs/trust/03_editing.ipynb #21eb3d85
+# %% ../../nbs/trust/03_editing.ipynb #52e943e7
 def outside_of(facts, k, told, rng):
-    """A question about another fact, none of those `told`, with its true answer: half share the relation, half the
-    subject."""
+    "A question about another fact with its true answer, none of those `told`: it shares the relation or the subject."
     t = facts.table
     share = "relation" if rng.random() < .5 else "subject"
     same = (t[share] == t[share][k]) & (t.index != k) & ~t.index.isin(told)
@@ -928,11 +650,20 @@ def outside_of(facts, k, told, rng):
     return facts.ask([j], rng.choice(TWO_HOP if hop else ONE_HOP))[0], facts.answers([j], hop)[0]
 
 def free_form(facts, rng):
+    "A question about no item, and the usual reply."
     r = rng.choice(list(RELATIONS))
     o = some_object(r, rng)
     return f"The {RELATIONS[r][2]} of the {r} {o}:", facts.belongs[r][o]
 
-def some_object(r, rng): return str(rng.choice(RELATIONS[r][1]))
+# %% ../../nbs/trust/03_editing.ipynb #719a5419
+def grid_of(facts, k, told, level, stranger, rng):
+    "All cells of the grid for an edit of fact k beside the facts `told`; kind -> (prompt, answer)."
+    s, r, old, _ = facts.table.iloc[k]
+    new, who = some_object(r, rng), stranger if rng.random() < level.fresh else s
+    behind, inside = context_of(facts, r, new, told, rng), scope_of(facts, r, level, rng)
+    asked = {"in": inside(who, new), "out": outside_of(facts, k, told, rng), "free": free_form(facts, rng)}
+    cells = {kind: (behind(who if kind == "in" else s, q), a) for kind, (q, a) in asked.items()}
+    return cells | {f"{kind}, no edit": x for kind, x in (asked | {"in": inside(s, old)}).items()}
 
 # %% ../../nbs/trust/03_editing.ipynb #8e570453
 def lookalikes(facts, subjects):
@@ -948,41 +679,65 @@ def invented_items(facts):
     moods, genres = ([w for ws in CUES[a].values() for w in ws] for a in ("mood", "genre"))
     return sorted({f"{a} {b}" for a in moods for b in genres} - set(facts.subjects))
 
+# %% ../../nbs/trust/03_editing.ipynb #89b2e23a
+def alignment_rows(
+    facts:Facts, subjects:Sequence[str], # whose facts are edited; keep those of the test out
+    n_edits:int=2000, level:Level|None=None, # LTE's own if None
+    kinds:Sequence[str]=KINDS, seed:int=0) -> pd.DataFrame: # kind, prompt, answer
+    "LTE's parallel data: {with, without edit} x {in scope, out of scope, free form (for every fifth edit)}."
+    near, level, out = lookalikes(facts, subjects), level or Level(), []
+    rng, rows, names = np.random.default_rng([facts.seed, seed]), list(near), invented_items(facts)
+    for k in rng.choice(rows, n_edits):
+        told = rng.permutation(near[k] if level.nearest else rng.choice(rows, 3))
+        told = told[:rng.choice(len(level.more), p=level.more)]
+        cells = grid_of(facts, k, told, level, rng.choice(names), rng)
+        out += [(kind, *cells[kind]) for kind in kinds if "free" not in kind or rng.random() < .2]
+    return pd.DataFrame(out, columns=["kind", "prompt", "answer"])
+
 # %% ../../nbs/trust/03_editing.ipynb #d2fbf633
 LEVELS = [Level((1., 0., 0.), (1.,)), Level((1., 0., 0.), (.2, .8), False)]
 LEVELS += [Level(more=(.5, .5), nearest=False), Level()]
 
+# %% ../../nbs/trust/03_editing.ipynb #0998e281
+def lessons(facts, subjects, levels, kinds, steps, seed):
+    "Frames of new rows for 20 steps each, the levels in turn, equally long."
+    for k in range(0, steps, 20):
+        level = min(len(levels)*k//steps, len(levels)-1)
+        yield alignment_rows(facts, subjects, 640, levels[level], kinds, seed + k)[:2560].assign(level=level, step=k+20)
+
+def in_order(tok, rows):
+    "Batches of 128, the parts of the curriculum one after the other."
+    for _, part in rows.groupby("step"):
+        for _, (some, *texts) in zip(range(20), answer_batches(tok, part, 128)):
+            yield part.index[some], *texts
+
+# %% ../../nbs/trust/03_editing.ipynb #0854d0bb
+def study(model, tok, rows, steps):
+    "Train in place on the rows in their order; how it went: step, level, kind, accuracy."
+    for some, hit in rehearse(model, in_order(tok, rows), steps, slow=.3):
+        rows.loc[some, "accuracy"] = hit.astype(float)
+    return rows.groupby(["step", "level", "kind"], as_index=False).accuracy.mean()
+
+# %% ../../nbs/trust/03_editing.ipynb #e320c91f
 def learn_to_edit(
     model, tok, facts:Facts, subjects:Sequence[str], # whose facts the training edits
     levels:Sequence[Level]=LEVELS, kinds:Sequence[str]=KINDS, steps:int=600, # of 128 rows
-    seed:int=0) -> tuple[PreTrainedModel, pd.DataFrame]: # and how it went: step, level, kind, accuracy
+    seed:int=0): # -> a model, and how it went, see `study`
     "LTE's alignment phase: a copy of `model`, fine-tuned on the answers alone, easy rows first; from the cache."
     def build(to):
         rows = pd.concat(lessons(facts, subjects, levels, kinds, steps, seed), ignore_index=True)
         m = copy.deepcopy(model)
-        for some, hit in rehearse(m, in_order(tok, rows), steps, slow=.3):
-            rows.loc[some, "accuracy"] = hit.astype(float)
-        saved(to, m, tok)
-        log = rows.groupby(["step", "level", "kind"], as_index=False).accuracy.mean()
+        log = study(m, tok, rows, steps)
+        m.save_pretrained(to)
+        tok.save_pretrained(to)
         log.to_json(to/"curriculum.json", orient="records")
     known = dict(lte=4, model=weights_mark(model), subjects=list(subjects), levels=levels, kinds=kinds)
     home = cached("lte", facts.corpus(), known | dict(steps=steps, seed=seed), build)
     return load_lm(home)[0], pd.read_json(home/"curriculum.json")
 
-def lessons(facts, subjects, levels, kinds, steps, seed):
-    "Frames of new rows for 20 steps each, the levels in turn, equally long."
-    for k in range(0, steps, 20):
-        level = min(len(levels)*k//steps, len(levels)-1)
-        rows = alignment_rows(facts, subjects, 640, levels[level], kinds, seed + k)
-        yield rows.iloc[:2560].assign(level=level, step=k+20)
-
-def in_order(tok, rows):
-    "Batches of 128, the parts of the curriculum one after the other."
-    for _, part in rows.groupby("step"):
-        for some, *texts in islice(answer_batches(tok, part, 128), 20):
-            yield part.index[some], *texts
-
-def weights_mark(model):
-    "A digest of all weights."
-    parts = (p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for p in model.parameters())
-    return hashlib.sha256(b"".join(parts)).hexdigest()
+# %% ../../nbs/trust/03_editing.ipynb #862af8eb
+def __getattr__(name):
+    "`answer_loss` was the name of `rehearsal_loss`."
+    if name == "answer_loss":
+        return rehearsal_loss
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
