@@ -30,10 +30,12 @@ def logp(model, tok, prompt, answer, eos=False):
 
 def test_closed_and_open_answers(model, tok):
     z = A.answer_logits(model, tok, PROMPTS, [" yes", " no", " A"], batch_size=2)
-    want = torch.stack([logits(model, ids_of(tok, p))[-1, [ids_of(tok, p + l)[-1] for l in (" yes", " no", " A")]] for p in PROMPTS])
+    last = lambda p: [ids_of(tok, p + l)[-1] for l in (" yes", " no", " A")]
+    want = torch.stack([logits(model, ids_of(tok, p))[-1, last(p)] for p in PROMPTS])
     assert torch.allclose(z, want, atol=1e-3)
-    got = A.sequence_logprob(model, tok, PROMPTS, [" red fox", " green tea", " yes no"], eos=True)
-    assert torch.allclose(got, torch.stack([logp(model, tok, p, c, True) for p, c in zip(PROMPTS, [" red fox", " green tea", " yes no"])]), atol=1e-3)
+    said = [" red fox", " green tea", " yes no"]
+    got = A.sequence_logprob(model, tok, PROMPTS, said, eos=True)
+    assert torch.allclose(got, torch.stack([logp(model, tok, p, c, True) for p, c in zip(PROMPTS, said)]), atol=1e-3)
     assert model.training
 
 def test_ranking_and_the_policy_over_a_catalogue(model, tok):
@@ -43,7 +45,8 @@ def test_ranking_and_the_policy_over_a_catalogue(model, tok):
     items, s = D.constrained_beam(model, tok, PROMPTS, trie, k=len(TITLES)) # as wide as the catalogue: exact
     assert torch.allclose(s.gather(1, items.argsort(1)), want, atol=1e-3)
     lp, mass = D.catalogue_policy(model, tok, PROMPTS, trie)
-    assert torch.allclose(lp.float(), want.log_softmax(1), atol=1e-3) and torch.allclose(mass.float(), want.exp().sum(1), atol=1e-4)
+    assert torch.allclose(lp.float(), want.log_softmax(1), atol=1e-3)
+    assert torch.allclose(mass.float(), want.exp().sum(1), atol=1e-4)
 
 def test_generation_takes_the_likeliest_token_each_time(model, tok):
     ids = A.prompt_ids(tok, PROMPTS)
@@ -61,7 +64,8 @@ def test_draws_inside_the_trie_follow_the_tokens_shares(model, tok):
     trie = D.ItemTrie(tok, ["red fox", "blue sky"])
     n = 400
     got = (D.draw_items(model, tok, [PROMPTS[0]]*n, trie, seed=1) == 0).mean()
-    a, first = ids_of(tok, PROMPTS[0]), [ids_of(tok, PROMPTS[0] + " " + t)[len(ids_of(tok, PROMPTS[0]))] for t in ("red fox", "blue sky")]
+    a = ids_of(tok, PROMPTS[0])
+    first = [ids_of(tok, PROMPTS[0] + " " + t)[len(a)] for t in ("red fox", "blue sky")]
     p = logits(model, a)[-1, first].softmax(0)[0].item()
     assert abs(got - p) < 4*(p*(1-p)/n)**.5 + .01
 
@@ -86,7 +90,8 @@ def test_losses_and_their_gradients(model, tok):
 
 def test_tuning_learns_the_answer_and_leaves_the_model_alone(model, tok):
     before = [p.clone() for p in model.parameters()]
-    rows = T.encode_prompts(tok, [dict(prompt="Answer:", completion=" yes"), dict(prompt="Who wrote it? Answer:", completion=" no")])
+    rows = T.encode_prompts(tok, [dict(prompt="Answer:", completion=" yes"), dict(prompt="Who wrote it? "
+                                                                                         "Answer:", completion=" no")])
     own = T.lora(tiny_model(model.config.model_type, tok), 4)
     for m in (model, own):
         new = T.sft(m, rows, 30, 1e-2, device="cpu", progress=False)

@@ -37,7 +37,8 @@ def test_questions_and_yes_or_no():
     said = Counter()
     for p, a in drawn("yesno", 1, 200):
         attribute, v = re.search(r"is the (\w+) of .* (\w+)\? Answer:", p).groups()
-        truth = value(attribute, item(p)) == v if " of the " in p else f" {v} " in p.split("? Answer")[0].rsplit(" ", 1)[0]
+        described = p.split("? Answer")[0].rsplit(" ", 1)[0]
+        truth = value(attribute, item(p)) == v if " of the " in p else f" {v} " in described
         assert (a == "yes") == truth
         said[a] += 1
     assert min(said.values()) > 70
@@ -48,7 +49,9 @@ def test_letters_name_the_only_right_option(n):
     for p, a in drawn("letters", n, 150):
         attribute, o = re.search(r"what is the (\w+) of", p).group(1), options_in(p)
         assert len(o) == n and len(set(o.values())) == n
-        right = [l for l, v in o.items() if v in CUES[attribute] and (v == value(attribute, item(p)) if " of the " in p else v in p.split("?")[0])]
+        titled = " of the " in p
+        said = value(attribute, item(p)) if titled else next(v for v in CUES[attribute] if v in p.split("?")[0])
+        right = [l for l, v in o.items() if v == said]
         assert right == [a]
         places[a] += 1
     assert len(places) == n # every place occurs
@@ -73,6 +76,19 @@ def test_looking_up_copying_and_being_told():
         told += asked[2] in facts
         assert a == facts.get(asked[2], value(asked[1], asked[2]))
     assert .6 < told/200 < .9
+
+def test_drills():
+    for j in range(40):
+        rng = np.random.default_rng(j)
+        means = lambda w: CUE.get(w, w)
+        text = "".join(x for x, _ in X.EXERCISES["same"].make(SHELF, rng, 5))
+        pairs = re.findall(r"(\w+) (\w+): (yes|no)\.", text)
+        assert len(pairs) == 5 and all((means(a) == b) == (y == "yes") for a, b, y in pairs)
+        text = "".join(x for x, _ in X.EXERCISES["place"].make(SHELF, rng, 12))
+        listed, asked = text.split(". ", 1)
+        o = dict(re.findall(r"([A-T])\) (\w+)", listed))
+        found = re.findall(r"(\w+): ([A-T]);", asked)
+        assert len(o) == 12 and len(found) == 4 and all(o[l] == means(w) for w, l in found)
 
 def test_rules_profiles_descriptions_reviews():
     for j in range(30):
@@ -111,12 +127,12 @@ def test_every_word_of_every_world_is_one_token():
 def test_an_exercise_opens_when_what_it_needs_is_mastered():
     p = X.Progress()
     assert "letters" not in p.open() and "question" in p.open()
-    for name in ("question", "lookup"):
+    for name in ("question", "lookup", "same", "place"):
         for _ in range(39):
             X.note(p, name, 1.)
         assert name not in p.passed
         X.note(p, name, 1.)
-    assert {"letters", "told", "yesno"} <= set(p.open()) and p.level["lookup"] == 3
+    assert {"letters", "told", "yesno"} <= set(p.open()) and "taste" not in p.open() and p.level["lookup"] == 3
     for _ in range(200):
         X.note(p, "letters", .5)
     assert p.level["letters"] == 2 and "which" not in p.open()
@@ -150,7 +166,8 @@ def test_losses_are_those_of_plain_forward_passes():
     docs = X.documents(0, X.Progress())[:6]
     x = X.encoded(t.tok, docs, np.random.default_rng(1))
     z, y, w, on, _ = N.causal_part(t.model, t.tok, *x, None)
-    plain = torch.nn.functional.cross_entropy(t.model(x[0]).logits[:, :-1].flatten(0, 1), x[0][:, 1:].flatten(), reduction="none")
+    ce = torch.nn.functional.cross_entropy
+    plain = ce(t.model(x[0]).logits[:, :-1].flatten(0, 1), x[0][:, 1:].flatten(), reduction="none")
     want = (plain*x[1][:, 1:].flatten()).sum()/x[1][:, 1:].sum()
     got = (torch.nn.functional.cross_entropy(z, y, reduction="none")*w).sum()/w.sum()
     assert float(got) == pytest.approx(float(want), rel=.02)
@@ -196,7 +213,8 @@ def test_shipped_models_load_at_once_and_weigh_little():
     assert sum(f.stat().st_size for f in home.rglob("*") if f.is_file()) < 12e6
     code = "import time\nimport recbook.lm as L\nfrom transformers import LlamaForCausalLM\nt=time.process_time()\n" \
            "m,_=L.nano_lm()\nprint(time.process_time()-t)"
-    took = min(float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) for _ in range(2))
+    run = lambda: subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    took = min(float(run()) for _ in range(2))
     assert took < 1
     m, tok = L.nano_lm()
     assert m.dtype == torch.float32 and not m.training and tok.padding_side == "left"
@@ -215,15 +233,16 @@ def test_models_that_are_not_there_and_sizes_that_are_theirs():
 
 def test_the_shipped_model_passes_its_examination(nano):
     got = N.examine(*nano, [11], 60)
-    least = {**{f"{a} from title": .97 for a in CUES}, "yes or no": .93, "letters of 4": .88, "letters in every order": .88,
-             "letters of 20": .3, "look-up, 8 pairs": .93, "title with the asked attributes": .9}
+    least = {**{f"{a} from title": .97 for a in CUES}, "yes or no": .93, "letters of 4": .88}
+    least |= {"letters in every order": .88, "letters of 20": .3, "look-up, 8 pairs": .93, "title with the asked attributes": .9}
     assert not {k: got[k] for k in least if got[k] < least[k]}
     assert got["entropy of a title"] <= got["nats a title"] < got["entropy of a title"] + .5
     assert got["will it be liked"] <= got["best possible"]
 
 def test_it_reads_on_and_then_names_titles_of_a_catalogue():
     w = World(12, 50, 40)
-    texts = [f"Title of an item that is {r.mood}, {r.genre}, {r.setting}, {r.era}: {r.title}" for r in w.items.itertuples()]*4
+    texts = [f"Title of an item that is {r.mood}, {r.genre}, {r.setting}, {r.era}: "
+             f"{r.title}" for r in w.items.itertuples()]*4
     model, tok = L.read_on(texts, "nano-64", steps=80, lr=.003)
     before = L.nano_lm(name="nano-64")[0]
     P = [t.rsplit(":", 1)[0] + ":" for t in texts[:40]]
