@@ -8,7 +8,7 @@ from recbook.data import root
 BOOK = yaml.safe_load((root()/"_quarto.yml").read_text(encoding="utf-8"))["book"]["chapters"]
 ORDER = [c for part in BOOK for c in (part["chapters"] if isinstance(part, dict) else [part])]
 CHAPTERS = [c for c in ORDER if c.split("/")[0] not in ("foundations", "workshop") and "/" in c]
-LARGE = {"implicit", "unlearning", "editing"} # still above the sizes
+LARGE = {"unlearning", "editing"} # still above the sizes
 NO_WORDS = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
 

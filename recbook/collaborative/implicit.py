@@ -28,18 +28,18 @@ __all__ = ['VERSIONS', 'original', 'surrogate', 'hybrid', 'no_flips', 'nbpo_weig
            'related_fields', 'view_mask', 'ItemTower', 'CatalogueTowers', 'SelfSupervision', 'main_loss',
            'train_two_tower']
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #0000000c
+# %% ../../nbs/collaborative/02_implicit.ipynb #0000000a
 def original(s, g, clicked):
     "The gradient of the sum of logs (NBPOo)."
     z = 1-s + g*s
     return (1-s, -g) if clicked else (-(1-g)*s*(1-s)/z, g*(1-g)*s/z)
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #fe188c92
+# %% ../../nbs/collaborative/02_implicit.ipynb #1348f765
 def surrogate(s, g, clicked):
     "The gradient of the sum of probabilities (NBPOs)."
     return ((1-g)*s*(1-s), -(1-g)*g*s) if clicked else (-(1-g)*s*(1-s), g*(1-g)*s)
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #fde4171a
+# %% ../../nbs/collaborative/02_implicit.ipynb #5a6f5845
 def hybrid(s, g, clicked):
     "The reported update (NBPO)."
     return ((1-g)*(1-s), -g*s) if clicked else (g*(1-s) - s, (1-g)*s)
@@ -50,38 +50,33 @@ def no_flips(s, g, clicked):
 
 VERSIONS = dict(hybrid=hybrid, original=original, surrogate=surrogate, bpo=no_flips)
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #284773b5
+# %% ../../nbs/collaborative/02_implicit.ipynb #244302aa
 def nbpo_weights(
     s, g, # P(R=1) and probability of a flip of each pair, in 0..1: arrays or tensors of one shape
-    clicked:bool, # the observed label of these pairs
-    version:str="hybrid", # "hybrid" (NBPO), "original" (NBPOo), "surrogate" (NBPOs) or "bpo" (no flips)
-    ):  # (weight of d(U.V), weight of d(P.Q)), to be ascended
+    clicked:bool, version="hybrid"): # the observed label; one of VERSIONS -> (weight of d(U.V), weight of d(P.Q))
     "Derivatives of NBPO's objective by a pair's two inner products (Yu & Qin 2020)."
     if version not in VERSIONS:
         raise ValueError(f"version={version!r}: must be one of {list(VERSIONS)}")
     return VERSIONS[version](s, g, clicked)
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #0000000e
+# %% ../../nbs/collaborative/02_implicit.ipynb #64959a82
 def nbpo_loss(
     score:Tensor, flip:Tensor, # logits of P(R=1) and of the flip probability, same shape
-    clicked:bool,
-    version:str="hybrid",
-    ) -> Tensor: # scalar whose gradient, not whose value, means something; a sum, as in the paper
+    clicked:bool, version="hybrid"): # scalar whose gradient, not whose value, means something; a sum, as in the paper
     "NBPO as a loss for any pair of scorers: backward() gives minus the weights of `nbpo_weights`."
     a, b = nbpo_weights(*(x.detach().clamp(-10, 10).sigmoid() for x in (score, flip)), clicked, version)
     return -(a*score + b*flip).sum()
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #0000000f
+# %% ../../nbs/collaborative/02_implicit.ipynb #0000000c
 class NBPO:
     "Matrix factorisation with learned label flips, by ascent on batch sums (Yu & Qin 2020); and its baselines."
     def __init__(self,
         n_users:int, n_items:int,
         version:str="hybrid", # see `nbpo_weights`; also "bpr"
-        K:int=50, # width of both factorisations
-        n_neg:int=4, # negatives for each click
-        lr:float=.05, # times .99 after each epoch
-        l2:tuple=(1., 5.), # weights on U, V and on P, Q; applied to all rows at each step
-        seed:int=0):
+        K=50, n_neg=4, # width of both factorisations; negatives for each click
+        lr=.05, # times .99 after each epoch
+        l2=(1., 5.), # weights on U, V and on P, Q; applied to all rows at each step
+        seed=0):
         if version != "bpr":
             nbpo_weights(.5, .5, True, version)
         self.version, self.n_neg, self.lr, self.l2 = version, n_neg, lr, l2
@@ -89,28 +84,28 @@ class NBPO:
         rows = lambda n, scale=1: scale*(self.rng.random((n, K))/K**.5).astype(np.float32)
         self.U, self.V, self.P, self.Q = rows(n_users), rows(n_items), rows(n_users, 5), rows(n_items, -5)
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #76e6901f
+# %% ../../nbs/collaborative/02_implicit.ipynb #19d6bfbc
 def inner(A, B, a, b): # (n, k), (m, k), (p,), (p,) -> (p,)
     "Inner products of rows a of A and b of B, kept within -10..10."
     return np.einsum("bk,bk->b", A[a], B[b]).clip(-10, 10)
 
 @patch
-def flips_of(self:NBPO, u, i): # (b,), (b,) -> (b,)
-    "Flip probabilities of pairs."
-    return expit(inner(self.P, self.Q, u, i))
-
-# %% ../../nbs/collaborative/02_implicit.ipynb #7a1f5968
-@patch
 def flip(self:NBPO) -> np.ndarray: # (n_users, n_items)
     "Flip probability of every pair; near 0 before training."
     return expit((self.P @ self.Q.T).clip(-10, 10))
+
+# %% ../../nbs/collaborative/02_implicit.ipynb #b1af094b
+@patch
+def flips_of(self:NBPO, u, i): # (b,), (b,) -> (b,)
+    "Flip probabilities of pairs."
+    return expit(inner(self.P, self.Q, u, i))
 
 @patch
 def ascent(self:NBPO, u, i, clicked): # (b,), (b,) -> (b,), (b,)
     "The two weights of pairs."
     return nbpo_weights(expit(inner(self.U, self.V, u, i)), self.flips_of(u, i), clicked, self.version)
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #4e21135c
+# %% ../../nbs/collaborative/02_implicit.ipynb #b0b849f9
 @patch
 def weights(self:NBPO, u, i, u_, j): # clicks (b,), (b,); silent pairs (b*n_neg,), (b*n_neg,)
     "What the pairs of a batch weigh, clicks first, for U.V and for P.Q."
@@ -118,10 +113,10 @@ def weights(self:NBPO, u, i, u_, j): # clicks (b,), (b,); silent pairs (b*n_neg,
         gap = inner(self.U, self.V, u_, j) - inner(self.U, self.V, u, i).repeat(self.n_neg)
         c = np.r_[expit(gap).reshape(-1, self.n_neg).sum(1), -expit(gap)]
         return c, 0*c
-    click, silent = self.ascent(u, i, True), self.ascent(u_, j, False)
-    return [np.r_[self.n_neg*a, b] for a, b in zip(click, silent)]
+    on_clicks, on_silence = self.ascent(u, i, True), self.ascent(u_, j, False)
+    return [np.r_[self.n_neg*a, b] for a, b in zip(on_clicks, on_silence)]
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #2b58f055
+# %% ../../nbs/collaborative/02_implicit.ipynb #03e1d9a6
 def ascend(A, B, C, lr, l2):
     "Both factors one step up, C the sparse weights of the batch."
     return A + lr*(C @ B - l2*A), B + lr*(C.T @ A - l2*B)
@@ -130,13 +125,13 @@ def ascend(A, B, C, lr, l2):
 def step(self:NBPO, u, i, u_, j): # as in `weights`
     "One step of gradient ascent."
     at, shape = (np.r_[u, u_], np.r_[i, j]), (len(self.U), len(self.V))
-    C, D = (csr_matrix((c.astype(np.float32), at), shape) for c in self.weights(u, i, u_, j))
+    C, D = (csr_matrix((c, at), shape) for c in self.weights(u, i, u_, j))
     self.U, self.V = ascend(self.U, self.V, C, self.lr, self.l2[0])
     self.P, self.Q = ascend(self.P, self.Q, D, self.lr, self.l2[1])
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #2d7dc406
+# %% ../../nbs/collaborative/02_implicit.ipynb #028e6933
 @patch
-def epochs(self:NBPO, train:Interactions, n:int, batch_size:int=5000):
+def epochs(self:NBPO, train, n, batch_size=5000): # Interactions
     "A generator, it trains only while you iterate: n epochs, yielding the number of each when it is done."
     negatives = fixed_sampler(train, self.n_neg, seed=int(self.rng.integers(2**31)))
     for e in range(1, n+1):
@@ -146,28 +141,22 @@ def epochs(self:NBPO, train:Interactions, n:int, batch_size:int=5000):
             self.step(u, i, u.repeat(self.n_neg), negatives(*map(torch.from_numpy, (u, i))).flatten().numpy())
         yield e
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #8950071b
 @patch
-def fit(self:NBPO, train:Interactions, n:int, batch_size:int=5000) -> NBPO: # noqa: F811
+def fit(self:NBPO, train, n, batch_size=5000) -> NBPO: # noqa: F811
     "Train for n epochs."
     for _ in self.epochs(train, n, batch_size):
         pass
     return self
 
 # %% ../../nbs/collaborative/02_implicit.ipynb #bf7a0f21
-def point_losses(
-    logits:Tensor, # any shape
-    kind:str="log", # "log": cross-entropy; "squared": squared error of the probability
-    ) -> tuple[Tensor, Tensor]: # losses if the label is 1, if it is 0; same shape
-    "$\\delta^{(1)},\\delta^{(0)}$ of each pair."
-    if kind == "log":
-        return F.softplus(-logits), F.softplus(logits)
-    if kind == "squared":
-        p = logits.sigmoid()
-        return (1-p)**2, p**2
-    raise ValueError(f"kind={kind!r}: must be 'log' or 'squared'")
+def point_losses(logits:Tensor, kind="log") -> tuple[Tensor, Tensor]: # "log", or "squared" error of the probability
+    "$\\delta^{(1)},\\delta^{(0)}$: the loss of each pair if its label is 1, and if it is 0."
+    if kind not in ("log", "squared"):
+        raise ValueError(f"kind={kind!r}: must be 'log' or 'squared'")
+    p = logits.sigmoid()
+    return (F.softplus(-logits), F.softplus(logits)) if kind == "log" else ((1-p)**2, p**2)
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #76db3298
+# %% ../../nbs/collaborative/02_implicit.ipynb #e6393d4c
 def check_shares(**values):
     "Refuse what does not lie in 0..1, NaN too."
     for name, x in values.items():
@@ -175,15 +164,12 @@ def check_shares(**values):
         if not ((x >= 0) & (x <= 1)).all():
             raise ValueError(f"{name} from {float(x.min()):g} to {float(x.max()):g}: must lie in 0..1")
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #4c4bae7f
+# %% ../../nbs/collaborative/02_implicit.ipynb #e67a35f8
 def ips_loss(
-    logits:Tensor, # of any scorer
-    Y:Tensor, # clicks 0/1, or relevances for the ideal loss
+    logits:Tensor, Y:Tensor, # of any scorer; clicks 0/1, or relevances for the ideal loss
     theta:Tensor|float=1., # propensities in 0..1; 1: clicks are taken as labels
-    M:float=0., # propensities below M are raised to M
-    kind:str="log",
-    ) -> Tensor: # scalar
-    "Unbiased (M=0) or clipped estimate of the loss on true relevance (Saito et al. 2020)."
+    M=0., kind="log"): # propensities below M are raised to M
+    "Unbiased (M=0) or clipped estimate of the loss on true relevance (Saito et al. 2020); a scalar."
     check_shares(Y=Y, theta=theta, M=M)
     theta = torch.as_tensor(theta).clamp(min=M)
     if not (theta > 0).all():
@@ -192,19 +178,17 @@ def ips_loss(
     d1, d0 = point_losses(logits, kind)
     return (Y/theta*d1 + (1 - Y/theta)*d0).mean()
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #86e4bebd
+# %% ../../nbs/collaborative/02_implicit.ipynb #2af35360
 def ips_bias_variance(
     logits:Tensor, gamma:Tensor, theta:Tensor, # the model's scores and the truth, same shape
-    M:float=0.,
-    kind:str="log",
-    ) -> tuple[float, float]: # bias and variance of `ips_loss` over redraws of the clicks
+    M=0., kind="log") -> tuple[float, float]: # bias and variance of `ips_loss` over redraws of the clicks
     "What clipping costs and saves, in closed form (after Saito et al. 2020)."
     d1, d0, gamma, theta = (x.double() for x in (*point_losses(logits, kind), gamma, theta))
     t, gap = theta.clamp(min=M), d1-d0
     variance = (theta*gamma*(1-theta*gamma)/t**2*gap**2).sum()/theta.numel()**2
     return (gamma*(theta/t - 1)*gap).mean().item(), variance.item()
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #de90cdf1
+# %% ../../nbs/collaborative/02_implicit.ipynb #ba44950d
 class BiasMF(nn.Module):
     "Matrix factorisation with user, item and global bias: logits of P(R=1)."
     def __init__(self, n_users:int, n_items:int, dim:int=10): # dim: width of the factors
@@ -218,24 +202,18 @@ class BiasMF(nn.Module):
         "The logits of all pairs, without gradient."
         return self.U @ self.V.T + self.bu[:, None] + self.bi + self.b
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #e504aea3
-def wmf_loss(
-    logits:Tensor, Y:Tensor,
-    weight:float=.1, # omega: what a silent pair counts
-    kind:str="log",
-    ) -> Tensor: # scalar
-    "Weighted matrix factorisation: one weight for all silent pairs (Hu et al. 2008)."
+# %% ../../nbs/collaborative/02_implicit.ipynb #08913123
+def wmf_loss(logits:Tensor, Y:Tensor, weight=.1, kind="log"): # weight omega: what a silent pair counts
+    "Weighted matrix factorisation: one weight for all silent pairs (Hu et al. 2008); a scalar."
     if weight <= 0:
         raise ValueError(f"weight={weight}: silent pairs must count something, or everything is predicted to be liked")
     d1, d0 = point_losses(logits, kind)
     return (Y*d1 + weight*(1-Y)*d0).mean()
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #2b486adb
+# %% ../../nbs/collaborative/02_implicit.ipynb #9b551bd2
 class RandomPairs:
     "Batches (u, i, table1[u,i], ...) of uniform random pairs; one pass gives `steps` batches, the next pass others."
-    def __init__(self,
-        *tables, # (n_users, n_items) tensors: clicks, propensities, ...
-        batch_size:int=4096, steps:int=100, seed:int=0):
+    def __init__(self, *tables, batch_size=4096, steps=100, seed=0): # (n_users, n_items): clicks, propensities, ...
         if len({t.shape for t in tables}) != 1:
             raise ValueError(f"tables of shapes {[tuple(t.shape) for t in tables]}, different shapes: one row a user")
         self.tables, self.batch_size, self.steps = tables, batch_size, steps
@@ -245,12 +223,10 @@ class RandomPairs:
         n, m = self.tables[0].shape
         for _ in range(self.steps):
             k = torch.randint(n*m, (self.batch_size,), generator=self.g)
-            yield k//m, k % m, *(t.flatten()[k] for t in self.tables)
+            yield k//m, k % m, *(t[k//m, k % m] for t in self.tables)
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #bd6d97bd
 def train_pairs(
-    loss:Callable, # (logits, *table entries) -> scalar: ips_loss, wmf_loss, ...
-    *tables:Tensor,
+    loss:Callable, *tables:Tensor, # (logits, *table entries) -> scalar: ips_loss, wmf_loss, ...
     dim=10, steps=300, lr=.01, l2=1e-4, batch_size=4096, seed=0, device="cpu",
     **kwargs, # for `fit`, which counts a tenth of the steps as an epoch
     ) -> BiasMF:
@@ -259,30 +235,24 @@ def train_pairs(
     m = BiasMF(*tables[0].shape, dim)
     pairs = RandomPairs(*tables, batch_size=batch_size, steps=max(1, steps//10), seed=seed)
     size = lambda: sum(p.square().sum() for p in m.parameters())/2
-    fit(m, lambda m, b: loss(m(b[0], b[1]), *b[2:]) + l2*size(), pairs,
-        steps=steps, lr=lr, seed=seed, device=device, **kwargs)
+    objective = lambda m, b: loss(m(b[0], b[1]), *b[2:]) + l2*size()
+    fit(m, objective, pairs, steps=steps, lr=lr, seed=seed, device=device, **kwargs)
     return m.cpu()
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #a60aeea8
-def exposure_posterior(
-    Y, S, # (n_users, n_items): clicks, predictions U V^T
-    mu, # (n_items,) prior probability of being shown
-    lam_y=1., # precision of a click given exposure
-    ): # (n_users, n_items)
+# %% ../../nbs/collaborative/02_implicit.ipynb #9b258ab1
+def exposure_posterior(Y, S, mu, lam_y=1.): # (n_users, n_items) clicks and predictions; (n_items,) prior; precision
     "E-step of ExpoMF: probability that each pair was shown (Liang et al. 2016)."
     like = mu*np.sqrt(lam_y/(2*np.pi))*np.exp(-lam_y*S**2/2)
     return np.where(Y > 0, 1., like/(like + 1 - mu))
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #34b9f963
 def weighted_least_squares(P, Y, V, lam): # (n, m), (n, m), (m, d) -> (n, d)
     "Rows $(\\lambda I+\\sum_ip_{ui}V_iV_i^\\top)^{-1}\\sum_ip_{ui}y_{ui}V_i$, all at once."
     A = np.einsum("ui,ik,il->ukl", P, V, V, optimize=True) + lam*np.eye(V.shape[1])
     return np.linalg.solve(A, ((P*Y) @ V)[..., None])[..., 0]
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #e7d6479d
+# %% ../../nbs/collaborative/02_implicit.ipynb #2c768580
 def expomf(
-    Y, # (n_users, n_items) clicks
-    dim=10, iters=10, lam=.01, # width, rounds, regulariser
+    Y, dim=10, iters=10, lam=.01, # (n_users, n_items) clicks; width, rounds, regulariser
     prior=(1., 99.), # Beta prior of exposure: about 1 in 100 pairs is shown
     seed=0): # predictions, exposure probability of each pair, both (n_users, n_items)
     "Exposure matrix factorisation by EM, exposure prior for each item (Liang et al. 2016)."
@@ -290,7 +260,7 @@ def expomf(
         raise ValueError(f"prior={prior}: both at least 1, or the mode of the Beta prior does not exist")
     rng, (a, b) = np.random.default_rng(seed), prior
     U, V = (rng.normal(0, .1, (n, dim)) for n in Y.shape)
-    mu = np.full(Y.shape[1], max(a/(a+b), Y.mean()))
+    mu = np.full(Y.shape[1], a/(a+b))
     for _ in range(iters):
         P = exposure_posterior(Y, U @ V.T, mu)
         U = weighted_least_squares(P, Y, V, lam)
@@ -298,20 +268,14 @@ def expomf(
         mu = ((a + P.sum(0) - 1)/(a + b + len(Y) - 2)).clip(1e-6, 1-1e-6)
     return U @ V.T, P
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #4134481b
-def item_propensity(
-    Y, # (n_users, n_items) training clicks
-    power:float=.5,
-    ) -> Tensor: # (n_items,), floored at one click
+# %% ../../nbs/collaborative/02_implicit.ipynb #a60aeea8
+def item_propensity(Y, power=.5) -> Tensor: # (n_users, n_items) training clicks -> (n_items,), floored at one click
     "Propensity of each item from its share of clicks, 1 for the most clicked (Saito et al. 2020)."
     n = torch.as_tensor(np.asarray(Y.sum(0)), dtype=torch.float32).clamp(min=1)
     return (n/n.max())**power
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #2dd2771c
-def dcg(
-    scores, gain, mask, # (n_users, n_items): predictions, what each item is worth, which items are ranked
-    k:int=5,
-    ) -> float:
+# %% ../../nbs/collaborative/02_implicit.ipynb #34b9f963
+def dcg(scores, gain, mask, k=5): # (n_users, n_items): predictions, what each item is worth, which items are ranked
     "Mean DCG@k over users with something to gain; with gain = clicks/propensity an unbiased estimate for selection."
     scores, gain, mask = map(torch.as_tensor, (scores, gain, mask))
     gain = torch.where(mask.bool(), gain.double(), 0.)
@@ -321,39 +285,32 @@ def dcg(
         raise ValueError("no user has a gain among the ranked items: check the mask")
     return (gain.gather(1, top)/torch.log2(torch.arange(2, k+2.)))[users].sum(1).mean().item()
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #cff31b56
+# %% ../../nbs/collaborative/02_implicit.ipynb #271cccf4
 def fit_clicks(model, train:Interactions, loss, batch_size:int=1024, seed:int=0, device:str="cpu", **kwargs):
     "`fit` on batches of (user, item) clicks; `kwargs` (steps, lr, evaluate, ...) go to it."
     loader = batches(train.user, train.item, batch_size=batch_size, seed=seed)
     return fit(model, loss, loader, seed=seed, device=device, **kwargs)
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #bb5522a9
+# %% ../../nbs/collaborative/02_implicit.ipynb #26f9bb39
 def train_sampled(
-    model:nn.Module,
-    train:Interactions,
-    sampler:Callable,
-    steps:int=300, lr:float=.01, l2:float=1e-3, seed:int=0,
-    **kwargs, # for `fit_clicks`: batch_size, device, evaluate, ...
+    model, train:Interactions, sampler, # any that `sampled_bpr` takes
+    steps=300, lr=.01, l2=1e-3, seed=0, **kwargs, # for `fit_clicks`: batch_size, device, evaluate, ...
     ) -> pd.DataFrame: # history
     "Train with BPR on a sampler's negatives."
     loss = lambda m, b: sampled_bpr(m, b, sampler, l2)
     return fit_clicks(model, train, loss, steps=steps, lr=lr, seed=seed, **kwargs)
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #d1d458a0
+# %% ../../nbs/collaborative/02_implicit.ipynb #2a96c995
 def check_simplex(alpha):
     "Refuse weights that are no shares of a whole."
     if not ((alpha >= 0).all() and abs(alpha.detach().sum().item() - 1) < 1e-3):
         raise ValueError(f"alpha={alpha.tolist()}: shares must be positive and sum to 1")
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #d6febd20
 def mixture_loss(
-    U:Tensor, I:Tensor, # model()
-    u:Tensor, i:Tensor, # (b,), (b,)
-    J:Tensor, # (b, N): one negative of each candidate sampler
-    alpha:Tensor, # (N,) on the simplex
-    instance:bool=True, # mix negatives (the approximation) or losses (exact)
-    ) -> Tensor:  # scalar
-    "BPR against a mixture of samplers, loss-to-instance or exact (after Lyu et al. 2023; form inferred)."
+    U:Tensor, I:Tensor, u:Tensor, i:Tensor, # model(); (b,), (b,) clicks
+    J:Tensor, alpha:Tensor, # (b, N): one negative of each candidate sampler; (N,) on the simplex
+    instance=True): # mix negatives (the approximation) or losses (exact)
+    "BPR against a mixture of samplers, loss-to-instance or exact (after Lyu et al. 2023; form inferred); a scalar."
     check_simplex(alpha)
     eu, E = F.embedding(u, U), F.embedding(J, I)
     pos = (eu*F.embedding(i, I)).sum(1)
@@ -361,7 +318,7 @@ def mixture_loss(
         return F.softplus((eu*torch.einsum("bnd,n->bd", E, alpha)).sum(1) - pos).mean()
     return (F.softplus(torch.einsum("bd,bnd->bn", eu, E) - pos[:, None]) @ alpha).mean()
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #76e3c660
+# %% ../../nbs/collaborative/02_implicit.ipynb #ecb99676
 def held_out_loss(model, held):
     "Softmax loss of held-out clicks (v, j) against the shared items K."
     v, j, K = held
@@ -370,27 +327,23 @@ def held_out_loss(model, held):
     logits = torch.cat([(ev*F.embedding(j, I)).sum(1, keepdim=True), ev @ F.embedding(K, I).T], 1)
     return (logits.logsumexp(1) - logits[:, 0]).mean()
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #91919900
+# %% ../../nbs/collaborative/02_implicit.ipynb #a9ea9d54
 @torch.no_grad()
 def moved(model, params, g, by):
     "The vectors of the model if its parameters were moved by `by` times g."
     return functional_call(model, {n: p + by*x for (n, p), x in zip(params.items(), g)}, ())
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #1a37a833
 def mixture_gradient(vectors, batch, a, tau):
     "The gradient of the mixture's loss by its logits a."
     b = a.detach().clone().requires_grad_()
     return torch.autograd.grad(mixture_loss(*vectors, *batch, torch.softmax(b/tau, 0)), b)[0]
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #239cd089
 def search_gradient(
     model:nn.Module,
-    batch, # training u, i, J: (b,), (b,), (b, N)
-    held, # validation u, i, K: (b,), (b,), (k,) shared random items
-    a:Tensor, # (N,) logits of the mixture
-    tau=1., eps=.01, # temperature; finite-difference step, relative to the gradient's norm
-    ) -> tuple[Tensor, float]:  # (N,) gradient of the validation loss after one unit step, validation loss
-    "How the validation loss changes with the mixture, one step ahead (first order in the step, finite differences)."
+    batch, held, # training u, i, J: (b,), (b,), (b, N); validation u, i, K: (b,), (b,), (k,) shared random items
+    a:Tensor, tau=1., # (N,) logits of the mixture; temperature
+    eps=.01): # finite-difference step, relative to the gradient's norm
+    "(N,) gradient of the validation loss by the mixture one unit step ahead, by finite differences; validation loss."
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     with eval_mode(model):
         val = held_out_loss(model, held)
@@ -399,7 +352,7 @@ def search_gradient(
         ahead, behind = (mixture_gradient(moved(model, params, g, by), batch, a, tau) for by in (e, -e))
     return -(ahead - behind)/(2*e), val.item()
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #39c95034
+# %% ../../nbs/collaborative/02_implicit.ipynb #d1fd6752
 class SamplerSearch:
     "A mixture of samplers that moves to lower a validation loss (after Lyu et al. 2023; reconstruction)."
     def __init__(self,
@@ -415,18 +368,12 @@ class SamplerSearch:
         self.a, self.g = torch.zeros(len(samplers), requires_grad=True), torch.Generator().manual_seed(seed)
         self.opt, self.t, self.history = torch.optim.Adam([self.a], lr_a), 0, []
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #3a0c51b4
-@patch(as_prop=True)
-def temperature(self:SamplerSearch):
-    "Falls geometrically with the model's steps."
-    return self.tau[0]*(self.tau[1]/self.tau[0])**(self.t/self.steps)
+    @property
+    def temperature(self): return self.tau[0]*(self.tau[1]/self.tau[0])**(self.t/self.steps)
 
-@patch
-def alpha(self:SamplerSearch) -> Tensor: # (N,)
-    "The weights of the samplers."
-    return torch.softmax(self.a.detach()/self.temperature, 0)
+    def alpha(self): return torch.softmax(self.a.detach()/self.temperature, 0) # (N,) shares of the samplers
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #333b385e
+# %% ../../nbs/collaborative/02_implicit.ipynb #e5b40da7
 @patch
 def draw(self:SamplerSearch, u, i, model): # (b,), (b,) -> (b, N)
     "A negative of every sampler."
@@ -435,14 +382,14 @@ def draw(self:SamplerSearch, u, i, model): # (b,), (b,) -> (b, N)
         raise ValueError(f"{len(self.samplers)} samplers gave {J.shape[1]} negatives a row. Fix: n=1 for each")
     return J
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #dbc2e305
+# %% ../../nbs/collaborative/02_implicit.ipynb #bde9934b
 @patch
 def held_batch(self:SamplerSearch, device):
     "Held-out clicks, and random items to tell them from."
-    v, j = self.held[:, torch.randint(self.held.shape[1], (128,), generator=self.g)]
-    return [x.to(device) for x in (v, j, torch.randint(self.n_items, (256,), generator=self.g))]
+    some = lambda n: torch.randint(n, (256,), generator=self.g)
+    return [x.to(device) for x in (*self.held[:, some(self.held.shape[1])], some(self.n_items))]
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #27714b00
+# %% ../../nbs/collaborative/02_implicit.ipynb #78fdcd0c
 @patch
 def move(self:SamplerSearch, model, u, i, J):
     "One step of the mixture, on fresh held-out clicks."
@@ -452,7 +399,6 @@ def move(self:SamplerSearch, model, u, i, J):
     self.opt.step()
     self.history.append(dict(step=self.t, val=val) | dict(zip(self.samplers, self.alpha().tolist())))
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #f5973715
 @patch
 def loss(self:SamplerSearch, model, batch, l2=1e-3):
     "The model's loss against the mixture; every few calls the mixture moves first."
@@ -464,14 +410,13 @@ def loss(self:SamplerSearch, model, batch, l2=1e-3):
         self.move(model, u, i, J)
     return mixture_loss(U, I, u, i, J, self.alpha().to(U), self.instance) + l2*row_norms(model, u, i, J[:, :1])
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #d3dfb1ec
+# %% ../../nbs/collaborative/02_implicit.ipynb #919e8475
 def auto_sample(
     model:nn.Module,
-    train:Interactions, valid:Interactions, # clicks to train on; held out for the search, samplers should `exclude` them
+    train:Interactions, valid:Interactions, # clicks to train on; held out for the search (`exclude` them)
     samplers:dict[str, Callable], # name -> sampler with n=1
     steps=300, search=.4, # of both stages together; share of them that search
-    warm=True, # go on from the searched model; False: start over, with all `steps`
-    seed=0,
+    warm=True, seed=0, # go on from the searched model; False: start over, with all `steps`
     **kwargs, # stride, lr_a, tau, instance for `SamplerSearch`; lr, batch_size, ... for `fit_clicks`
     ): # name of the chosen sampler, history of alpha (a row a mixture step), history of the second stage
     "Search a sampler while training, then go on with it (after Lyu et al. 2023; reconstruction)."
@@ -487,29 +432,24 @@ def auto_sample(
     h = train_sampled(model, train, samplers[best], steps - warm*stage.steps, seed=seed+1, **kwargs)
     return best, pd.DataFrame(stage.history), h
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #9ab482ea
-def mutual_information(
-    a, b, # (n,) values of two categorical fields; a missing one is a value of its own
-    ) -> float: # nats
-    "Mutual information of two fields from their joint counts (Yao et al. 2021)."
+# %% ../../nbs/collaborative/02_implicit.ipynb #3028c4b9
+def mutual_information(a, b) -> float: # (n,) values of two categorical fields; nats
+    "Mutual information of two fields from their joint counts (Yao et al. 2021); a missing value is a value of its own."
     if len(a) != len(b):
         raise ValueError(f"fields of {len(a)} and {len(b)} values: one value per item in each")
     return float(mutual_info_score(*(pd.factorize(np.asarray(v), use_na_sentinel=False)[0] for v in (a, b))))
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #291995bc
-def field_relatedness(
-    fields:pd.DataFrame, # one column a field
-    ) -> np.ndarray:  # (k, k), zero diagonal
+# %% ../../nbs/collaborative/02_implicit.ipynb #87f7d877
+def field_relatedness(fields:pd.DataFrame) -> np.ndarray: # one column a field -> (k, k), zero diagonal
     "Mutual information of every pair of fields over the smaller entropy; an id is related to nothing."
     M = np.array([[mutual_information(fields[a], fields[b]) for b in fields] for a in fields])
-    H = M.diagonal().clip(1e-12)
-    M = M/np.minimum.outer(H, H)
+    M = M/np.minimum.outer(H := M.diagonal().clip(1e-12), H)
     unique = fields.nunique(dropna=False).to_numpy() == len(fields) # determines all others, is related to none
     M[unique] = M[:, unique] = 0
     np.fill_diagonal(M, 0)
     return M
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #708aadd6
+# %% ../../nbs/collaborative/02_implicit.ipynb #706e77df
 def related_fields(relatedness, rng):
     "A random field and the k//2 fields most related to it; ties in random order."
     M = np.asarray(relatedness)
@@ -518,12 +458,10 @@ def related_fields(relatedness, rng):
     close[first] = np.inf
     return np.argsort(-close)[:len(M)//2 + 1]
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #b457522c
+# %% ../../nbs/collaborative/02_implicit.ipynb #144d12f3
 def view_mask(
-    k:int, # number of fields
-    how:str="cfm", # "cfm", "rfm", "spread" (both views show everything) or "fd" (the same random half in both)
-    relatedness=None, # (k, k), needed for "cfm"
-    rng:np.random.Generator|None=None,
+    k:int, how="cfm", # number of fields; "cfm", "rfm", "spread" (all is shown) or "fd" (the same random half in both)
+    relatedness=None, rng=None, # (k, k), needed for "cfm"; a numpy generator
     ) -> tuple[Tensor, Tensor]: # two (k,) bool masks, True = hidden
     "Which fields the two views hide (Yao et al. 2021)."
     if how not in ("cfm", "rfm", "spread", "fd"):
@@ -535,7 +473,7 @@ def view_mask(
         hide[related_fields(relatedness, rng) if how == "cfm" else rng.permutation(k)[:k//2]] = True
     return torch.from_numpy(hide), torch.from_numpy(~hide if how in ("cfm", "rfm") else hide.copy())
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #60a17e82
+# %% ../../nbs/collaborative/02_implicit.ipynb #2da479f1
 class ItemTower(Tower):
     "A tower that keeps its catalogue and reads item numbers; hidden fields show a learned default (Yao et al. 2021)."
     def __init__(self,
@@ -551,7 +489,6 @@ class ItemTower(Tower):
     def forward(self, items, hide=None, drop=0.): # (b,), (k,) bool -> (b, out)
         return super().forward(self.rows[items], hide, drop)
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #875f760c
 class CatalogueTowers(TwoTower):
     "Two towers on user and item numbers; `model()` gives unit vectors of all users and items."
     def __init__(self, n_users:int, item:ItemTower, dim:int=32):
@@ -564,48 +501,42 @@ class CatalogueTowers(TwoTower):
         users, items = (torch.arange(n, device=at) for n in (self.query.sizes[0], len(self.item.rows)))
         return self.encode(users), self.item(items)
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #37ed2c84
+# %% ../../nbs/collaborative/02_implicit.ipynb #ffe7049c
 class SelfSupervision:
     "The contrastive task on an item tower: which items, which views (Yao et al. 2021)."
     def __init__(self,
         train:Interactions,
         how="cfm", relatedness=None, # views: see `view_mask`
         uniform=True, # items: uniform from the catalogue, or drawn from the log
-        n=256, tau=.1, value_dropout=.1, # items a step, those drawn twice once; temperature
-        seed=0):
+        n=256, tau=.1, seed=0): # items a step, those drawn twice once; temperature
         self.how, self.relatedness, self.n, self.tau = how, relatedness, n, tau
-        self.drop = 0. if how == "spread" else value_dropout
         self.pool = torch.arange(train.n_items) if uniform else torch.tensor(train.item)
         self.rng, self.g = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
 
-    def __call__(self, tower:ItemTower) -> Tensor: # scalar
+    def __call__(self, tower:ItemTower) -> Tensor: # scalar; a tenth of the values is dropped, but for "spread"
         items = self.pool[torch.randint(len(self.pool), (self.n,), generator=self.g)].unique().to(tower.rows.device)
         views = view_mask(tower.k, self.how, self.relatedness, self.rng)
-        return batch_softmax(*(tower(items, hide, self.drop) for hide in views), self.tau)
+        return batch_softmax(*(tower(items, hide, .1*(self.how != "spread")) for hide in views), self.tau)
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #749cad2c
+# %% ../../nbs/collaborative/02_implicit.ipynb #31cba63d
 def main_loss(model, batch, log_freq, hide=None, tau=.1): # u, i: (b,), (b,) clicks; (n_items,) -> scalar
     "In-batch softmax of clicks, corrected by the items' log frequency; an item is never its own negative."
     u, i = batch
     return batch_softmax(model.encode(u), model.item(i, hide), tau, log_freq.to(i.device)[i], i)
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #c201ccb2
+# %% ../../nbs/collaborative/02_implicit.ipynb #5e4495f4
 def train_two_tower(
-    model:CatalogueTowers,
-    train:Interactions,
-    how:str|None="cfm", # views: see `view_mask`; None: no self-supervision; "fd": dropout in the main task only
-    relatedness=None,
-    alpha=.3, # weight of the contrastive loss
-    uniform=True, # items of the contrastive task: uniform, or drawn from the log
-    seed=0,
-    **kwargs, # for `fit_clicks`: steps, lr, batch_size, device, evaluate, ...
+    model:CatalogueTowers, train:Interactions,
+    how="cfm", relatedness=None, # see `view_mask`; None: no self-supervision; "fd": dropout in the main task only
+    alpha=.3, uniform=True, # weight of the contrastive loss; its items: uniform, or drawn from the log
+    seed=0, **kwargs, # for `fit_clicks`: steps, lr, batch_size, device, evaluate, ...
     ) -> pd.DataFrame: # history
     "Main task plus self-supervision on the item tower (Yao et al. 2021)."
-    kwargs = dict(steps=300, batch_size=256, lr=3e-3) | kwargs
-    log_freq = torch.from_numpy(np.bincount(train.item, minlength=train.n_items).clip(1)/len(train)).float().log()
-    rng, drops, plain = np.random.default_rng(seed), how == "fd", how in (None, "fd")
-    task = (lambda item: 0) if plain else SelfSupervision(train, how, relatedness, uniform, kwargs["batch_size"], seed=seed)
+    kwargs = dict(steps=300, batch_size=256) | kwargs
+    log_freq = torch.bincount(torch.tensor(train.item), minlength=train.n_items).clamp(min=1).log() # up to a constant
+    rng = np.random.default_rng(seed)
+    task = SelfSupervision(train, how, relatedness, uniform, kwargs["batch_size"], seed=seed)
     def loss(m, batch):
-        hide = view_mask(m.item.k, "fd", rng=rng)[0] if drops else None
-        return main_loss(m, batch, log_freq, hide) + alpha*task(m.item)
+        hide = view_mask(m.item.k, "fd", rng=rng)[0] if how == "fd" else None
+        return main_loss(m, batch, log_freq, hide) + (0 if how in (None, "fd") else alpha*task(m.item))
     return fit_clicks(model, train, loss, seed=seed, **kwargs)
