@@ -473,10 +473,8 @@ class DiagLinUCB:
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #e9901017
 @patch
-def moments(self:DiagLinUCB,
-    items:np.ndarray, # (m,)
-    c:np.ndarray, w:np.ndarray, # (K,) clusters of the context and their weights
-    ) -> tuple[np.ndarray, np.ndarray]: # (m,) mean and variance
+def moments(self:DiagLinUCB, items, c, w): # (m,); (K,) clusters of the context and their weights
+    "Mean and variance of each item's reward: (m,), (m,)."
     d = self.d[items[:, None], c]
     return (w*self.b[items[:, None], c]/d).sum(1), (w*w/d).sum(1)
 
