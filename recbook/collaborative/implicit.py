@@ -34,12 +34,12 @@ def original(s, g, clicked):
     z = 1-s + g*s
     return (1-s, -g) if clicked else (-(1-g)*s*(1-s)/z, g*(1-g)*s/z)
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #ba6a6c9c
+# %% ../../nbs/collaborative/02_implicit.ipynb #ab706f48
 def surrogate(s, g, clicked):
     "The gradient of the sum of probabilities (NBPOs)."
     return ((1-g)*s*(1-s), -(1-g)*g*s) if clicked else (-(1-g)*s*(1-s), g*(1-g)*s)
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #26d9ace6
+# %% ../../nbs/collaborative/02_implicit.ipynb #230fb196
 def hybrid(s, g, clicked):
     "The reported update (NBPO)."
     return ((1-g)*(1-s), -g*s) if clicked else (g*(1-s) - s, (1-g)*s)
@@ -50,7 +50,7 @@ def no_flips(s, g, clicked):
 
 VERSIONS = dict(hybrid=hybrid, original=original, surrogate=surrogate, bpo=no_flips)
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #e6e1b46c
+# %% ../../nbs/collaborative/02_implicit.ipynb #30eb960a
 def nbpo_weights(
     s, g, # P(R=1) and probability of a flip of each pair, in 0..1: arrays or tensors of one shape
     clicked:bool, version="hybrid"): # the observed label; one of VERSIONS -> (weight of d(U.V), weight of d(P.Q))
@@ -59,7 +59,7 @@ def nbpo_weights(
         raise ValueError(f"version={version!r}: must be one of {list(VERSIONS)}")
     return VERSIONS[version](s, g, clicked)
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #d385ca9e
+# %% ../../nbs/collaborative/02_implicit.ipynb #4ae86403
 def nbpo_loss(
     score:Tensor, flip:Tensor, # logits of P(R=1) and of the flip probability, same shape
     clicked:bool, version="hybrid"): # scalar whose gradient, not whose value, means something; a sum, as in the paper
@@ -84,7 +84,7 @@ class NBPO:
         rows = lambda n, scale=1: scale*(self.rng.random((n, K))/K**.5).astype(np.float32)
         self.U, self.V, self.P, self.Q = rows(n_users), rows(n_items), rows(n_users, 5), rows(n_items, -5)
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #f9839f23
+# %% ../../nbs/collaborative/02_implicit.ipynb #efbbea0b
 def inner(A, B, a, b): # (n, k), (m, k), (p,), (p,) -> (p,)
     "Inner products of rows a of A and b of B, kept within -10..10."
     return np.einsum("bk,bk->b", A[a], B[b]).clip(-10, 10)
@@ -94,7 +94,7 @@ def flip(self:NBPO) -> np.ndarray: # (n_users, n_items)
     "Flip probability of every pair; near 0 before training."
     return expit((self.P @ self.Q.T).clip(-10, 10))
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #c6845f7d
+# %% ../../nbs/collaborative/02_implicit.ipynb #b559461b
 @patch
 def flips_of(self:NBPO, u, i): # (b,), (b,) -> (b,)
     "Flip probabilities of pairs."
@@ -105,7 +105,7 @@ def ascent(self:NBPO, u, i, clicked): # (b,), (b,) -> (b,), (b,)
     "The two weights of pairs."
     return nbpo_weights(expit(inner(self.U, self.V, u, i)), self.flips_of(u, i), clicked, self.version)
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #d789643c
+# %% ../../nbs/collaborative/02_implicit.ipynb #8b1fb384
 @patch
 def weights(self:NBPO, u, i, u_, j): # clicks (b,), (b,); silent pairs (b*n_neg,), (b*n_neg,)
     "What the pairs of a batch weigh, clicks first, for U.V and for P.Q."
@@ -116,7 +116,7 @@ def weights(self:NBPO, u, i, u_, j): # clicks (b,), (b,); silent pairs (b*n_neg,
     on_clicks, on_silence = self.ascent(u, i, True), self.ascent(u_, j, False)
     return [np.r_[self.n_neg*a, b] for a, b in zip(on_clicks, on_silence)]
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #eda5a988
+# %% ../../nbs/collaborative/02_implicit.ipynb #29691830
 def ascend(A, B, C, lr, l2):
     "Both factors one step up, C the sparse weights of the batch."
     return A + lr*(C @ B - l2*A), B + lr*(C.T @ A - l2*B)
@@ -129,7 +129,7 @@ def step(self:NBPO, u, i, u_, j): # as in `weights`
     self.U, self.V = ascend(self.U, self.V, C, self.lr, self.l2[0])
     self.P, self.Q = ascend(self.P, self.Q, D, self.lr, self.l2[1])
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #4a3a9d3f
+# %% ../../nbs/collaborative/02_implicit.ipynb #10e13245
 @patch
 def epochs(self:NBPO, train, n, batch_size=5000): # Interactions
     "A generator, it trains only while you iterate: n epochs, yielding the number of each when it is done."
@@ -156,7 +156,7 @@ def point_losses(logits:Tensor, kind="log") -> tuple[Tensor, Tensor]: # "log", o
     p = logits.sigmoid()
     return (F.softplus(-logits), F.softplus(logits)) if kind == "log" else ((1-p)**2, p**2)
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #c201f68c
+# %% ../../nbs/collaborative/02_implicit.ipynb #f465c406
 def check_shares(**values):
     "Refuse what does not lie in 0..1, NaN too."
     for name, x in values.items():
@@ -164,7 +164,7 @@ def check_shares(**values):
         if not ((x >= 0) & (x <= 1)).all():
             raise ValueError(f"{name} from {float(x.min()):g} to {float(x.max()):g}: must lie in 0..1")
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #3ace73a8
+# %% ../../nbs/collaborative/02_implicit.ipynb #44d487fd
 def ips_loss(
     logits:Tensor, Y:Tensor, # of any scorer; clicks 0/1, or relevances for the ideal loss
     theta:Tensor|float=1., # propensities in 0..1; 1: clicks are taken as labels
@@ -178,7 +178,7 @@ def ips_loss(
     d1, d0 = point_losses(logits, kind)
     return (Y/theta*d1 + (1 - Y/theta)*d0).mean()
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #cd3ce958
+# %% ../../nbs/collaborative/02_implicit.ipynb #e0f2514d
 def ips_bias_variance(
     logits:Tensor, gamma:Tensor, theta:Tensor, # the model's scores and the truth, same shape
     M=0., kind="log") -> tuple[float, float]: # bias and variance of `ips_loss` over redraws of the clicks
@@ -202,7 +202,7 @@ class BiasMF(nn.Module):
         "The logits of all pairs, without gradient."
         return self.U @ self.V.T + self.bu[:, None] + self.bi + self.b
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #3d03fad3
+# %% ../../nbs/collaborative/02_implicit.ipynb #a14c877b
 def wmf_loss(logits:Tensor, Y:Tensor, weight=.1, kind="log"): # weight omega: what a silent pair counts
     "Weighted matrix factorisation: one weight for all silent pairs (Hu et al. 2008); a scalar."
     if weight <= 0:
@@ -210,7 +210,7 @@ def wmf_loss(logits:Tensor, Y:Tensor, weight=.1, kind="log"): # weight omega: wh
     d1, d0 = point_losses(logits, kind)
     return (Y*d1 + weight*(1-Y)*d0).mean()
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #0a4bb427
+# %% ../../nbs/collaborative/02_implicit.ipynb #d101b99d
 class RandomPairs:
     "Batches (u, i, table1[u,i], ...) of uniform random pairs; one pass gives `steps` batches, the next pass others."
     def __init__(self, *tables, batch_size=4096, steps=100, seed=0): # (n_users, n_items): clicks, propensities, ...
@@ -239,7 +239,7 @@ def train_pairs(
     fit(m, objective, pairs, steps=steps, lr=lr, seed=seed, device=device, **kwargs)
     return m.cpu()
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #c7b70445
+# %% ../../nbs/collaborative/02_implicit.ipynb #abea6ead
 def exposure_posterior(Y, S, mu, lam_y=1.): # (n_users, n_items) clicks and predictions; (n_items,) prior; precision
     "E-step of ExpoMF: probability that each pair was shown (Liang et al. 2016)."
     like = mu*np.sqrt(lam_y/(2*np.pi))*np.exp(-lam_y*S**2/2)
@@ -250,7 +250,7 @@ def weighted_least_squares(P, Y, V, lam): # (n, m), (n, m), (m, d) -> (n, d)
     A = np.einsum("ui,ik,il->ukl", P, V, V, optimize=True) + lam*np.eye(V.shape[1])
     return np.linalg.solve(A, ((P*Y) @ V)[..., None])[..., 0]
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #feee0bfe
+# %% ../../nbs/collaborative/02_implicit.ipynb #1c7252ca
 def expomf(
     Y, dim=10, iters=10, lam=.01, # (n_users, n_items) clicks; width, rounds, regulariser
     prior=(1., 99.), # Beta prior of exposure: about 1 in 100 pairs is shown
@@ -327,7 +327,7 @@ def held_out_loss(model, held):
     logits = torch.cat([(ev*F.embedding(j, I)).sum(1, keepdim=True), ev @ F.embedding(K, I).T], 1)
     return (logits.logsumexp(1) - logits[:, 0]).mean()
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #1e5e7fb0
+# %% ../../nbs/collaborative/02_implicit.ipynb #036ef2c5
 @torch.no_grad()
 def moved(model, params, g, by):
     "The vectors of the model if its parameters were moved by `by` times g."
@@ -352,7 +352,7 @@ def search_gradient(
         ahead, behind = (mixture_gradient(moved(model, params, g, by), batch, a, tau) for by in (e, -e))
     return -(ahead - behind)/(2*e), val.item()
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #4b1a31d7
+# %% ../../nbs/collaborative/02_implicit.ipynb #18569de9
 class SamplerSearch:
     "A mixture of samplers that moves to lower a validation loss (after Lyu et al. 2023; reconstruction)."
     def __init__(self,
@@ -373,7 +373,7 @@ class SamplerSearch:
 
     def alpha(self): return torch.softmax(self.a.detach()/self.temperature, 0) # (N,) shares of the samplers
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #604102fc
+# %% ../../nbs/collaborative/02_implicit.ipynb #95e9050f
 @patch
 def draw(self:SamplerSearch, u, i, model): # (b,), (b,) -> (b, N)
     "A negative of every sampler."
@@ -382,14 +382,14 @@ def draw(self:SamplerSearch, u, i, model): # (b,), (b,) -> (b, N)
         raise ValueError(f"{len(self.samplers)} samplers gave {J.shape[1]} negatives a row. Fix: n=1 for each")
     return J
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #fe0c2cd0
+# %% ../../nbs/collaborative/02_implicit.ipynb #dce65608
 @patch
 def held_batch(self:SamplerSearch, device):
     "Held-out clicks, and random items to tell them from."
     some = lambda n: torch.randint(n, (256,), generator=self.g)
     return [x.to(device) for x in (*self.held[:, some(self.held.shape[1])], some(self.n_items))]
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #72116beb
+# %% ../../nbs/collaborative/02_implicit.ipynb #18bcbd76
 @patch
 def move(self:SamplerSearch, model, u, i, J):
     "One step of the mixture, on fresh held-out clicks."
@@ -410,7 +410,7 @@ def loss(self:SamplerSearch, model, batch, l2=1e-3):
         self.move(model, u, i, J)
     return mixture_loss(U, I, u, i, J, self.alpha().to(U), self.instance) + l2*row_norms(model, u, i, J[:, :1])
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #bfc15061
+# %% ../../nbs/collaborative/02_implicit.ipynb #11650269
 def auto_sample(
     model:nn.Module,
     train:Interactions, valid:Interactions, # clicks to train on; held out for the search (`exclude` them)
@@ -432,24 +432,24 @@ def auto_sample(
     h = train_sampled(model, train, samplers[best], steps - warm*stage.steps, seed=seed+1, **kwargs)
     return best, pd.DataFrame(stage.history), h
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #0253e452
+# %% ../../nbs/collaborative/02_implicit.ipynb #e6bfead0
 def mutual_information(a, b) -> float: # (n,) values of two categorical fields; nats
     "Mutual information of two fields from their joint counts (Yao et al. 2021); a missing value is a value of its own."
     if len(a) != len(b):
         raise ValueError(f"fields of {len(a)} and {len(b)} values: one value per item in each")
     return float(mutual_info_score(*(pd.factorize(np.asarray(v), use_na_sentinel=False)[0] for v in (a, b))))
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #5766d141
+# %% ../../nbs/collaborative/02_implicit.ipynb #9e302269
 def field_relatedness(fields:pd.DataFrame) -> np.ndarray: # one column a field -> (k, k), zero diagonal
     "Mutual information of every pair of fields over the smaller entropy; an id is related to nothing."
-    M = np.array([[mutual_information(fields[a], fields[b]) for b in fields] for a in fields])
-    M = M/np.minimum.outer(H := M.diagonal().clip(1e-12), H)
+    M = np.array([[mutual_information(fields[a], fields[b]) if a <= b else 0. for b in fields] for a in fields])
+    M = np.maximum(M, M.T)/np.minimum.outer(H := M.diagonal().clip(1e-12), H)
     unique = fields.nunique(dropna=False).to_numpy() == len(fields) # determines all others, is related to none
     M[unique] = M[:, unique] = 0
     np.fill_diagonal(M, 0)
     return M
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #219f25e0
+# %% ../../nbs/collaborative/02_implicit.ipynb #8fe9565f
 def related_fields(relatedness, rng):
     "A random field and the k//2 fields most related to it; ties in random order."
     M = np.asarray(relatedness)
@@ -458,7 +458,7 @@ def related_fields(relatedness, rng):
     close[first] = np.inf
     return np.argsort(-close)[:len(M)//2 + 1]
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #f10622da
+# %% ../../nbs/collaborative/02_implicit.ipynb #25a3e8ee
 def view_mask(
     k:int, how="cfm", # number of fields; "cfm", "rfm", "spread" (all is shown) or "fd" (the same random half in both)
     relatedness=None, rng=None, # (k, k), needed for "cfm"; a numpy generator
@@ -473,7 +473,7 @@ def view_mask(
         hide[related_fields(relatedness, rng) if how == "cfm" else rng.permutation(k)[:k//2]] = True
     return torch.from_numpy(hide), torch.from_numpy(~hide if how in ("cfm", "rfm") else hide.copy())
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #b2cbdc79
+# %% ../../nbs/collaborative/02_implicit.ipynb #d031a64c
 class ItemTower(Tower):
     "A tower that keeps its catalogue and reads item numbers; hidden fields show a learned default (Yao et al. 2021)."
     def __init__(self,
@@ -501,7 +501,7 @@ class CatalogueTowers(TwoTower):
         users, items = (torch.arange(n, device=at) for n in (self.query.sizes[0], len(self.item.rows)))
         return self.encode(users), self.item(items)
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #3b8622e6
+# %% ../../nbs/collaborative/02_implicit.ipynb #17c3bec9
 class SelfSupervision:
     "The contrastive task on an item tower: which items, which views (Yao et al. 2021)."
     def __init__(self,
@@ -518,13 +518,13 @@ class SelfSupervision:
         views = view_mask(tower.k, self.how, self.relatedness, self.rng)
         return batch_softmax(*(tower(items, hide, .1*(self.how != "spread")) for hide in views), self.tau)
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #8e867caa
+# %% ../../nbs/collaborative/02_implicit.ipynb #73d96477
 def main_loss(model, batch, log_freq, hide=None, tau=.1): # u, i: (b,), (b,) clicks; (n_items,) -> scalar
     "In-batch softmax of clicks, corrected by the items' log frequency; an item is never its own negative."
     u, i = batch
     return batch_softmax(model.encode(u), model.item(i, hide), tau, log_freq.to(i.device)[i], i)
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #7172cf12
+# %% ../../nbs/collaborative/02_implicit.ipynb #7de46164
 def train_two_tower(
     model:CatalogueTowers, train:Interactions,
     how="cfm", relatedness=None, # see `view_mask`; None: no self-supervision; "fd": dropout in the main task only
