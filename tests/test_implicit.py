@@ -211,7 +211,7 @@ def test_nbpo_step_against_autograd(version):
     (
         l
         + 0.15 * (U.square().sum() + V.square().sum())
-        + (0.35 * (P.square().sum() + Q.square().sum()) if version not in ("bpo", "bpr") else 0)
+        + 0.35 * (P.square().sum() + Q.square().sum())
     ).backward()
     m.step(u, i, u_, j)
     for new, old in zip((m.U, m.V, m.P, m.Q), (U, V, P, Q)):

@@ -244,6 +244,23 @@ def test_specialists_never_evaluate_what_does_not_pass(shop):
         assert evals.max() <= passing(table, FILTERS[name]).sum()
 
 
+def test_serf_without_any_bound_finds_the_nearest_of_all(shop):
+    X, table, Q = shop
+    where = [dict(year=(None, None))]*len(Q)
+    assert passing(table, where[0]).all()
+    found, _ = Serf(X, table, column="year").search(Q, where, 10, 150)
+    assert filtered_recall(found, brute(X, Q, np.ones((len(Q), len(X)), bool), 10)) > .95
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+def test_settling_a_model_on_another_device_than_the_catalogue():
+    m, x = SparCode([30], [200], d=4, N=8), torch.arange(200)[:, None]
+    m.settle(x)
+    here = m.b.item()
+    m.cuda().settle(x)
+    assert m.b.item() == pytest.approx(here, abs=1e-4)
+
+
 def test_serf_graph_at_each_time_has_only_living_links(shop):
     X, table, _ = shop
     s = Serf(X, table, column="year", R=6)

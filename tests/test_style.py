@@ -8,7 +8,6 @@ from recbook.data import root
 BOOK = yaml.safe_load((root()/"_quarto.yml").read_text(encoding="utf-8"))["book"]["chapters"]
 ORDER = [c for part in BOOK for c in (part["chapters"] if isinstance(part, dict) else [part])]
 CHAPTERS = [c for c in ORDER if c.split("/")[0] not in ("foundations", "workshop") and "/" in c]
-LARGE = {"implicit"} # still above the sizes
 NO_WORDS = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
 
@@ -43,11 +42,7 @@ def functions(rel):
     return out
 
 
-def owned(but, why):
-    return [pytest.param(c, marks=pytest.mark.skip(reason=why) if area(c) in but else ()) for c in CHAPTERS]
-
-
-@pytest.mark.parametrize("rel", owned(LARGE, "still too large"), ids=area)
+@pytest.mark.parametrize("rel", CHAPTERS, ids=area)
 def test_a_chapter_keeps_its_size(rel):
     lines = sum(bool(l.strip()) for s in code(rel) for l in s.splitlines())
     pictures = sum("#| label: fig-" in s for s in code(rel))
@@ -56,7 +51,7 @@ def test_a_chapter_keeps_its_size(rel):
     assert pictures <= 12, "pictures"
 
 
-@pytest.mark.parametrize("rel", owned(LARGE, "still too large"), ids=area)
+@pytest.mark.parametrize("rel", CHAPTERS, ids=area)
 def test_cells_and_functions_can_be_read(rel):
     sizes = [tokens(s) for s in code(rel)]
     assert np.median(sizes) <= 80 and np.quantile(sizes, 0.9) <= 200, (

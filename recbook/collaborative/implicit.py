@@ -10,145 +10,153 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from scipy.sparse import csr_matrix
 from scipy.special import expit
+from sklearn.metrics import mutual_info_score
 from torch import Tensor, nn
 from torch.func import functional_call
-from ..baselines import aobpr_sampler, click_keys, dns_sampler, fixed_sampler, free_items, inbatch_sampler
-from ..baselines import pair_scores, row_norms, sampled_bpr
+from ..baselines import fixed_sampler, row_norms, sampled_bpr
 from ..data import Interactions, new_pairs
 from ..metrics import topk
 from ..towers import Tower, TwoTower, batch_softmax
 from ..training import batches, eval_mode, fit, set_seed
 
 # %% auto #0
-__all__ = ['VERSIONS', 'nbpo_weights', 'original', 'surrogate', 'hybrid', 'no_flips', 'nbpo_loss', 'NBPO', 'inner', 'ascend',
+__all__ = ['VERSIONS', 'original', 'surrogate', 'hybrid', 'no_flips', 'nbpo_weights', 'nbpo_loss', 'NBPO', 'inner', 'ascend',
            'point_losses', 'check_shares', 'ips_loss', 'ips_bias_variance', 'BiasMF', 'wmf_loss', 'RandomPairs',
            'train_pairs', 'exposure_posterior', 'weighted_least_squares', 'expomf', 'item_propensity', 'dcg',
-           'fit_clicks', 'train_sampled', 'mixture_loss', 'check_simplex', 'held_out_loss', 'search_gradient',
-           'SamplerSearch', 'one_of_each', 'auto_sample', 'search_stage', 'mutual_information', 'field_relatedness',
-           'view_mask', 'related_fields', 'ItemTower', 'CatalogueTowers', 'SelfSupervision', 'train_two_tower']
+           'fit_clicks', 'train_sampled', 'check_simplex', 'mixture_loss', 'held_out_loss', 'moved', 'mixture_gradient',
+           'search_gradient', 'SamplerSearch', 'auto_sample', 'mutual_information', 'field_relatedness',
+           'related_fields', 'view_mask', 'ItemTower', 'CatalogueTowers', 'SelfSupervision', 'main_loss',
+           'train_two_tower']
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #0000000c
+# %% ../../nbs/collaborative/02_implicit.ipynb #0000000a
+def original(s, g, clicked):
+    "The gradient of the sum of logs (NBPOo)."
+    z = 1-s + g*s
+    return (1-s, -g) if clicked else (-(1-g)*s*(1-s)/z, g*(1-g)*s/z)
+
+# %% ../../nbs/collaborative/02_implicit.ipynb #ab706f48
+def surrogate(s, g, clicked):
+    "The gradient of the sum of probabilities (NBPOs)."
+    return ((1-g)*s*(1-s), -(1-g)*g*s) if clicked else (-(1-g)*s*(1-s), g*(1-g)*s)
+
+# %% ../../nbs/collaborative/02_implicit.ipynb #230fb196
+def hybrid(s, g, clicked):
+    "The reported update (NBPO)."
+    return ((1-g)*(1-s), -g*s) if clicked else (g*(1-s) - s, (1-g)*s)
+
+def no_flips(s, g, clicked):
+    "Labels are taken at face value (BPO)."
+    return (1-s, 0*g) if clicked else (-s, 0*g)
+
+VERSIONS = dict(hybrid=hybrid, original=original, surrogate=surrogate, bpo=no_flips)
+
+# %% ../../nbs/collaborative/02_implicit.ipynb #30eb960a
 def nbpo_weights(
-    s, # P(R=1) of each pair, in 0..1, array or tensor
-    g, # probability of a flip, same shape
-    clicked:bool, # the observed label of these pairs
-    version:str="hybrid", # "hybrid" (NBPO), "original" (NBPOo), "surrogate" (NBPOs) or "bpo" (no flips)
-    ):  # (weight of d(U.V), weight of d(P.Q)), to be ascended
-    "Derivatives of NBPO's objective by a pair's two inner products (Yu & Qin 2020; hybrid: their reported update)."
+    s, g, # P(R=1) and probability of a flip of each pair, in 0..1: arrays or tensors of one shape
+    clicked:bool, version="hybrid"): # the observed label; one of VERSIONS -> (weight of d(U.V), weight of d(P.Q))
+    "Derivatives of NBPO's objective by a pair's two inner products (Yu & Qin 2020)."
     if version not in VERSIONS:
         raise ValueError(f"version={version!r}: must be one of {list(VERSIONS)}")
     return VERSIONS[version](s, g, clicked)
 
-def original(s, g, clicked):
-    z = 1-s + g*s
-    return (1-s, -g) if clicked else (-(1-g)*s*(1-s)/z, g*(1-g)*s/z)
-
-def surrogate(s, g, clicked):
-    return ((1-g)*s*(1-s), -(1-g)*g*s) if clicked else (-(1-g)*s*(1-s), g*(1-g)*s)
-
-def hybrid(s, g, clicked): return ((1-g)*(1-s), -g*s) if clicked else (g*(1-s) - s, (1-g)*s)
-
-def no_flips(s, g, clicked): return (1-s, 0*g) if clicked else (-s, 0*g)
-
-VERSIONS = dict(hybrid=hybrid, original=original, surrogate=surrogate, bpo=no_flips)
-
-# %% ../../nbs/collaborative/02_implicit.ipynb #0000000e
+# %% ../../nbs/collaborative/02_implicit.ipynb #4ae86403
 def nbpo_loss(
-    score:Tensor, # logits of P(R=1), any shape
-    flip:Tensor, # logits of the flip probability, same shape
-    clicked:bool,
-    version:str="hybrid",
-    ) -> Tensor: # scalar whose gradient, not whose value, means something; a sum, as in the paper
+    score:Tensor, flip:Tensor, # logits of P(R=1) and of the flip probability, same shape
+    clicked:bool, version="hybrid"): # scalar whose gradient, not whose value, means something; a sum, as in the paper
     "NBPO as a loss for any pair of scorers: backward() gives minus the weights of `nbpo_weights`."
     a, b = nbpo_weights(*(x.detach().clamp(-10, 10).sigmoid() for x in (score, flip)), clicked, version)
     return -(a*score + b*flip).sum()
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #0404fbf6
+# %% ../../nbs/collaborative/02_implicit.ipynb #0000000c
 class NBPO:
     "Matrix factorisation with learned label flips, by ascent on batch sums (Yu & Qin 2020); and its baselines."
     def __init__(self,
         n_users:int, n_items:int,
         version:str="hybrid", # see `nbpo_weights`; also "bpr"
-        K:int=50, # width of both factorisations
-        n_neg:int=4, # negatives for each click
-        lr:float=.05, # times .99 after each epoch
-        l2:tuple[float, float]=(1., 5.), # weights on U, V and on P, Q; applied to all rows at each step
-        seed:int=0):
+        K=50, n_neg=4, # width of both factorisations; negatives for each click
+        lr=.05, # times .99 after each epoch
+        l2=(1., 5.), # weights on U, V and on P, Q; applied to all rows at each step
+        seed=0):
         if version != "bpr":
             nbpo_weights(.5, .5, True, version)
-        self.version,self.n_neg,self.lr,(self.l2,self.l2_flip) = version,n_neg,lr,l2
+        self.version, self.n_neg, self.lr, self.l2 = version, n_neg, lr, l2
         self.rng = np.random.default_rng(seed)
-        rows = lambda n: (self.rng.random((n, K))/K**.5).astype(np.float32)
-        self.U,self.V,self.P,self.Q = rows(n_users),rows(n_items),5*rows(n_users),-5*rows(n_items)
+        rows = lambda n, scale=1: scale*(self.rng.random((n, K))/K**.5).astype(np.float32)
+        self.U, self.V, self.P, self.Q = rows(n_users), rows(n_items), rows(n_users, 5), rows(n_items, -5)
 
-    def flips_of(self, u, i): # (b,), (b,) -> (b,)
-        "Flip probabilities of pairs."
-        return expit(inner(self.P, self.Q, u, i))
+# %% ../../nbs/collaborative/02_implicit.ipynb #efbbea0b
+def inner(A, B, a, b): # (n, k), (m, k), (p,), (p,) -> (p,)
+    "Inner products of rows a of A and b of B, kept within -10..10."
+    return np.einsum("bk,bk->b", A[a], B[b]).clip(-10, 10)
 
-    def flip(self) -> np.ndarray: # (n_users, n_items)
-        "Flip probability of every pair; near 0 before training."
-        return expit((self.P @ self.Q.T).clip(-10, 10))
+@patch
+def flip(self:NBPO) -> np.ndarray: # (n_users, n_items)
+    "Flip probability of every pair; near 0 before training."
+    return expit((self.P @ self.Q.T).clip(-10, 10))
 
-    def step(self, u, i, u_, j): # clicks (b,), (b,); silent pairs (b*n_neg,), (b*n_neg,)
-        "One step of gradient ascent."
-        C, D = self.weights(u, i, u_, j)
-        self.U,self.V = ascend(self.U, self.V, C, self.lr, self.l2)
-        if D is not None:
-            self.P,self.Q = ascend(self.P, self.Q, D, self.lr, self.l2_flip)
+# %% ../../nbs/collaborative/02_implicit.ipynb #b559461b
+@patch
+def flips_of(self:NBPO, u, i): # (b,), (b,) -> (b,)
+    "Flip probabilities of pairs."
+    return expit(inner(self.P, self.Q, u, i))
 
-    def fit(self, train:Interactions, n:int, batch_size:int=5000) -> NBPO:
-        "Train for n epochs."
-        for _ in self.epochs(train, n, batch_size):
-            pass
-        return self
+@patch
+def ascent(self:NBPO, u, i, clicked): # (b,), (b,) -> (b,), (b,)
+    "The two weights of pairs."
+    return nbpo_weights(expit(inner(self.U, self.V, u, i)), self.flips_of(u, i), clicked, self.version)
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #d52fefd4
-def inner(A, B, a, b): return np.einsum("bk,bk->b", A[a], B[b]).clip(-10, 10)
+# %% ../../nbs/collaborative/02_implicit.ipynb #8b1fb384
+@patch
+def weights(self:NBPO, u, i, u_, j): # clicks (b,), (b,); silent pairs (b*n_neg,), (b*n_neg,)
+    "What the pairs of a batch weigh, clicks first, for U.V and for P.Q."
+    if self.version == "bpr":
+        gap = inner(self.U, self.V, u_, j) - inner(self.U, self.V, u, i).repeat(self.n_neg)
+        c = np.r_[expit(gap).reshape(-1, self.n_neg).sum(1), -expit(gap)]
+        return c, 0*c
+    on_clicks, on_silence = self.ascent(u, i, True), self.ascent(u_, j, False)
+    return [np.r_[self.n_neg*a, b] for a, b in zip(on_clicks, on_silence)]
 
+# %% ../../nbs/collaborative/02_implicit.ipynb #29691830
 def ascend(A, B, C, lr, l2):
     "Both factors one step up, C the sparse weights of the batch."
     return A + lr*(C @ B - l2*A), B + lr*(C.T @ A - l2*B)
 
 @patch
-def weights(self:NBPO, u, i, u_, j):
-    "The weights of a batch as sparse matrices: for U.V and, when flips are learned, for P.Q."
-    n, at = self.n_neg, (np.concatenate([u, u_]), np.concatenate([i, j]))
-    shape = len(self.U), len(self.V)
-    mat = lambda a, b: csr_matrix((np.concatenate([a, b]).astype(np.float32), at), shape)
-    y, y_ = inner(self.U, self.V, u, i), inner(self.U, self.V, u_, j)
-    if self.version == "bpr":
-        c = expit(y_ - y.repeat(n))
-        return mat(c.reshape(-1, n).sum(1), -c), None
-    a, b = nbpo_weights(expit(y), self.flips_of(u, i), True, self.version)
-    a_, b_ = nbpo_weights(expit(y_), self.flips_of(u_, j), False, self.version)
-    return mat(n*a, a_), None if self.version == "bpo" else mat(n*b, b_)
+def step(self:NBPO, u, i, u_, j): # as in `weights`
+    "One step of gradient ascent."
+    at, shape = (np.r_[u, u_], np.r_[i, j]), (len(self.U), len(self.V))
+    C, D = (csr_matrix((c, at), shape) for c in self.weights(u, i, u_, j))
+    self.U, self.V = ascend(self.U, self.V, C, self.lr, self.l2[0])
+    self.P, self.Q = ascend(self.P, self.Q, D, self.lr, self.l2[1])
 
+# %% ../../nbs/collaborative/02_implicit.ipynb #10e13245
 @patch
-def epochs(self:NBPO, train:Interactions, n:int, batch_size:int=5000):
+def epochs(self:NBPO, train, n, batch_size=5000): # Interactions
     "A generator, it trains only while you iterate: n epochs, yielding the number of each when it is done."
-    keys, m = click_keys(train), train.n_items
-    draw = lambda rows: torch.from_numpy(self.rng.integers(m, size=int(rows.sum())))
+    negatives = fixed_sampler(train, self.n_neg, seed=int(self.rng.integers(2**31)))
     for e in range(1, n+1):
         self.lr *= .99
         for b in np.array_split(self.rng.permutation(len(train)), -(-len(train)//batch_size)):
-            u_ = train.user[b].repeat(self.n_neg)
-            j = free_items(keys, m, torch.from_numpy(u_), draw).numpy()
-            self.step(train.user[b], train.item[b], u_, j)
+            u, i = train.user[b], train.item[b]
+            self.step(u, i, u.repeat(self.n_neg), negatives(*map(torch.from_numpy, (u, i))).flatten().numpy())
         yield e
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #ba44950d
-def point_losses(
-    logits:Tensor, # any shape
-    kind:str="log", # "log": cross-entropy; "squared": squared error of the probability
-    ) -> tuple[Tensor, Tensor]: # losses if the label is 1, if it is 0; same shape
-    "$\\delta^{(1)},\\delta^{(0)}$ of each pair."
-    if kind == "log":
-        return F.softplus(-logits), F.softplus(logits)
-    if kind == "squared":
-        p = logits.sigmoid()
-        return (1-p)**2, p**2
-    raise ValueError(f"kind={kind!r}: must be 'log' or 'squared'")
+@patch
+def fit(self:NBPO, train, n, batch_size=5000) -> NBPO: # noqa: F811
+    "Train for n epochs."
+    for _ in self.epochs(train, n, batch_size):
+        pass
+    return self
 
+# %% ../../nbs/collaborative/02_implicit.ipynb #bf7a0f21
+def point_losses(logits:Tensor, kind="log") -> tuple[Tensor, Tensor]: # "log", or "squared" error of the probability
+    "$\\delta^{(1)},\\delta^{(0)}$: the loss of each pair if its label is 1, and if it is 0."
+    if kind not in ("log", "squared"):
+        raise ValueError(f"kind={kind!r}: must be 'log' or 'squared'")
+    p = logits.sigmoid()
+    return (F.softplus(-logits), F.softplus(logits)) if kind == "log" else ((1-p)**2, p**2)
+
+# %% ../../nbs/collaborative/02_implicit.ipynb #f465c406
 def check_shares(**values):
     "Refuse what does not lie in 0..1, NaN too."
     for name, x in values.items():
@@ -156,142 +164,118 @@ def check_shares(**values):
         if not ((x >= 0) & (x <= 1)).all():
             raise ValueError(f"{name} from {float(x.min()):g} to {float(x.max()):g}: must lie in 0..1")
 
+# %% ../../nbs/collaborative/02_implicit.ipynb #44d487fd
 def ips_loss(
-    logits:Tensor, # of any scorer
-    Y:Tensor, # clicks 0/1, or relevances for the ideal loss
+    logits:Tensor, Y:Tensor, # of any scorer; clicks 0/1, or relevances for the ideal loss
     theta:Tensor|float=1., # propensities in 0..1; 1: clicks are taken as labels
-    M:float=0., # propensities below M are raised to M
-    kind:str="log",
-    ) -> Tensor: # scalar
-    "Unbiased (M=0) or clipped estimate of the loss on true relevance (Saito et al. 2020)."
+    M=0., kind="log"): # propensities below M are raised to M
+    "Unbiased (M=0) or clipped estimate of the loss on true relevance (Saito et al. 2020); a scalar."
     check_shares(Y=Y, theta=theta, M=M)
     theta = torch.as_tensor(theta).clamp(min=M)
     if not (theta > 0).all():
         raise ValueError(f"the smallest propensity is {float(theta.min()):g}: an item that cannot be shown cannot be "
             "weighed; use M > 0")
     d1, d0 = point_losses(logits, kind)
-    weight = Y/theta
-    return (weight*d1 + (1-weight)*d0).mean()
+    return (Y/theta*d1 + (1 - Y/theta)*d0).mean()
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #de90cdf1
+# %% ../../nbs/collaborative/02_implicit.ipynb #e0f2514d
 def ips_bias_variance(
     logits:Tensor, gamma:Tensor, theta:Tensor, # the model's scores and the truth, same shape
-    M:float=0.,
-    kind:str="log",
-    ) -> tuple[float, float]: # bias and variance of `ips_loss` over redraws of the clicks
+    M=0., kind="log") -> tuple[float, float]: # bias and variance of `ips_loss` over redraws of the clicks
     "What clipping costs and saves, in closed form (after Saito et al. 2020)."
-    d1, d0 = (d.double() for d in point_losses(logits, kind))
-    gamma, theta = gamma.double(), theta.double()
-    t = theta.clamp(min=M)
-    bias = (gamma*(theta/t - 1)*(d1-d0)).mean()
-    return bias.item(), (theta*gamma*(1-theta*gamma)/t**2*(d1-d0)**2).sum().item()/theta.numel()**2
+    d1, d0, gamma, theta = (x.double() for x in (*point_losses(logits, kind), gamma, theta))
+    t, gap = theta.clamp(min=M), d1-d0
+    variance = (theta*gamma*(1-theta*gamma)/t**2*gap**2).sum()/theta.numel()**2
+    return (gamma*(theta/t - 1)*gap).mean().item(), variance.item()
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #ecb99676
+# %% ../../nbs/collaborative/02_implicit.ipynb #ba44950d
 class BiasMF(nn.Module):
     "Matrix factorisation with user, item and global bias: logits of P(R=1)."
     def __init__(self, n_users:int, n_items:int, dim:int=10): # dim: width of the factors
         super().__init__()
-        self.U,self.V = (nn.Parameter(nn.init.xavier_uniform_(torch.empty(n, dim))) for n in (n_users, n_items))
-        self.bu,self.bi,self.b = (nn.Parameter(torch.zeros(n)) for n in (n_users, n_items, 1))
+        self.U, self.V = (nn.Parameter(nn.init.xavier_uniform_(torch.empty(n, dim))) for n in (n_users, n_items))
+        self.bu, self.bi, self.b = (nn.Parameter(torch.zeros(n)) for n in (n_users, n_items, 1))
     def forward(self, u, i): # (b,), (b,) -> (b,)
         return (self.U[u]*self.V[i]).sum(1) + self.bu[u] + self.bi[i] + self.b
+    @torch.no_grad()
     def all(self) -> Tensor: # (n_users, n_items)
         "The logits of all pairs, without gradient."
-        with torch.no_grad():
-            return self.U @ self.V.T + self.bu[:, None] + self.bi + self.b
+        return self.U @ self.V.T + self.bu[:, None] + self.bi + self.b
 
-def wmf_loss(
-    logits:Tensor, Y:Tensor,
-    weight:float=.1, # omega: what a silent pair counts
-    kind:str="log",
-    ) -> Tensor: # scalar
-    "Weighted matrix factorisation: one weight for all silent pairs (Hu et al. 2008)."
+# %% ../../nbs/collaborative/02_implicit.ipynb #a14c877b
+def wmf_loss(logits:Tensor, Y:Tensor, weight=.1, kind="log"): # weight omega: what a silent pair counts
+    "Weighted matrix factorisation: one weight for all silent pairs (Hu et al. 2008); a scalar."
     if weight <= 0:
         raise ValueError(f"weight={weight}: silent pairs must count something, or everything is predicted to be liked")
     d1, d0 = point_losses(logits, kind)
     return (Y*d1 + weight*(1-Y)*d0).mean()
 
+# %% ../../nbs/collaborative/02_implicit.ipynb #d101b99d
 class RandomPairs:
     "Batches (u, i, table1[u,i], ...) of uniform random pairs; one pass gives `steps` batches, the next pass others."
-    def __init__(self,
-        *tables, # (n_users, n_items) tensors: clicks, propensities, ...
-        batch_size:int=4096, steps:int=100, seed:int=0):
+    def __init__(self, *tables, batch_size=4096, steps=100, seed=0): # (n_users, n_items): clicks, propensities, ...
         if len({t.shape for t in tables}) != 1:
-            raise ValueError(f"tables of shapes {[tuple(t.shape) for t in tables]}, different shapes: all must be "
-                "(n_users, n_items)")
-        self.tables,self.batch_size,self.steps,self.g = tables,batch_size,steps,torch.Generator().manual_seed(seed)
+            raise ValueError(f"tables of shapes {[tuple(t.shape) for t in tables]}, different shapes: one row a user")
+        self.tables, self.batch_size, self.steps = tables, batch_size, steps
+        self.g = torch.Generator().manual_seed(seed)
     def __len__(self): return self.steps
     def __iter__(self):
         n, m = self.tables[0].shape
         for _ in range(self.steps):
             k = torch.randint(n*m, (self.batch_size,), generator=self.g)
-            yield k//m, k % m, *(t.reshape(-1)[k] for t in self.tables)
+            yield k//m, k % m, *(t[k//m, k % m] for t in self.tables)
 
 def train_pairs(
-    loss:Callable, # (logits, *table entries) -> scalar: ips_loss, wmf_loss, ...
-    *tables:Tensor,
-    dim:int=10, steps:int=300, lr:float=.01, l2:float=1e-4, batch_size:int=4096, seed:int=0, device:str="cpu",
+    loss:Callable, *tables:Tensor, # (logits, *table entries) -> scalar: ips_loss, wmf_loss, ...
+    dim=10, steps=300, lr=.01, l2=1e-4, batch_size=4096, seed=0, device="cpu",
     **kwargs, # for `fit`, which counts a tenth of the steps as an epoch
     ) -> BiasMF:
     "Fit a `BiasMF` on random pairs with Adam; equal steps for every loss."
     set_seed(seed)
     m = BiasMF(*tables[0].shape, dim)
-    penalty = lambda: l2*sum(p.square().sum() for p in m.parameters())/2
     pairs = RandomPairs(*tables, batch_size=batch_size, steps=max(1, steps//10), seed=seed)
-    objective = lambda m, b: loss(m(b[0], b[1]), *b[2:]) + penalty()
+    size = lambda: sum(p.square().sum() for p in m.parameters())/2
+    objective = lambda m, b: loss(m(b[0], b[1]), *b[2:]) + l2*size()
     fit(m, objective, pairs, steps=steps, lr=lr, seed=seed, device=device, **kwargs)
     return m.cpu()
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #313e0209
-def exposure_posterior(
-    Y, # (n_users, n_items) clicks
-    S, # (n_users, n_items) predictions U V^T
-    mu, # (n_items,) prior probability of being shown
-    lam_y:float=1., # precision of a click given exposure
-    ): # (n_users, n_items)
+# %% ../../nbs/collaborative/02_implicit.ipynb #abea6ead
+def exposure_posterior(Y, S, mu, lam_y=1.): # (n_users, n_items) clicks and predictions; (n_items,) prior; precision
     "E-step of ExpoMF: probability that each pair was shown (Liang et al. 2016)."
     like = mu*np.sqrt(lam_y/(2*np.pi))*np.exp(-lam_y*S**2/2)
     return np.where(Y > 0, 1., like/(like + 1 - mu))
 
-def weighted_least_squares(P, Y, V, lam, lam_y=1.):
-    "Rows $(\\lambda I+\\lambda_y\\sum_ip_{ui}V_iV_i^\\top)^{-1}\\lambda_y\\sum_ip_{ui}y_{ui}V_i$, all at once: (n, d)."
-    n, d = V.shape
-    A = lam_y*(P @ np.einsum("ik,il->ikl", V, V).reshape(n, d*d)).reshape(-1, d, d) + lam*np.eye(d)
-    return np.linalg.solve(A, lam_y*((P*Y) @ V)[..., None])[..., 0]
+def weighted_least_squares(P, Y, V, lam): # (n, m), (n, m), (m, d) -> (n, d)
+    "Rows $(\\lambda I+\\sum_ip_{ui}V_iV_i^\\top)^{-1}\\sum_ip_{ui}y_{ui}V_i$, all at once."
+    A = np.einsum("ui,ik,il->ukl", P, V, V, optimize=True) + lam*np.eye(V.shape[1])
+    return np.linalg.solve(A, ((P*Y) @ V)[..., None])[..., 0]
 
+# %% ../../nbs/collaborative/02_implicit.ipynb #1c7252ca
 def expomf(
-    Y, # (n_users, n_items) clicks
-    dim:int=10, iters:int=10,
-    lam:float=.01, lam_y:float=1., # regulariser, precision
-    prior:tuple[float, float]=(1., 99.), # Beta prior of exposure: about 1 in 100 pairs is shown
-    seed:int=0,
-    ): # predictions (n_users, n_items), exposure probability of each pair (n_users, n_items)
+    Y, dim=10, iters=10, lam=.01, # (n_users, n_items) clicks; width, rounds, regulariser
+    prior=(1., 99.), # Beta prior of exposure: about 1 in 100 pairs is shown
+    seed=0): # predictions, exposure probability of each pair, both (n_users, n_items)
     "Exposure matrix factorisation by EM, exposure prior for each item (Liang et al. 2016)."
-    Y, rng, (a, b) = np.asarray(Y, float), np.random.default_rng(seed), prior
-    if min(a, b) < 1:
+    if min(prior) < 1:
         raise ValueError(f"prior={prior}: both at least 1, or the mode of the Beta prior does not exist")
+    rng, (a, b) = np.random.default_rng(seed), prior
     U, V = (rng.normal(0, .1, (n, dim)) for n in Y.shape)
-    mu = np.full(Y.shape[1], max(a/(a+b), Y.mean()))
+    mu = np.full(Y.shape[1], a/(a+b))
     for _ in range(iters):
-        P = exposure_posterior(Y, U @ V.T, mu, lam_y)
-        U = weighted_least_squares(P, Y, V, lam, lam_y)
-        V = weighted_least_squares(P.T, Y.T, U, lam, lam_y)
+        P = exposure_posterior(Y, U @ V.T, mu)
+        U = weighted_least_squares(P, Y, V, lam)
+        V = weighted_least_squares(P.T, Y.T, U, lam)
         mu = ((a + P.sum(0) - 1)/(a + b + len(Y) - 2)).clip(1e-6, 1-1e-6)
-    return U @ V.T, exposure_posterior(Y, U @ V.T, mu, lam_y)
+    return U @ V.T, P
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #4134481b
-def item_propensity(
-    Y, # (n_users, n_items) training clicks
-    power:float=.5,
-    ) -> Tensor: # (n_items,), floored at one click
+# %% ../../nbs/collaborative/02_implicit.ipynb #a60aeea8
+def item_propensity(Y, power=.5) -> Tensor: # (n_users, n_items) training clicks -> (n_items,), floored at one click
     "Propensity of each item from its share of clicks, 1 for the most clicked (Saito et al. 2020)."
     n = torch.as_tensor(np.asarray(Y.sum(0)), dtype=torch.float32).clamp(min=1)
     return (n/n.max())**power
 
-def dcg(
-    scores, gain, mask, # (n_users, n_items): predictions, what each item is worth, which items are ranked
-    k:int=5,
-    ) -> float:
+# %% ../../nbs/collaborative/02_implicit.ipynb #34b9f963
+def dcg(scores, gain, mask, k=5): # (n_users, n_items): predictions, what each item is worth, which items are ranked
     "Mean DCG@k over users with something to gain; with gain = clicks/propensity an unbiased estimate for selection."
     scores, gain, mask = map(torch.as_tensor, (scores, gain, mask))
     gain = torch.where(mask.bool(), gain.double(), 0.)
@@ -301,44 +285,40 @@ def dcg(
         raise ValueError("no user has a gain among the ranked items: check the mask")
     return (gain.gather(1, top)/torch.log2(torch.arange(2, k+2.)))[users].sum(1).mean().item()
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #8da2ad28
+# %% ../../nbs/collaborative/02_implicit.ipynb #271cccf4
 def fit_clicks(model, train:Interactions, loss, batch_size:int=1024, seed:int=0, device:str="cpu", **kwargs):
     "`fit` on batches of (user, item) clicks; `kwargs` (steps, lr, evaluate, ...) go to it."
     loader = batches(train.user, train.item, batch_size=batch_size, seed=seed)
     return fit(model, loss, loader, seed=seed, device=device, **kwargs)
 
+# %% ../../nbs/collaborative/02_implicit.ipynb #26f9bb39
 def train_sampled(
-    model:nn.Module,
-    train:Interactions,
-    sampler:Callable,
-    steps:int=300, lr:float=.01, l2:float=1e-3, seed:int=0,
-    **kwargs, # for `fit_clicks`: batch_size, device, evaluate, ...
+    model, train:Interactions, sampler, # any that `sampled_bpr` takes
+    steps=300, lr=.01, l2=1e-3, seed=0, **kwargs, # for `fit_clicks`: batch_size, device, evaluate, ...
     ) -> pd.DataFrame: # history
     "Train with BPR on a sampler's negatives."
     loss = lambda m, b: sampled_bpr(m, b, sampler, l2)
     return fit_clicks(model, train, loss, steps=steps, lr=lr, seed=seed, **kwargs)
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #d1d458a0
-def mixture_loss(
-    U:Tensor, I:Tensor, # model()
-    u:Tensor, i:Tensor, # (b,), (b,)
-    J:Tensor, # (b, N): one negative of each candidate sampler
-    alpha:Tensor, # (N,) on the simplex
-    instance:bool=True, # mix negatives (the approximation) or losses (exact)
-    ) -> Tensor:  # scalar
-    "BPR against a mixture of samplers, loss-to-instance or exact (after Lyu et al. 2023; form inferred)."
-    check_simplex(alpha)
-    eu = F.embedding(u, U)
-    pos = (eu*F.embedding(i, I)).sum(1)
-    if instance:
-        return F.softplus((eu*torch.einsum("bnd,n->bd", F.embedding(J, I), alpha)).sum(1) - pos).mean()
-    return (F.softplus(torch.einsum("bd,bnd->bn", eu, F.embedding(J, I)) - pos[:, None]) @ alpha).mean()
-
+# %% ../../nbs/collaborative/02_implicit.ipynb #2a96c995
 def check_simplex(alpha):
+    "Refuse weights that are no shares of a whole."
     if not ((alpha >= 0).all() and abs(alpha.detach().sum().item() - 1) < 1e-3):
         raise ValueError(f"alpha={alpha.tolist()}: shares must be positive and sum to 1")
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #4e7263e5
+def mixture_loss(
+    U:Tensor, I:Tensor, u:Tensor, i:Tensor, # model(); (b,), (b,) clicks
+    J:Tensor, alpha:Tensor, # (b, N): one negative of each candidate sampler; (N,) on the simplex
+    instance=True): # mix negatives (the approximation) or losses (exact)
+    "BPR against a mixture of samplers, loss-to-instance or exact (after Lyu et al. 2023; form inferred); a scalar."
+    check_simplex(alpha)
+    eu, E = F.embedding(u, U), F.embedding(J, I)
+    pos = (eu*F.embedding(i, I)).sum(1)
+    if instance:
+        return F.softplus((eu*torch.einsum("bnd,n->bd", E, alpha)).sum(1) - pos).mean()
+    return (F.softplus(torch.einsum("bd,bnd->bn", eu, E) - pos[:, None]) @ alpha).mean()
+
+# %% ../../nbs/collaborative/02_implicit.ipynb #ecb99676
 def held_out_loss(model, held):
     "Softmax loss of held-out clicks (v, j) against the shared items K."
     v, j, K = held
@@ -347,159 +327,129 @@ def held_out_loss(model, held):
     logits = torch.cat([(ev*F.embedding(j, I)).sum(1, keepdim=True), ev @ F.embedding(K, I).T], 1)
     return (logits.logsumexp(1) - logits[:, 0]).mean()
 
+# %% ../../nbs/collaborative/02_implicit.ipynb #036ef2c5
+@torch.no_grad()
+def moved(model, params, g, by):
+    "The vectors of the model if its parameters were moved by `by` times g."
+    return functional_call(model, {n: p + by*x for (n, p), x in zip(params.items(), g)}, ())
+
+def mixture_gradient(vectors, batch, a, tau):
+    "The gradient of the mixture's loss by its logits a."
+    b = a.detach().clone().requires_grad_()
+    return torch.autograd.grad(mixture_loss(*vectors, *batch, torch.softmax(b/tau, 0)), b)[0]
+
 def search_gradient(
     model:nn.Module,
-    batch, # training u, i, J: (b,), (b,), (b, N)
-    held, # validation u, i, K: (b,), (b,), (k,) shared random items
-    a:Tensor, # (N,) logits of the mixture
-    tau:float=1.,
-    eps:float=.01, # finite-difference step, relative to the gradient's norm
-    ) -> tuple[Tensor, float]:  # (N,) gradient of the validation loss after one unit step, validation loss
-    "How the validation loss changes with the mixture, one step ahead (first order in the step, finite differences)."
+    batch, held, # training u, i, J: (b,), (b,), (b, N); validation u, i, K: (b,), (b,), (k,) shared random items
+    a:Tensor, tau=1., # (N,) logits of the mixture; temperature
+    eps=.01): # finite-difference step, relative to the gradient's norm
+    "(N,) gradient of the validation loss by the mixture one unit step ahead, by finite differences; validation loss."
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     with eval_mode(model):
         val = held_out_loss(model, held)
         g = torch.autograd.grad(val, list(params.values()))
-        e = float(eps/sum(x.square().sum() for x in g).sqrt().clamp(min=1e-12))
-        def train_gradient(by):
-            with torch.no_grad():
-                moved = {n: p + by*x for (n, p), x in zip(params.items(), g)}
-                U, I = functional_call(model, moved, ())
-            b = a.detach().clone().requires_grad_()
-            return torch.autograd.grad(mixture_loss(U, I, *batch, torch.softmax(b/tau, 0)), b)[0]
-        return -(train_gradient(e) - train_gradient(-e))/(2*e), val.item()
+        e = eps/float(torch.cat([x.flatten() for x in g]).norm().clamp(min=1e-12))
+        ahead, behind = (mixture_gradient(moved(model, params, g, by), batch, a, tau) for by in (e, -e))
+    return -(ahead - behind)/(2*e), val.item()
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #39c95034
+# %% ../../nbs/collaborative/02_implicit.ipynb #18569de9
 class SamplerSearch:
     "A mixture of samplers that moves to lower a validation loss (after Lyu et al. 2023; reconstruction)."
     def __init__(self,
-        samplers:dict[str, Callable], # name -> sampler with n=1
-        held:Interactions, # held-out clicks
+        samplers:dict, held:Interactions, # name -> sampler with n=1; held-out clicks
         steps:int, # over which the temperature falls
-        stride:int=5, # model steps for each step of the mixture
-        lr_a:float=.05, tau:tuple[float, float]=(1., .1), # learning rate of the mixture, temperature from and to
-        n_val:int=256, # random items in the validation softmax
-        seed:int=0):
+        stride=5, lr_a=.05, # model steps for each step of the mixture, and that step's learning rate
+        tau=(1., .1), # temperature, from and to
+        instance=True, seed=0): # mix negatives or losses, see `mixture_loss`
         if len(samplers) < 2:
             raise ValueError(f"samplers={list(samplers)}: at least two, or there is nothing to search")
-        self.samplers,self.steps,self.stride,self.tau,self.n_val = samplers,steps,stride,tau,n_val
-        self.held,self.n_items = torch.from_numpy(np.stack([held.user, held.item])),held.n_items
-        self.a = torch.zeros(len(samplers), requires_grad=True)
-        self.opt,self.g = torch.optim.Adam([self.a], lr_a),torch.Generator().manual_seed(seed)
-        self.t,self.history = 0,[] # model steps so far; a row for each step of the mixture
+        self.samplers, self.steps, self.stride, self.tau, self.instance = samplers, steps, stride, tau, instance
+        self.held, self.n_items = torch.from_numpy(np.stack([held.user, held.item])), held.n_items
+        self.a, self.g = torch.zeros(len(samplers), requires_grad=True), torch.Generator().manual_seed(seed)
+        self.opt, self.t, self.history = torch.optim.Adam([self.a], lr_a), 0, []
 
     @property
     def temperature(self): return self.tau[0]*(self.tau[1]/self.tau[0])**(self.t/self.steps)
 
-    def alpha(self) -> Tensor: # (N,)
-        return torch.softmax(self.a.detach()/self.temperature, 0)
+    def alpha(self): return torch.softmax(self.a.detach()/self.temperature, 0) # (N,) shares of the samplers
 
-def one_of_each(samplers, u, i, U, I):
-    "A negative of every sampler, (b, N); those that ask the model see U and I."
-    J = torch.cat([s(u, i, lambda: (U.detach(), I.detach())) for s in samplers.values()], 1)
-    if J.shape[1] != len(samplers):
-        raise ValueError(f"{len(samplers)} samplers gave {J.shape[1]} negatives a row. Fix: n=1 for each")
+# %% ../../nbs/collaborative/02_implicit.ipynb #95e9050f
+@patch
+def draw(self:SamplerSearch, u, i, model): # (b,), (b,) -> (b, N)
+    "A negative of every sampler."
+    J = torch.cat([s(u, i, model) for s in self.samplers.values()], 1)
+    if J.shape[1] != len(self.samplers):
+        raise ValueError(f"{len(self.samplers)} samplers gave {J.shape[1]} negatives a row. Fix: n=1 for each")
     return J
 
+# %% ../../nbs/collaborative/02_implicit.ipynb #dce65608
 @patch
 def held_batch(self:SamplerSearch, device):
-    "Held-out clicks and random items for the validation softmax."
-    v, j = self.held[:, torch.randint(self.held.shape[1], (128,), generator=self.g)].to(device)
-    return v, j, torch.randint(self.n_items, (self.n_val,), generator=self.g).to(device)
+    "Held-out clicks, and random items to tell them from."
+    some = lambda n: torch.randint(n, (256,), generator=self.g)
+    return [x.to(device) for x in (*self.held[:, some(self.held.shape[1])], some(self.n_items))]
 
+# %% ../../nbs/collaborative/02_implicit.ipynb #18bcbd76
 @patch
 def move(self:SamplerSearch, model, u, i, J):
-    "One step of the mixture, on a fresh validation batch."
-    held = self.held_batch(u.device)
-    grad, val = search_gradient(model, (u, i, J), held, self.a.to(u.device), self.temperature)
+    "One step of the mixture, on fresh held-out clicks."
+    held, a = self.held_batch(u.device), self.a.to(u.device)
+    grad, val = search_gradient(model, (u, i, J), held, a, self.temperature)
     self.a.grad = grad.to(self.a)
     self.opt.step()
     self.history.append(dict(step=self.t, val=val) | dict(zip(self.samplers, self.alpha().tolist())))
 
 @patch
 def loss(self:SamplerSearch, model, batch, l2=1e-3):
-    "The model's loss against the mixed negative; every few calls the mixture moves first."
+    "The model's loss against the mixture; every few calls the mixture moves first."
     u, i = batch
-    J = one_of_each(self.samplers, u, i, *model())
+    U, I = model()
+    J = self.draw(u, i, lambda: (U.detach(), I.detach()))
     self.t += 1
     if self.t % self.stride == 0:
         self.move(model, u, i, J)
-    U, I = model()
-    return mixture_loss(U, I, u, i, J, self.alpha().to(u.device)) + l2*row_norms(model, u, i, J[:, :1])
+    return mixture_loss(U, I, u, i, J, self.alpha().to(U), self.instance) + l2*row_norms(model, u, i, J[:, :1])
 
+# %% ../../nbs/collaborative/02_implicit.ipynb #11650269
 def auto_sample(
     model:nn.Module,
-    train:Interactions,
-    valid:Interactions, # held-out clicks for the search; the samplers should `exclude` them
+    train:Interactions, valid:Interactions, # clicks to train on; held out for the search (`exclude` them)
     samplers:dict[str, Callable], # name -> sampler with n=1
-    steps:int=300, # of both stages together
-    search:float=.4, # share of the steps that search
-    warm:bool=True, # go on from the searched model; False: start over, with all `steps`
-    seed:int=0,
-    **kwargs, # stride, lr_a, tau, n_val for `SamplerSearch`; lr, l2, batch_size, ... for `train_sampled`
+    steps=300, search=.4, # of both stages together; share of them that search
+    warm=True, seed=0, # go on from the searched model; False: start over, with all `steps`
+    **kwargs, # stride, lr_a, tau, instance for `SamplerSearch`; lr, batch_size, ... for `fit_clicks`
     ): # name of the chosen sampler, history of alpha (a row a mixture step), history of the second stage
     "Search a sampler while training, then go on with it (after Lyu et al. 2023; reconstruction)."
     if both := len(valid) - len(new_pairs(valid, train)):
         raise ValueError(f"{both} of {len(valid)} validation clicks are training clicks: hold some out")
-    own = {k: kwargs.pop(k) for k in ("stride", "lr_a", "tau", "n_val") if k in kwargs}
-    n = max(int(steps*search), 1)
-    stage = SamplerSearch(samplers, valid, n, seed=seed, **own)
+    own = {k: kwargs.pop(k) for k in ("stride", "lr_a", "tau", "instance") if k in kwargs}
+    kwargs, stage = dict(lr=.01) | kwargs, SamplerSearch(samplers, valid, max(int(steps*search), 1), seed=seed, **own)
     start = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    search_stage(model, train, stage, seed, **kwargs)
+    fit_clicks(model, train, stage.loss, seed=seed, steps=stage.steps, **kwargs)
     if not warm:
         model.load_state_dict(start)
     best = list(samplers)[int(stage.a.argmax())]
-    h = train_sampled(model, train, samplers[best], steps-n if warm else steps, seed=seed+1, **kwargs)
+    h = train_sampled(model, train, samplers[best], steps - warm*stage.steps, seed=seed+1, **kwargs)
     return best, pd.DataFrame(stage.history), h
 
-def search_stage(model, train, stage, seed, lr=.01, l2=1e-3, batch_size=1024, device="cpu", **_):
-    fit_clicks(model, train, lambda m, b: stage.loss(m, b, l2), batch_size, seed, device, steps=stage.steps, lr=lr)
-
-# %% ../../nbs/collaborative/02_implicit.ipynb #de63c502
-def mutual_information(
-    a, b, # (n,) int codes
-    ) -> float: # nats
-    "Mutual information of two categorical fields from their joint counts (Yao et al. 2021)."
-    a, b = (pd.factorize(np.asarray(v), use_na_sentinel=False)[0] for v in (a, b)) # missing is a value of its own
+# %% ../../nbs/collaborative/02_implicit.ipynb #e6bfead0
+def mutual_information(a, b) -> float: # (n,) values of two categorical fields; nats
+    "Mutual information of two fields from their joint counts (Yao et al. 2021); a missing value is a value of its own."
     if len(a) != len(b):
         raise ValueError(f"fields of {len(a)} and {len(b)} values: one value per item in each")
-    P = np.bincount(a*(b.max()+1) + b, minlength=(a.max()+1)*(b.max()+1)).reshape(a.max()+1, -1)/len(a)
-    E = np.outer(P.sum(1), P.sum(0))
-    on = P > 0
-    return float((P[on]*np.log(P[on]/E[on])).sum())
+    return float(mutual_info_score(*(pd.factorize(np.asarray(v), use_na_sentinel=False)[0] for v in (a, b))))
 
-def field_relatedness(
-    fields:pd.DataFrame, # one column a field
-    ) -> np.ndarray:  # (k, k), zero diagonal
+# %% ../../nbs/collaborative/02_implicit.ipynb #9e302269
+def field_relatedness(fields:pd.DataFrame) -> np.ndarray: # one column a field -> (k, k), zero diagonal
     "Mutual information of every pair of fields over the smaller entropy; an id is related to nothing."
-    H = [mutual_information(fields[c], fields[c]) for c in fields]
-    M = np.zeros((len(H), len(H)))
-    for i, a in enumerate(fields):
-        for j, b in list(enumerate(fields))[:i]:
-            M[i, j] = M[j, i] = mutual_information(fields[a], fields[b])/max(min(H[i], H[j]), 1e-12)
-    unique = [len(fields[c].unique()) == len(fields) for c in fields] # determines all others, is related to none
+    M = np.array([[mutual_information(fields[a], fields[b]) if a <= b else 0. for b in fields] for a in fields])
+    M = np.maximum(M, M.T)/np.minimum.outer(H := M.diagonal().clip(1e-12), H)
+    unique = fields.nunique(dropna=False).to_numpy() == len(fields) # determines all others, is related to none
     M[unique] = M[:, unique] = 0
+    np.fill_diagonal(M, 0)
     return M
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #708aadd6
-def view_mask(
-    k:int, # number of fields
-    how:str="cfm", # "cfm", "rfm", "spread" (both views show everything) or "fd" (the same random half in both)
-    relatedness=None, # (k, k), needed for "cfm"
-    rng:np.random.Generator|None=None,
-    ) -> tuple[Tensor, Tensor]: # two (k,) bool masks, True = hidden
-    "Which fields the two views hide (Yao et al. 2021)."
-    if how not in ("cfm", "rfm", "spread", "fd"):
-        raise ValueError(f"how={how!r}: must be 'cfm', 'rfm', 'spread' or 'fd'")
-    if how == "cfm" and relatedness is None:
-        raise ValueError("how='cfm' needs the (k, k) relatedness of the fields: field_relatedness(fields)")
-    hide, rng = np.zeros(k, bool), rng or np.random.default_rng()
-    if how == "cfm":
-        hide[related_fields(relatedness, rng)] = True
-    elif how != "spread":
-        hide[rng.permutation(k)[:k//2]] = True
-    return torch.from_numpy(hide), torch.from_numpy(~hide if how in ("cfm", "rfm") else hide.copy())
-
+# %% ../../nbs/collaborative/02_implicit.ipynb #8fe9565f
 def related_fields(relatedness, rng):
     "A random field and the k//2 fields most related to it; ties in random order."
     M = np.asarray(relatedness)
@@ -508,12 +458,27 @@ def related_fields(relatedness, rng):
     close[first] = np.inf
     return np.argsort(-close)[:len(M)//2 + 1]
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #a928f437
+# %% ../../nbs/collaborative/02_implicit.ipynb #25a3e8ee
+def view_mask(
+    k:int, how="cfm", # number of fields; "cfm", "rfm", "spread" (all is shown) or "fd" (the same random half in both)
+    relatedness=None, rng=None, # (k, k), needed for "cfm"; a numpy generator
+    ) -> tuple[Tensor, Tensor]: # two (k,) bool masks, True = hidden
+    "Which fields the two views hide (Yao et al. 2021)."
+    if how not in ("cfm", "rfm", "spread", "fd"):
+        raise ValueError(f"how={how!r}: must be 'cfm', 'rfm', 'spread' or 'fd'")
+    if how == "cfm" and relatedness is None:
+        raise ValueError("how='cfm' needs the (k, k) relatedness of the fields: field_relatedness(fields)")
+    hide, rng = np.zeros(k, bool), rng or np.random.default_rng()
+    if how != "spread":
+        hide[related_fields(relatedness, rng) if how == "cfm" else rng.permutation(k)[:k//2]] = True
+    return torch.from_numpy(hide), torch.from_numpy(~hide if how in ("cfm", "rfm") else hide.copy())
+
+# %% ../../nbs/collaborative/02_implicit.ipynb #d031a64c
 class ItemTower(Tower):
     "A tower that keeps its catalogue and reads item numbers; hidden fields show a learned default (Yao et al. 2021)."
     def __init__(self,
         fields:list, # one (n_items,) or (n_items, values) int array a field; -1 pads
-        dim:int=16, hidden:int=128, out:int=32): # widths: a value's embedding, the hidden layer, the vector
+        dim=16, hidden=128, out=32): # widths: a value's embedding, the hidden layer, the vector
         X = [torch.tensor(np.asarray(f)).reshape(len(f), -1) for f in fields]
         if len(lens := {len(f) for f in X}) != 1:
             raise ValueError(f"fields of different lengths {sorted(lens)}: one row per item in each")
@@ -521,10 +486,9 @@ class ItemTower(Tower):
         self.register_buffer("rows", torch.cat(X, 1))
         self.k = len(X)
 
-    def forward(self, items, hide=None, drop:float=0.): # (b,), (k,) bool -> (b, out)
+    def forward(self, items, hide=None, drop=0.): # (b,), (k,) bool -> (b, out)
         return super().forward(self.rows[items], hide, drop)
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #875f760c
 class CatalogueTowers(TwoTower):
     "Two towers on user and item numbers; `model()` gives unit vectors of all users and items."
     def __init__(self, n_users:int, item:ItemTower, dim:int=32):
@@ -537,48 +501,42 @@ class CatalogueTowers(TwoTower):
         users, items = (torch.arange(n, device=at) for n in (self.query.sizes[0], len(self.item.rows)))
         return self.encode(users), self.item(items)
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #942c3e95
+# %% ../../nbs/collaborative/02_implicit.ipynb #17c3bec9
 class SelfSupervision:
     "The contrastive task on an item tower: which items, which views (Yao et al. 2021)."
     def __init__(self,
         train:Interactions,
-        how:str="cfm", # views: see `view_mask`
-        relatedness=None,
-        uniform:bool=True, # items: uniform from the catalogue, or drawn from the log
-        n:int=256, # items a step, those drawn twice once
-        tau:float=.1, value_dropout:float=.1,
-        seed:int=0):
-        self.how,self.relatedness,self.n,self.tau = how,relatedness,n,tau
-        self.drop = 0. if how == "spread" else value_dropout
+        how="cfm", relatedness=None, # views: see `view_mask`
+        uniform=True, # items: uniform from the catalogue, or drawn from the log
+        n=256, tau=.1, seed=0): # items a step, those drawn twice once; temperature
+        self.how, self.relatedness, self.n, self.tau = how, relatedness, n, tau
         self.pool = torch.arange(train.n_items) if uniform else torch.tensor(train.item)
-        self.rng,self.g = np.random.default_rng(seed),torch.Generator().manual_seed(seed)
+        self.rng, self.g = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
 
-    def __call__(self, tower:ItemTower) -> Tensor: # scalar
+    def __call__(self, tower:ItemTower) -> Tensor: # scalar; a tenth of the values is dropped, but for "spread"
         items = self.pool[torch.randint(len(self.pool), (self.n,), generator=self.g)].unique().to(tower.rows.device)
-        masks = view_mask(tower.k, self.how, self.relatedness, self.rng)
-        return batch_softmax(*(tower(items, hide, self.drop) for hide in masks), self.tau)
+        views = view_mask(tower.k, self.how, self.relatedness, self.rng)
+        return batch_softmax(*(tower(items, hide, .1*(self.how != "spread")) for hide in views), self.tau)
 
-# %% ../../nbs/collaborative/02_implicit.ipynb #7dad1a7c
+# %% ../../nbs/collaborative/02_implicit.ipynb #73d96477
+def main_loss(model, batch, log_freq, hide=None, tau=.1): # u, i: (b,), (b,) clicks; (n_items,) -> scalar
+    "In-batch softmax of clicks, corrected by the items' log frequency; an item is never its own negative."
+    u, i = batch
+    return batch_softmax(model.encode(u), model.item(i, hide), tau, log_freq.to(i.device)[i], i)
+
+# %% ../../nbs/collaborative/02_implicit.ipynb #7de46164
 def train_two_tower(
-    model:CatalogueTowers,
-    train:Interactions,
-    how:str|None="cfm", # views: see `view_mask`; None: no self-supervision; "fd": dropout in the main task only
-    relatedness=None,
-    alpha:float=.3, # weight of the contrastive loss
-    uniform:bool=True, # items of the contrastive task: uniform, or drawn from the log
-    tau:float=.1, # temperature of the main task
-    seed:int=0,
-    **kwargs, # for `fit_clicks`: steps, lr, batch_size, device, evaluate, ...
+    model:CatalogueTowers, train:Interactions,
+    how="cfm", relatedness=None, # see `view_mask`; None: no self-supervision; "fd": dropout in the main task only
+    alpha=.3, uniform=True, # weight of the contrastive loss; its items: uniform, or drawn from the log
+    seed=0, **kwargs, # for `fit_clicks`: steps, lr, batch_size, device, evaluate, ...
     ) -> pd.DataFrame: # history
     "Main task plus self-supervision on the item tower (Yao et al. 2021)."
-    kwargs = dict(steps=300, batch_size=256, lr=3e-3) | kwargs
-    freq = torch.from_numpy(np.bincount(train.item, minlength=train.n_items).clip(1)/len(train)).float().log()
-    rng, contrast = np.random.default_rng(seed), None
-    if how not in (None, "fd"):
-        contrast = SelfSupervision(train, how, relatedness, uniform, kwargs["batch_size"], seed=seed)
+    kwargs = dict(steps=300, batch_size=256) | kwargs
+    log_freq = torch.bincount(torch.tensor(train.item), minlength=train.n_items).clamp(min=1).log() # up to a constant
+    rng = np.random.default_rng(seed)
+    task = SelfSupervision(train, how, relatedness, uniform, kwargs["batch_size"], seed=seed)
     def loss(m, batch):
-        u, i = batch
         hide = view_mask(m.item.k, "fd", rng=rng)[0] if how == "fd" else None
-        main = batch_softmax(m.encode(u), m.item(i, hide), tau, freq.to(i.device)[i], i)
-        return main + alpha*contrast(m.item) if contrast else main
+        return main_loss(m, batch, log_freq, hide) + (0 if how in (None, "fd") else alpha*task(m.item))
     return fit_clicks(model, train, loss, seed=seed, **kwargs)

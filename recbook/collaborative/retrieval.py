@@ -91,7 +91,7 @@ def settle(self:SparCode,
     x:Tensor): # (n_items, fields): the catalogue
     "Set b after training, from the scores of all codes with all items: exactly `density` of them will be stored."
     with eval_mode(self):
-        S = self.E(self.vq.words(self.every_code()), self.item(x)).numpy()
+        S = self.E(self.vq.words(self.every_code()), self.item(x.to(self.b.device))).cpu().numpy()
     self.b.fill_(-float(np.quantile(S, 1-self.density)))
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #b34e09d1
@@ -171,7 +171,7 @@ def within(v, lo, hi, col):
         raise ValueError(f"{pd.isna(v).sum()} values of {col} are missing: a range is not defined for them")
     if lo is not None and hi is not None and not lo <= hi:
         raise ValueError(f"{col} from {lo} to {hi}: the lower bound comes first")
-    return (True if lo is None else v >= lo) & (True if hi is None else v <= hi)
+    return np.full(len(v), True) & (lo is None or v >= lo) & (hi is None or v <= hi)
 
 def fits(v, want, col):
     "Where the values `v` of a column are what one entry of a filter wants."
@@ -377,7 +377,8 @@ def find(self:Serf, Q, where, ok, ef): # noqa: F811
         if set(w) != {self.column} or not isinstance(w[self.column], tuple) or w[self.column][0] is not None:
             raise ValueError(f"this index answers {{{self.column!r}: (None, high)}}, not {w}. Fix: Acorn for a range "
                              f"with two ends")
-    r = np.array([np.searchsorted(self.sorted, w[self.column][1], "right") for w in where]) # how many pass
+    high = [w[self.column][1] for w in where] # None: no bound, all pass
+    r = np.array([len(self.X) if h is None else np.searchsorted(self.sorted, h, "right") for h in high])
     starts = np.where(r[:, None] > 0, (r[:, None]*np.array([0, .25, .5, .75])).astype(int), -1)
     def expand(q, p): return np.where((self.born[p] < r[q, None]) & (r[q, None] <= self.died[p]), self.to[p], -1)
     ids, dist, evals = walk(self.Y, Q, starts, ef, expand)
@@ -472,10 +473,8 @@ class DiagLinUCB:
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #e9901017
 @patch
-def moments(self:DiagLinUCB,
-    items:np.ndarray, # (m,)
-    c:np.ndarray, w:np.ndarray, # (K,) clusters of the context and their weights
-    ) -> tuple[np.ndarray, np.ndarray]: # (m,) mean and variance
+def moments(self:DiagLinUCB, items, c, w): # (m,); (K,) clusters of the context and their weights
+    "Mean and variance of each item's reward: (m,), (m,)."
     d = self.d[items[:, None], c]
     return (w*self.b[items[:, None], c]/d).sum(1), (w*w/d).sum(1)
 
