@@ -234,7 +234,8 @@ def test_models_that_are_not_there_and_sizes_that_are_theirs():
 def test_the_shipped_model_passes_its_examination(nano):
     got = N.examine(*nano, [11], 60)
     least = {**{f"{a} from title": .97 for a in CUES}, "yes or no": .93, "letters of 4": .88}
-    least |= {"letters in every order": .88, "letters of 20": .3, "look-up, 8 pairs": .93, "title with the asked attributes": .9}
+    least |= {"letters in every order": .88, "letters of 20": .3, "look-up, 8 pairs": .93}
+    least |= {"title with the asked attributes": .9}
     assert not {k: got[k] for k in least if got[k] < least[k]}
     assert got["entropy of a title"] <= got["nats a title"] < got["entropy of a title"] + .5
     assert got["will it be liked"] <= got["best possible"]
