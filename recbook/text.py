@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np, torch
 from transformers import AutoModel, AutoTokenizer
 from .answers import context_limit, encode, tokens_only, whole_model
-from .lm import nano_lm, safely
+from .lm import nano_mlm, safely
 from .training import eval_mode
 
 # %% auto #0
@@ -37,7 +37,7 @@ def text_vectors(
     elif encoder == "tfidf":
         X = tfidf_vectors(texts, dim, seed)
     elif encoder == "nano":
-        X = pooled(*nano_lm(), texts, batch_size)
+        X = pooled(*nano_mlm(), texts, batch_size)
     else:
         X = pooled(*load_encoder(encoder), texts, batch_size, pooling_of(encoder))
     return (X/np.maximum(np.linalg.norm(X, axis=1, keepdims=True), 1e-12)).astype(np.float32)

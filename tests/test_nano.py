@@ -220,7 +220,7 @@ def test_shipped_models_load_at_once_and_weigh_little():
     assert m.dtype == torch.float32 and not m.training and tok.padding_side == "left"
     for n in ("nano", "nano-mlm"):
         kind = (L.nano_mlm if n == "nano-mlm" else L.nano_lm)(name=n)[0]
-        assert 2e6 <= kind.num_parameters() <= 5e6
+        assert 1.7e6 <= kind.num_parameters() <= 5e6
     assert L.load_lm("nano")[0].config.hidden_size == 192
 
 def test_models_that_are_not_there_and_sizes_that_are_theirs():
@@ -241,7 +241,7 @@ def test_the_shipped_model_passes_its_examination(nano):
     assert got["will it be liked"] <= got["best possible"]
 
 def test_it_reads_on_and_then_names_titles_of_a_catalogue():
-    w = World(12, 50, 40)
+    w = World(12, 50, 40, clicks_per_user=5)
     texts = [f"Title of an item that is {r.mood}, {r.genre}, {r.setting}, {r.era}: "
              f"{r.title}" for r in w.items.itertuples()]*4
     model, tok = L.read_on(texts, steps=60, lr=.001)
