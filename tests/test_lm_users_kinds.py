@@ -291,7 +291,7 @@ def test_bad_input_of_unlearning(tok):
     g = U.edge_graph(EDGES, 3, 3)
     m = LightGCN(g, 3, 4)
     cases = [
-        ("3 users", lambda: U.edge_graph(np.array([[3, 0]]), 3, 3)),
+        (r"outside 0..2", lambda: U.edge_graph(np.array([[3, 0]]), 3, 3)),
         ("float", lambda: U.edge_graph(EDGES + 0.5, 3, 3)),
         ("outside", lambda: U.edge_graph(EDGES - 1, 3, 3)),
         ("never trained", lambda: U.unlearn_edges(m, [[1, 2]], EDGES, 3, 3)),
