@@ -294,9 +294,9 @@ def test_bad_input_of_unlearning(tok):
         (r"outside 0..2", lambda: U.edge_graph(np.array([[3, 0]]), 3, 3)),
         ("float", lambda: U.edge_graph(EDGES + 0.5, 3, 3)),
         ("outside", lambda: U.edge_graph(EDGES - 1, 3, 3)),
-        ("never trained", lambda: U.unlearn_edges(m, [[1, 2]], EDGES, 3, 3)),
+        ("not what the model was trained on", lambda: U.unlearn_edges(m, [[1, 2]], EDGES, 3, 3)),
         ("both sets", lambda: U.unlearn_edges(m, EDGES[:1], EDGES, 3, 3)),
-        ("twice", lambda: U.unlearn_edges(m, EDGES[[0, 0]], EDGES[1:], 3, 3)),
+        ("repeated", lambda: U.unlearn_edges(m, EDGES[[0, 0]], EDGES[1:], 3, 3)),
         ("n_users=2", lambda: U.unlearn_edges(m, EDGES[:1], EDGES[1:3], 2, 4)),
         ("n_users=4", lambda: U.unlearn_edges(m, EDGES[:1], EDGES[1:], 4, 3)),
         ("float", lambda: U.unlearn_edges(m, EDGES[:1] * 1.0, EDGES[1:], 3, 3)),
@@ -326,7 +326,7 @@ def test_bad_input_of_unlearning(tok):
     y, n = R.y.tolist()
     for word, f in (
         ("same token", lambda: U.evaluate_unlearning(lm, lm, R, R, R, y, y)),
-        ("both answers", lambda: U.evaluate_unlearning(lm, lm, U.take(R, [0]), R, R, y, n)),
+        ("both classes", lambda: U.evaluate_unlearning(lm, lm, U.take(R, [0]), R, R, y, n)),
         ("steps=-3", lambda: U.e2urec(lm, tok, rows[:1], rows[1:], steps=-3)),
         ("beta=3", lambda: U.e2urec(lm, tok, rows[:1], rows[1:], beta=3)),
         ("alpha=-2", lambda: U.e2urec(lm, tok, rows[:1], rows[1:], alpha=-2)),

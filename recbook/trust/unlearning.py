@@ -411,7 +411,8 @@ def check_graph(model, g): # Graph of all edges before the request
     "Are these users, items and edges what the model was trained on?"
     A = getattr(model, "A", None)
     if len(model.E0) != sum(g.sizes) or getattr(model, "n_users", g.sizes[0]) != g.sizes[0]:
-        raise ValueError(f"{g.sizes} users and items: the model has others, {len(model.E0)} in all")
+        n, m = g.sizes
+        raise ValueError(f"n_users={n}, n_items={m}: the model has others, {len(model.E0)} in all")
     same = lambda part: getattr(A, part)().equal(getattr(g.A, part)())
     if A is not None and not (same("crow_indices") and same("col_indices")):
         raise ValueError("forget and remaining are not what the model was trained on: give all of its edges, no others")
