@@ -135,6 +135,7 @@ def rejecting(train, n, propose, exclude=None):
 
 # %% ../nbs/foundations/08_baselines.ipynb #cb3fa78e
 def from_cdf(cdf, n, g):
+    "Draws from cumulative weights (double): (n,) positions."
     return torch.searchsorted(cdf, torch.rand(n, generator=g, dtype=torch.double)).clamp(max=len(cdf)-1)
 
 # %% ../nbs/foundations/08_baselines.ipynb #81bcbfa9

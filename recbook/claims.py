@@ -201,7 +201,9 @@ def paired(id, ours, theirs, seeds):
     return a, b, seeds
 
 # %% ../nbs/foundations/18_claims.ipynb #c503b357
-def finite(v): return None if v is None or not np.isfinite(v) else float(v)
+def finite(v):
+    "A number for JSON, or None."
+    return None if v is None or not np.isfinite(v) else float(v)
 
 def is_provisional(verdict, ours, theirs):
     "Could a caveat of the losing side (of either side when nobody wins) turn the verdict?"
@@ -226,7 +228,9 @@ MARKS = dict(supported="✓", refuted="✗", negligible="≈", inconclusive="?",
 COLORS = dict(supported="#029e73", refuted="#d55e00", negligible="#56b4e9", inconclusive="#949494", exact="#cc78bc")
 
 # %% ../nbs/foundations/18_claims.ipynb #c597604f
-def label(r): return r["verdict"] + (" (provisional)" if r.get("provisional") else "")
+def label(r):
+    "The verdict in words."
+    return r["verdict"] + (" (provisional)" if r.get("provisional") else "")
 
 def line(r):
     "The record `r` in one line of text."
@@ -372,7 +376,9 @@ def opponent(df, c, col, dataset):
     return best_rival(df, col, dataset, role, c.get("direction") == "lower") if role else c["theirs"]
 
 # %% ../nbs/foundations/18_claims.ipynb #f515ceff
-def named(c, them): return f"{c['theirs']} ({them})" if them != c["theirs"] else them
+def named(c, them):
+    "The rival, with the method that took its place."
+    return f"{c['theirs']} ({them})" if them != c["theirs"] else them
 
 def caveats_of(part, method):
     "All caveats of a method, whatever rows they stand in."
@@ -381,6 +387,7 @@ def caveats_of(part, method):
 
 # %% ../nbs/foundations/18_claims.ipynb #1fef980a
 def setting_of(part, method):
+    "The setting a method ran with; empty if it has none."
     rows = part[part.method == method].setting
     return json.loads(rows.iloc[0]) if len(rows) and rows.iloc[0] else {}
 

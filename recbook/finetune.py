@@ -108,7 +108,9 @@ def priced(f): # what to run -> what it returns, and multiply-adds
         out = f()
     return out, c.get_total_flops()/2
 
-def macs(f): return priced(f)[1]
+def macs(f):
+    "Multiply-adds of a layer for one token."
+    return priced(f)[1]
 
 # %% ../nbs/foundations/14_finetune.ipynb #07ef4126
 class Prompts(NamedTuple):
@@ -188,6 +190,7 @@ def next_logits(
     return model(input_ids=ids, attention_mask=mask, use_cache=False, **kw).logits[:, -1]
 
 def check_length(model, mask):
+    "Refuse prompts that are longer than the model reads."
     if (limit := context_limit(model)) and (longest := int(mask.sum(1).max())) > limit:
         raise ValueError(f"a prompt has {longest} tokens, the model reads {limit}: shorten the history")
 
@@ -245,6 +248,7 @@ def adapter_params(model): # -> dict of parameters
     return P
 
 def check_strength(name, value):
+    "Refuse a strength that is no number above 0."
     if not 0 <= value < np.inf:
         raise ValueError(f"{name}={value}: must be at least 0")
 

@@ -305,7 +305,7 @@ MASKED = CAUSAL | dict(steps=2000, max_length=512, lr=.0015)
 def nano_lm(
     world:World|None=None, # whose corpus a model of its own reads
     corpus:Sequence[str]|None=None, # or any texts
-    name:str="nano", # with neither: the shipped model, "nano", "nano-128" or "nano-64" by their width
+    name:str="nano", # with neither: which model of data/models
     **size) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]: # see `CAUSAL`
     """A small Llama-style language model and its tokenizer: the one that came with the book, or one that reads the
     texts given, cached once it is trained."""
@@ -321,6 +321,8 @@ def came_with_the_book(kind, name, size):
     if size:
         raise ValueError(f"{', '.join(size)}: a shipped model has its size. Fix: give a world or a corpus to read")
     folder = shipped(name)
+    if kind.__name__ not in (own := read_json(folder/"config.json").get("architectures", [])):
+        raise ValueError(f"{name!r} is a {' '.join(own)}. Fix: nano_lm for causal models, nano_mlm for masked ones")
     return safely(kind, folder, dtype=torch.float32).eval(), safely(AutoTokenizer, folder)
 
 # %% ../nbs/foundations/11_lm.ipynb #bc709626
@@ -330,7 +332,8 @@ def shipped(name:str) -> Path: # folder with config, safetensors and tokenizer
     there = sorted(f.parent.name for f in home.glob("*/model.safetensors"))
     if name not in there:
         have = ", ".join(there) or "nothing"
-        raise OSError(f"no model {name!r} in {home}, which holds {have}. Fix: recbook model train {name}")
+        fix = f"recbook model train {name} --to {home/name}"
+        raise OSError(f"no model {name!r} in {home}, which holds {have}. Fix: {fix}")
     return home/name
 
 # %% ../nbs/foundations/11_lm.ipynb #ee4ed60d
@@ -476,7 +479,7 @@ def weights_mark(model):
 
 # %% ../nbs/foundations/11_lm.ipynb #518978b2
 def load_lm(
-    name_or_path:str="nano", # "nano" (or "nano-64", "nano-128"), a hub name or a folder
+    name_or_path:str="nano", # a model of data/models by its name, a hub name or a folder
     dtype=None, # e.g. torch.bfloat16; the model's own if None
     device:str|None=None, # e.g. "cuda"; the CPU if None
     **kw) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]: # kw goes to `nano_lm` or `from_pretrained`

@@ -228,7 +228,8 @@ def publish(t, to):
     t.tok.save_pretrained(to)
     (to/"log.json").write_text(json.dumps(t.log))
     made = {k: version(k) for k in ("torch", "transformers", "tokenizers", "numpy")}
-    (to/"recipe.json").write_text(json.dumps(t.how | dict(made_with=made), indent=1))
+    how = t.how | dict(made_with=made, threads=torch.get_num_threads())
+    (to/"recipe.json").write_text(json.dumps(how, indent=1))
     return to
 
 # %% ../nbs/foundations/22_nano.ipynb #cae68fd1

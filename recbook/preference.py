@@ -123,6 +123,7 @@ def _prepare_dataset(self:PairTrainer, dataset, tok, args, name):
 # %% ../nbs/foundations/19_preference.ipynb #0b9e9d7a
 @patch
 def check_lists(self:PairTrainer, args):
+    "Refuse lists of rejected answers where a trainer or trl takes one."
     if not self.several:
         raise ValueError(f"{type(self).__name__} takes one rejected answer a row: SDPOTrainer takes lists")
     if args.precompute_ref_log_probs:
@@ -412,6 +413,7 @@ def answers_loss(model, x, mark, pad):
 
 # %% ../nbs/foundations/19_preference.ipynb #dccb93a6
 def small_llama(tok, hidden, layers):
+    "An untrained Llama, heads 32 wide."
     size = dict(vocab_size=len(tok), hidden_size=hidden, intermediate_size=2*hidden, max_position_embeddings=256)
     size |= dict(num_attention_heads=hidden//32, num_key_value_heads=hidden//32, num_hidden_layers=layers)
     return LlamaForCausalLM(LlamaConfig(**size, tie_word_embeddings=True, initializer_range=.1, **mark_ids(tok)))

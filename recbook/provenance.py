@@ -19,8 +19,8 @@ from .data import cache_dir, root
 # %% auto #0
 __all__ = ['PACKAGE', 'bare', 'Module', 'named', 'words', 'defined', 'touched', 'read_module', 'module_of', 'reach', 'imported',
            'digest', 'still', 'Digest', 'mix', 'content', 'exact_array', 'names_in', 'imports_in', 'bytecode',
-           'package_code', 'code_at', 'distribution', 'library', 'module_code', 'written_here', 'library_folders',
-           'Store', 'Remembered', 'notebook_code', 'python']
+           'package_code', 'weights', 'code_at', 'distribution', 'library', 'module_code', 'written_here',
+           'library_folders', 'Store', 'Remembered', 'notebook_code', 'python']
 
 # %% ../nbs/foundations/16_provenance.ipynb #6f2d9ca7
 def bare(
@@ -73,7 +73,9 @@ class Module:
         self.uses.setdefault(owner, set()).update(words(node))
 
 # %% ../nbs/foundations/16_provenance.ipynb #0f7e200c
-def named(node): return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+def named(node):
+    "Names that a syntax tree mentions."
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
 
 # %% ../nbs/foundations/16_provenance.ipynb #efceff7d
 def words(node):
@@ -307,7 +309,9 @@ class Digest:
             "Fix: build it inside the function, pass plain values, or give its class a method `fingerprint()`") from e
 
 # %% ../nbs/foundations/16_provenance.ipynb #44d6532d
-def mix(parts): return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+def mix(parts):
+    "One digest of many parts."
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 # %% ../nbs/foundations/16_provenance.ipynb #c7eb6b5a
 def content(x):
@@ -377,12 +381,21 @@ def bytecode(code, doc=None):
 
 # %% ../nbs/foundations/16_provenance.ipynb #dc2aeb13
 def package_code(names):
-    "Digest parts for definitions of the package; walked again when a file of the package has changed."
-    files = Path(find_spec(PACKAGE).origin).parent.rglob("*.py")
+    "Digest parts for definitions of the package; walked again when its code, or weights that came with it, changed."
+    files = [*Path(find_spec(PACKAGE).origin).parent.rglob("*.py"), *weights()]
     return ["package", code_at(module_of, tuple(names), tuple(sorted((str(f), f.stat().st_mtime_ns) for f in files)))]
 
+def weights():
+    "The files of the models that come with the book."
+    return sorted((root()/"data"/"models").glob("*/model.safetensors"))
+
 @functools.lru_cache(4096)
-def code_at(look, names, stamps): return json.dumps(sorted((m, n, c) for (m, n), c in reach(names).items()))
+def code_at(look, names, stamps):
+    "The code that the names reach, as text; and the digests of the weights where it loads them."
+    found = reach(names)
+    code = sorted((m, n, c) for (m, n), c in found.items())
+    loads = (f"{PACKAGE}.lm", "shipped") in found
+    return json.dumps(code + [(f.parent.name, hashlib.sha256(f.read_bytes()).hexdigest()) for f in weights() if loads])
 
 @functools.cache
 def distribution(top): # top-level module -> "name version"

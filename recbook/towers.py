@@ -84,6 +84,7 @@ class TwoTower(nn.Module):
 
 # %% ../nbs/foundations/10_towers.ipynb #854bc869
 def temperature(tau):
+    "The temperature, refused if it is not positive."
     if not tau > 0:
         raise ValueError(f"tau={tau}: the temperature must be positive")
     return tau

@@ -71,7 +71,9 @@ def batches(
     return DataLoader(rows, batch_sampler=BatchSampler(order, batch_size, drop_last), collate_fn=as_is)
 
 # %% ../nbs/foundations/07_training.ipynb #1908d489
-def as_is(batch): return batch
+def as_is(batch):
+    "The batch itself."
+    return batch
 
 # %% ../nbs/foundations/07_training.ipynb #1d00dfab
 @contextmanager

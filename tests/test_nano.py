@@ -224,8 +224,11 @@ def test_shipped_models_load_at_once_and_weigh_little():
     assert L.load_lm("nano")[0].config.hidden_size == 192
 
 def test_models_that_are_not_there_and_sizes_that_are_theirs():
-    with pytest.raises(OSError, match="recbook model train nano-9"):
+    with pytest.raises(OSError, match="recbook model train nano-9 --to"):
         L.nano_lm(name="nano-9")
+    for load, name in ((L.nano_lm, "nano-mlm"), (L.nano_mlm, "nano")):
+        with pytest.raises(ValueError, match=name): # never weights of another kind, filled up at random
+            load(name=name)
     with pytest.raises(ValueError, match="hidden_size"):
         L.nano_lm(hidden_size=64)
     with pytest.raises(ValueError, match="hidden"):

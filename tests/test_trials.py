@@ -492,3 +492,20 @@ def test_digests_do_not_depend_on_what_was_walked_before(monkeypatch):
     before = digest(uses_both)
     monkeypatch.setitem(globals(), "odd", lambda n: n % 2 == 1)
     assert digest(uses_both) != before
+
+
+def uses_weights(): # loads what came with the book
+    from recbook.lm import nano_lm
+    return nano_lm()
+
+def test_other_weights_are_another_digest(tmp_path, monkeypatch):
+    "What a trial gets from shipped weights is not kept for other weights; trials without them don't mind."
+    from recbook import provenance as P
+    monkeypatch.setattr(P, "root", lambda: tmp_path)
+    file = tmp_path/"data"/"models"/"nano"/"model.safetensors"
+    file.parent.mkdir(parents=True)
+    seen = []
+    for content in (b"old", b"new weights", b"old"):
+        file.write_bytes(content)
+        seen.append((P.digest(uses_weights), P.digest(uses_both)))
+    assert seen[0] == seen[2] != seen[1] and seen[0][1] == seen[1][1]

@@ -32,6 +32,7 @@ class AllToAll(nn.Module):
 def forward(self:AllToAll,
     t:Tensor, x:Tensor, # (n, d), (m, d)
     ) -> Tensor: # (n, m)
+    "Scores of all pairs."
     n, h = len(t), len(self.tx)
     pair = ((t[:, None]*self.tx).reshape(n*h, -1) @ x.T).reshape(n, h, -1)
     hidden = F.relu(pair + self.t(t)[:, :, None] + self.x(x).T)
@@ -73,6 +74,7 @@ def pair_scores(self:SparCode, t:Tensor, x:Tensor) -> Tensor: # (n, d), (m, d) -
 # %% ../../nbs/collaborative/03_retrieval.ipynb #d33dd263
 @patch
 def forward(self:SparCode, q:Tensor, x:Tensor) -> Tensor: # noqa: F811
+    "Scores of queries for items, summed over the query's tokens."
     t = self.vq(self.tokens(q)) if self.quantise else self.tokens(q)
     self.extra = self.vq.loss if self.quantise and self.training else 0.
     return self.pair_scores(t, self.item(x)).reshape(len(q), self.K, -1).sum(1)
@@ -97,6 +99,7 @@ def settle(self:SparCode,
 # %% ../../nbs/collaborative/03_retrieval.ipynb #b34e09d1
 @patch
 def every_code(self:SparCode) -> Tensor: # (N**M, M)
+    "All combinations of code words, one row each."
     M, N, _ = self.vq.C.shape
     return torch.cartesian_prod(*[torch.arange(N)]*M).reshape(-1, M)
 
@@ -236,6 +239,7 @@ def search(self:FilterIndex, # noqa: F811
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #f737909d
 def may_pass(ok, ids): # (q, n) bool, (q, m) node numbers -> (q, m) bool, False for -1
+    "Whether each node passes its query's filter."
     return np.take_along_axis(np.c_[ok, np.zeros(len(ok), bool)], ids, 1)
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #2c329c45
@@ -271,6 +275,7 @@ def first_distinct(c, m):
     return np.take_along_axis(c, np.argsort(c < 0, 1, kind="stable")[:, :m], 1)
 
 def padded(lists): # rows of one length, filled up by -1
+    "Lists as rows of one array."
     width = max(1, max(map(len, lists)))
     return np.array([[*l, *[-1]*(width-len(l))] for l in lists], int)
 
@@ -290,6 +295,7 @@ class Acorn(FilterIndex):
 # %% ../../nbs/collaborative/03_retrieval.ipynb #ac78e1f1
 @patch
 def find(self:Acorn, Q, where, ok, ef): # noqa: F811
+    "The nearest that pass: by the graph where many do, by a scan where few do."
     ids, dist, evals = scan(self.X, Q, ok, ef)
     far = np.flatnonzero((self.gamma == 1) | (ok.mean(1) >= 1/self.gamma))
     if len(far):
@@ -329,6 +335,7 @@ def label(self:FilteredVamana, w):
 # %% ../../nbs/collaborative/03_retrieval.ipynb #7148e7b7
 @patch
 def find(self:FilteredVamana, Q, where, ok, ef): # noqa: F811
+    "The nearest that pass, from the entry points of the query's label."
     numbers = [self.labels.get(self.label(w)) for w in where]
     starts = np.array([[-1]*4 if k is None else self.start[k] for k in numbers])
     return walk(self.X, Q, starts, ef, lambda q, p: np.where(may_pass(ok[q], self.G[p]), self.G[p], -1))
@@ -373,6 +380,7 @@ def link(self:Serf, alive, dead, a, c, t, R):
 # %% ../../nbs/collaborative/03_retrieval.ipynb #e074bdb0
 @patch
 def find(self:Serf, Q, where, ok, ef): # noqa: F811
+    "The nearest below the query's bound."
     for w in where:
         if set(w) != {self.column} or not isinstance(w[self.column], tuple) or w[self.column][0] is not None:
             raise ValueError(f"this index answers {{{self.column!r}: (None, high)}}, not {w}. Fix: Acorn for a range "
@@ -399,6 +407,7 @@ class Ung(FilterIndex):
 # %% ../../nbs/collaborative/03_retrieval.ipynb #f17a12ba
 @patch
 def cross(self:Ung): # node -> nearest node in each minimal superset of its own set
+    "Edges from each node to the minimal supersets of its own set."
     out = [[] for _ in self.X]
     for s, r in zip(self.sets, self.rows):
         for u in self.minimal(s, proper=True):
@@ -420,6 +429,7 @@ def minimal(self:Ung, want, proper=False): # group numbers
 # %% ../../nbs/collaborative/03_retrieval.ipynb #1f4e85ed
 @patch
 def find(self:Ung, Q, where, ok, ef): # noqa: F811
+    "The nearest whose sets contain the query's, from the groups of its minimal supersets."
     for w in where:
         if set(w) != {self.column} or not isinstance(w[self.column], (set, frozenset)):
             raise ValueError(f"this index answers {{{self.column!r}: {{tags}}}}, not {w}")
@@ -564,4 +574,6 @@ def simulate(
     return pd.DataFrame(rows, columns=["user", "item", "click", "regret"])
 
 # %% ../../nbs/collaborative/03_retrieval.ipynb #a7005410
-def pick(items, score, rng): return items[rng.choice(np.flatnonzero(score == score.max()))] # ties by lot
+def pick(items, score, rng):
+    "One of the best, ties by lot."
+    return items[rng.choice(np.flatnonzero(score == score.max()))] # ties by lot
