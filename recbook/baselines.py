@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from weakref import ref
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 from .data import Interactions
 from .metrics import Scorer, dot, evaluate
@@ -17,8 +18,8 @@ from .training import batches, eval_mode, fit, set_seed
 # %% auto #0
 __all__ = ['popularity', 'MF', 'bpr_loss', 'uniform_negatives', 'clicked', 'train_bpr', 'watch', 'free_items', 'click_keys',
            'rejecting', 'from_cdf', 'fixed_sampler', 'pair_scores', 'dns_sampler', 'SortedFactors', 'aobpr_sampler',
-           'inbatch_sampler', 'sampled_bpr', 'row_norms', 'shard_models', 'place', 'balanced_shards', 'ShardMixture',
-           'shard_attention', 'mix_shards']
+           'geometric_cdf', 'inbatch_sampler', 'sampled_bpr', 'row_norms', 'shard_models', 'place', 'balanced_shards',
+           'moved', 'ShardMixture', 'shard_attention', 'mix_shards']
 
 # %% ../nbs/foundations/08_baselines.ipynb #f2bab5eb
 def popularity(
@@ -207,11 +208,8 @@ def aobpr_sampler(
     seed:int=0,
     ) -> Callable:
     "Adaptive oversampling: geometric ranks in the sorted lists of single factors (Rendle & Freudenthaler 2014)."
-    if not lam > 0:
-        raise ValueError(f"lam={lam}: the mean rank must be positive")
     m, g, lists = train.n_items, torch.Generator().manual_seed(seed), SortedFactors(every)
-    p = torch.exp(-torch.arange(m, dtype=torch.double)/(lam*m))
-    cdf = p.cumsum(0)/p.sum()
+    cdf = geometric_cdf(m, lam)
     def propose(u, pos, model):
         U, order, sd = lists(model)
         def draw(rows):
@@ -221,6 +219,14 @@ def aobpr_sampler(
             return order[torch.where(W.gather(1, f)[:, 0] > 0, r, m-1-r), f[:, 0]]
         return draw
     return rejecting(train, n, propose, exclude)
+
+# %% ../nbs/foundations/08_baselines.ipynb #97b1a88b
+def geometric_cdf(m, lam):
+    "Cumulative distribution of ranks 0..m-1 with p(r) proportional to exp(-r/(lam m))."
+    if not lam > 0:
+        raise ValueError(f"lam={lam}: the mean rank must be positive")
+    p = torch.exp(-torch.arange(m, dtype=torch.double)/(lam*m))
+    return p.cumsum(0)/p.sum()
 
 # %% ../nbs/foundations/08_baselines.ipynb #2f89e324
 def inbatch_sampler(
@@ -301,8 +307,13 @@ def balanced_shards(
     centres = X[np.random.default_rng(seed).choice(len(X), n_shards, replace=False)]
     for _ in range(rounds):
         shard = place(((X[:, None] - centres)**2).sum(2))
-        centres = np.stack([X[shard == c].mean(0) if (shard == c).any() else centres[c] for c in range(n_shards)])
+        centres = moved(centres, X, shard)
     return shard
+
+# %% ../nbs/foundations/08_baselines.ipynb #ac494fda
+def moved(centres, X, shard):
+    "Each centre (S, d) to the mean of its users; one without users stays."
+    return np.stack([X[shard == c].mean(0) if (shard == c).any() else at for c, at in enumerate(centres)])
 
 # %% ../nbs/foundations/08_baselines.ipynb #e52c782f
 class ShardMixture(nn.Module):
@@ -318,14 +329,15 @@ class ShardMixture(nn.Module):
         self.W, self.b = nn.Parameter(torch.eye(d).repeat(S, 1, 1)), nn.Parameter(torch.zeros(S, d))
         self.of_users, self.of_items = shard_attention(d), shard_attention(d)
 
-    @property
-    def E0(self): # (N, d)
-        "The mixture; `bpr_loss` puts its L2 here."
-        X = torch.einsum("nsd,sed->nse", self.E, self.W) + self.b
-        users, items = X.split([self.n_users, len(X)-self.n_users])
-        return (torch.cat([self.of_users(users), self.of_items(items)]).softmax(1)*X).sum(1)
-
     def forward(self): return self.E0.split([self.n_users, len(self.E)-self.n_users]) # (n_users, d), (n_items, d)
+
+# %% ../nbs/foundations/08_baselines.ipynb #fe9bec01
+@patch(as_prop=True)
+def E0(self:ShardMixture): # (N, d)
+    "The mixture; `bpr_loss` puts its L2 here."
+    X = torch.einsum("nsd,sed->nse", self.E, self.W) + self.b
+    users, items = X.split([self.n_users, len(X)-self.n_users])
+    return (torch.cat([self.of_users(users), self.of_items(items)]).softmax(1)*X).sum(1)
 
 # %% ../nbs/foundations/08_baselines.ipynb #87f01d60
 def shard_attention(d):

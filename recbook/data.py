@@ -11,6 +11,7 @@ import hashlib, os, platform, re, shutil, tempfile, warnings
 import numpy as np, pandas as pd, scipy.sparse as sp
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fastcore.basics import patch
 from importlib.util import find_spec
 from numbers import Integral
 from pathlib import Path
@@ -84,6 +85,25 @@ def _numbers(df, col):
     return out
 
 # %% ../nbs/foundations/01_data.ipynb #2d424573
+def _check_columns(df):
+    if missing := {"user","item"} - set(df):
+        raise ValueError(f"missing column(s) {sorted(missing)}, have {list(df)}. Fix: rename them")
+
+# %% ../nbs/foundations/01_data.ipynb #7cf1581d
+def _check_table(tab, n, what):
+    "Users' or items' table, if there is one: a row for each of n ids."
+    if tab is not None and len(tab)!=n:
+        raise ValueError(f"the {what} table has {len(tab)} rows, not {n}. Fix: one row per id, in order")
+
+# %% ../nbs/foundations/01_data.ipynb #f27d55a5
+def _typed(df):
+    "Every known column in its type."
+    df = df.astype({c:t for c,t in _dtypes.items() if c in df})
+    if "split" in df:
+        df["split"] = pd.Categorical(df["split"], _parts)
+    return df
+
+# %% ../nbs/foundations/01_data.ipynb #f3ec652f
 @dataclass(frozen=True, repr=False, eq=False)
 class Interactions:
     "Events of users with items, ids contiguous from 0, checked on construction."
@@ -99,13 +119,11 @@ class Interactions:
     allow_duplicates: bool = False # keep repeated (user, item) pairs, as in logs of plays
 
     def __post_init__(self):
-        df = self.df
-        _check_frame(df)
-        if missing := {"user","item"} - set(df):
-            raise ValueError(f"missing column(s) {sorted(missing)}, have {list(df)}. Fix: rename them")
+        _check_frame(self.df)
+        _check_columns(self.df)
         for n in ("n_users","n_items"):
             object.__setattr__(self, n, whole_number(n, getattr(self, n)))
-        df = df.reset_index(drop=True)
+        df = self.df.reset_index(drop=True)
         df = df.assign(**{c: _numbers(df, c) for c in ("rating","time") if c in df})
         for col,n in (("user",self.n_users), ("item",self.n_items)):
             _check_ids(df, col, n)
@@ -114,13 +132,8 @@ class Interactions:
             _refuse(df, df.duplicated(["user","item"], keep=False), "repeated (user, item) pairs",
             "allow_duplicates=True keeps them, Interactions.from_frame(..., duplicates='last') drops them")
         for tab,n,what in ((self.items,self.n_items,"items"), (self.users,self.n_users,"users")):
-            if tab is not None and len(tab)!=n:
-                raise ValueError(
-                f"the {what} table has {len(tab)} rows, not {n}. Fix: one row per id, in order")
-        df = df.astype({c:t for c,t in _dtypes.items() if c in df})
-        if "split" in df:
-            df["split"] = pd.Categorical(df["split"], _parts)
-        object.__setattr__(self, "df", df)
+            _check_table(tab, n, what)
+        object.__setattr__(self, "df", _typed(df))
 
     def __len__(self): return len(self.df)
     @property
@@ -130,42 +143,52 @@ class Interactions:
     @property
     def density(self) -> float: return len(self) / (self.n_users*self.n_items) # share of the matrix that is observed
 
-    def csr(self, binary:bool=True) -> sp.csr_matrix: # (n_users, n_items) float32
-        "User-item matrix: ones, or with `binary=False` the ratings (counts when there are none), repeats summed."
-        v = np.ones(len(self)) if binary or "rating" not in self.df else self.df["rating"]
-        m = sp.csr_matrix((np.asarray(v, "float32"), (self.user, self.item)), shape=(self.n_users, self.n_items))
-        if binary:
-            m.data[:] = 1
-        return m
+# %% ../nbs/foundations/01_data.ipynb #f5257a08
+@patch
+def csr(self:Interactions, binary:bool=True) -> sp.csr_matrix: # (n_users, n_items) float32
+    "User-item matrix: ones, or with `binary=False` the ratings (counts when there are none), repeats summed."
+    v = np.ones(len(self)) if binary or "rating" not in self.df else self.df["rating"]
+    m = sp.csr_matrix((np.asarray(v, "float32"), (self.user, self.item)), shape=(self.n_users, self.n_items))
+    if binary:
+        m.data[:] = 1
+    return m
 
-    def by_user(self) -> list[np.ndarray]: # n_users arrays of item ids
-        "Each user's items, by time when there is one, else in row order."
-        o = _order(self)
-        return np.split(self.item[o], np.cumsum(np.bincount(self.user, minlength=self.n_users))[:-1])
+# %% ../nbs/foundations/01_data.ipynb #f1c53536
+@patch
+def by_user(self:Interactions) -> list[np.ndarray]: # n_users arrays of item ids
+    "Each user's items, by time when there is one, else in row order."
+    o = _order(self)
+    return np.split(self.item[o], np.cumsum(np.bincount(self.user, minlength=self.n_users))[:-1])
 
-    def subset(self, mask) -> "Interactions": # bool mask or row positions; may be empty
-        "The chosen rows, same ids, same tables."
-        mask = np.asarray(mask)
-        if mask.dtype==bool:
-            if mask.shape!=(len(self),):
-                raise ValueError(f"a mask of {mask.shape} for {len(self)} rows. Fix: one True or False a row")
-            mask = np.flatnonzero(mask)
-        if mask.ndim!=1 or mask.size and (mask.dtype.kind not in "iu" or mask.min()<0 or mask.max()>=len(self)):
-            raise ValueError(f"rows {mask[:3]} ({mask.dtype}). Fix: a bool mask or row positions in 0..{len(self)-1}")
-        return self._with(self.df.iloc[mask.astype(int)].reset_index(drop=True))
+# %% ../nbs/foundations/01_data.ipynb #0ee8c02b
+@patch
+def subset(self:Interactions, mask) -> "Interactions": # bool mask or row positions; may be empty
+    "The chosen rows, same ids, same tables."
+    mask = np.asarray(mask)
+    if mask.dtype==bool:
+        if mask.shape!=(len(self),):
+            raise ValueError(f"a mask of {mask.shape} for {len(self)} rows. Fix: one True or False a row")
+        mask = np.flatnonzero(mask)
+    if mask.ndim!=1 or mask.size and (mask.dtype.kind not in "iu" or mask.min()<0 or mask.max()>=len(self)):
+        raise ValueError(f"rows {mask[:3]} ({mask.dtype}). Fix: a bool mask or row positions in 0..{len(self)-1}")
+    return self._with(self.df.iloc[mask.astype(int)].reset_index(drop=True))
 
-    def _with(self, df):
-        new = object.__new__(type(self))
-        new.__dict__.update(self.__dict__, df=df)
-        return new
+# %% ../nbs/foundations/01_data.ipynb #ad2c365b
+@patch
+def _with(self:Interactions, df):
+    new = object.__new__(type(self))
+    new.__dict__.update(self.__dict__, df=df)
+    return new
 
-    def __repr__(self):
-        extra = [c for c in self.df if c not in ("user","item")]
-        return (
-            f"Interactions({self.name + ': ' if self.name else ''}{len(self):,} of {self.n_users:,} users x "
-            f"{self.n_items:,} items, "
-            f"density {self.density:.3%}{', ' + ', '.join(extra) if extra else ''})"
-        )
+# %% ../nbs/foundations/01_data.ipynb #a80bf33c
+@patch
+def __repr__(self:Interactions):
+    extra = [c for c in self.df if c not in ("user","item")]
+    return (
+        f"Interactions({self.name + ': ' if self.name else ''}{len(self):,} of {self.n_users:,} users x "
+        f"{self.n_items:,} items, "
+        f"density {self.density:.3%}{', ' + ', '.join(extra) if extra else ''})"
+    )
 
 # %% ../nbs/foundations/01_data.ipynb #8b7d81cf
 def canonical(
@@ -359,6 +382,11 @@ def k_core(
         df = df[keep]
     if not len(df):
         raise ValueError(f"the {k}-core is empty. Fix: a smaller k")
+    return _renumbered(x, df)
+
+# %% ../nbs/foundations/01_data.ipynb #c6339e4d
+def _renumbered(x, df):
+    "The rows `df` of `x` with ids contiguous again."
     (u,uid),(i,iid) = (pd.factorize(df[c], sort=True) for c in ("user","item"))
     tab = lambda t,ids: pd.DataFrame(dict(id=ids)) if t is None else t.iloc[ids].reset_index(drop=True)
     return Interactions(
@@ -372,6 +400,7 @@ class Split(NamedTuple):
     valid: Interactions
     test: Interactions
 
+# %% ../nbs/foundations/01_data.ipynb #217e6d62
 def _split(x, part, rule): # part: (n,) array, 0 train, 1 valid, 2 test
     n = np.bincount(part, minlength=3)
     if not n[0]:
@@ -403,6 +432,11 @@ def leave_one_out(
     return _split(x, part, f"leave_one_out(n={n})")
 
 # %% ../nbs/foundations/01_data.ipynb #bd694458
+def _check_shares(test, valid):
+    if not (0<test and 0<=valid and test+valid<1):
+        raise ValueError(f"test={test}, valid={valid}. Fix: positive shares with a sum under 1")
+
+# %% ../nbs/foundations/01_data.ipynb #3321328e
 def ratio_split(
     x:Interactions,
     test:float=.2, # share of each user's rows
@@ -410,8 +444,7 @@ def ratio_split(
     seed:int=0,
 ) -> Split:
     "A random share of each user's rows, rounded; every user keeps at least one row in train."
-    if not (0<test and 0<=valid and test+valid<1):
-        raise ValueError(f"test={test}, valid={valid}. Fix: positive shares with a sum under 1")
+    _check_shares(test, valid)
     rows = x._with(x.df.drop(columns="time", errors="ignore")) # drawn at random, whatever the times
     pos,size = _from_end(rows, seed)
     n_test = np.minimum(np.floor(test*size+.5), size-1)
@@ -427,21 +460,25 @@ def temporal_split(
     valid:float=.1, # share of all rows, those before
 ) -> Split:
     "Train strictly before valid, valid strictly before test, on one clock for all users."
-    if not (0<test and 0<=valid and test+valid<1):
-        raise ValueError(f"test={test}, valid={valid}. Fix: positive shares with a sum under 1")
+    _check_shares(test, valid)
     if "time" not in x.df:
         raise ValueError("temporal_split needs a time column. Fix: ratio_split or leave_one_out work without")
     t = x.df["time"].to_numpy()
-    pos,size = _from_end(x, None)
-    if np.ptp(np.bincount(x.user)[np.unique(x.user)]) and (t == size-1-pos).all():
-        warnings.warn(
-            "time is each user's position here, not a common clock: the latest rows are those of the longest histories",
-            stacklevel=2,
-        )
+    _warn_of_positions(x, t)
     cut = lambda share: np.sort(t)[len(t) - max(1, round(share*len(t)))]
     t_test,t_valid = cut(test), cut(test+valid)
     part = np.where(t>=t_test, 2, np.where((t>=t_valid) & (valid>0), 1, 0))
     return _split(x, part, f"temporal_split(test={test}, valid={valid})")
+
+# %% ../nbs/foundations/01_data.ipynb #20cfb3eb
+def _warn_of_positions(x, t):
+    "Warn the caller's caller where `t` only counts each user's rows."
+    pos,size = _from_end(x, None)
+    if np.ptp(np.bincount(x.user)[np.unique(x.user)]) and (t == size-1-pos).all():
+        warnings.warn(
+            "time is each user's position here, not a common clock: the latest rows are those of the longest histories",
+            stacklevel=3,
+        )
 
 # %% ../nbs/foundations/01_data.ipynb #283b5aab
 def given_split(

@@ -22,9 +22,9 @@ from .training import eval_mode
 # %% auto #0
 __all__ = ['params_of', 'flatten', 'unflatten', 'add_', 'OwnRows', 'as_function', 'chosen', 'grad_of', 'differentiable',
            'per_sample_grads', 'Bound', 'hvp', 'dense', 'ggn_vp', 'solve', 'Task', 'row_losses', 'ggn_products',
-           'ggn_matrix', 'check_damping', 'tenth_of_mean', 'blocks', 'solved', 'solve_curvature', 'linear_layers',
-           'is_linear', 'pseudo_losses', 'watched', 'layer_grads', 'weight_grads', 'leave_one_out', 'removal_curve',
-           'agreement']
+           'ggn_matrix', 'check_damping', 'tenth_of_mean', 'blocks', 'solved', 'solve_curvature', 'curvature_product',
+           'linear_layers', 'is_linear', 'pseudo_losses', 'watched', 'layer_grads', 'weight_grads', 'leave_one_out',
+           'removal_curve', 'check_removal', 'agreement']
 
 # %% ../nbs/foundations/09_gradients.ipynb #787b3faf
 def params_of(
@@ -83,9 +83,7 @@ class OwnRows(TorchFunctionMode):
 
 # %% ../nbs/foundations/09_gradients.ipynb #cd041c88
 @contextmanager
-def as_function(
-    model:nn.Module,
-    ):
+def as_function(model:nn.Module):
     "Inside, `model` is a fixed function of each row: evaluation mode, nothing random, no batch statistics."
     cuda = [p.device for p in list(model.parameters())[:1] if p.is_cuda]
     states = lambda: [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in cuda)]
@@ -176,11 +174,9 @@ def hvp(
     params = chosen(model, params)
     with as_function(model), differentiable(params):
         g = grad_of(model, loss, batch, params, create_graph=True)
-        Hv = (
-            torch.autograd.grad(g @ v, list(params.values()), materialize_grads=True)
-            if g.requires_grad
-            else [torch.zeros_like(p) for p in params.values()]
-        )
+        if not g.requires_grad:
+            return torch.zeros_like(g)
+        Hv = torch.autograd.grad(g @ v, list(params.values()), materialize_grads=True)
     return flatten(dict(zip(params, Hv))).detach()
 
 # %% ../nbs/foundations/09_gradients.ipynb #3fb7c238
@@ -334,19 +330,27 @@ def solve_curvature(
     dense_below:int=3000, # more parameters than this: conjugate gradients
     ) -> Tensor: # (q, p)
     "(curvature + lambda I)^{-1} B, of all chosen parameters together."
-    p, head = B.shape[1], lambda y, b: row_losses(y, task.targets(b), task.kind).mean()
+    p, second = B.shape[1], method == "hessian"
     check_damping(damping)
-    hessian = lambda v: hvp(model, task.mean, train, v, params)
-    product = hessian if method == "hessian" else lambda v: ggn_vp(model, task.outputs, head, train, v, params)
-    default = lambda: 0. if method == "hessian" else tenth_of_mean(product, p, B)
-    if method != "block" and p > (dense_below//2 if method == "hessian" else dense_below):
-        lam = default() if damping is None else damping
+    if second and damping is None:
+        damping = 0.
+    product = curvature_product(model, task, train, params, second)
+    if method != "block" and p > (dense_below//2 if second else dense_below):
+        lam = tenth_of_mean(product, p, B) if damping is None else damping
         return torch.stack([solve(product, b, lam) for b in B])
-    C = dense(hessian, B[0]) if method == "hessian" else ggn_matrix(model, task, train, params)
+    C = dense(product, B[0]) if second else ggn_matrix(model, task, train, params)
     if method == "block":
         C = C*blocks(params)
-    lam = damping if damping is not None else 0. if method == "hessian" else .1*C.diagonal().mean()
+    lam = .1*C.diagonal().mean() if damping is None else damping
     return solved((C + C.T)/2 + lam*torch.eye(p).to(C), B)
+
+# %% ../nbs/foundations/09_gradients.ipynb #9556101e
+def curvature_product(model, task, train, params, second):
+    "v -> Hessian (`second`) or Gauss-Newton matrix times v."
+    if second:
+        return lambda v: hvp(model, task.mean, train, v, params)
+    head = lambda y, b: row_losses(y, task.targets(b), task.kind).mean()
+    return lambda v: ggn_vp(model, task.outputs, head, train, v, params)
 
 # %% ../nbs/foundations/09_gradients.ipynb #c8d3691f
 def linear_layers(
@@ -462,16 +466,20 @@ def removal_curve(
     "Remove the k most helpful rows of each query, retrain, and see how much its loss rises."
     scores = np.asarray(scores)
     n, q = scores.shape
-    if not np.isfinite(scores).all():
-        raise ValueError(f"{(~np.isfinite(scores)).sum()} scores are not finite: they have no place in a ranking")
-    if min(map(int, ks), default=0) < 1:
-        raise ValueError(f"ks={list(ks)}: how many rows to remove, each 1 or more")
-    if max(ks) >= n:
-        raise ValueError(f"k={max(ks)}: there are only {n} rows")
+    check_removal(scores, ks)
     before = np.asarray(retrain(np.ones(n, bool)))
     place = np.argsort(np.argsort(-scores, axis=0, kind="stable"), axis=0)
     rise = lambda j, k: float(retrain(place[:, j] >= k)[j] - before[j])
     return pd.DataFrame([dict(query=j, k=k, rise=rise(j, k)) for j in range(q) for k in ks])
+
+# %% ../nbs/foundations/09_gradients.ipynb #5422b91b
+def check_removal(scores, ks):
+    if not np.isfinite(scores).all():
+        raise ValueError(f"{(~np.isfinite(scores)).sum()} scores are not finite: they have no place in a ranking")
+    if min(map(int, ks), default=0) < 1:
+        raise ValueError(f"ks={list(ks)}: how many rows to remove, each 1 or more")
+    if max(ks) >= len(scores):
+        raise ValueError(f"k={max(ks)}: there are only {len(scores)} rows")
 
 # %% ../nbs/foundations/09_gradients.ipynb #2cba15dd
 def agreement(

@@ -12,12 +12,12 @@ from torch import Tensor
 from .data import canonical, whole_number
 
 # %% auto #0
-__all__ = ['Scorer', 'topk', 'best_columns', 'first_of_ties', 'dot', 'fresh', 'table', 'user_numbers', 'scores_of', 'mask_of',
-           'hide', 'seen_last', 'recommend', 'items_of', 'hits', 'ranking_values', 'cutoffs', 'check_reachable',
-           'evaluate', 'Outcome', 'ranked', 'check_ranking', 'recalls', 'recall_at', 'labelled', 'probabilities', 'auc',
-           'gauc', 'logloss', 'ece', 'kl', 'jsd', 'symmetric_kl', 'amounts', 'exposures', 'coverage', 'gini', 'entropy',
-           'diversity', 'mean_popularity', 'individual_unfairness', 'times_made', 'div_ratio', 'or_ratio', 'genre_gaps',
-           'mgu', 'dgu', 'distinct']
+__all__ = ['Scorer', 'topk', 'best_columns', 'columns_of', 'first_of_ties', 'dot', 'fresh', 'table', 'user_numbers', 'scores_of',
+           'mask_of', 'hide', 'seen_last', 'recommend', 'best_unseen', 'items_of', 'hits', 'ranking_values', 'cutoffs',
+           'check_reachable', 'evaluate', 'Outcome', 'ranked', 'either', 'check_ranking', 'recalls', 'recall_at',
+           'labelled', 'probabilities', 'auc', 'gauc', 'rank_sums', 'logloss', 'ece', 'kl', 'jsd', 'symmetric_kl',
+           'amounts', 'exposures', 'coverage', 'gini', 'entropy', 'diversity', 'mean_popularity',
+           'individual_unfairness', 'times_made', 'div_ratio', 'or_ratio', 'genre_gaps', 'mgu', 'dgu', 'distinct']
 
 # %% ../nbs/foundations/06_metrics.ipynb #ffc0d169
 def topk(
@@ -45,10 +45,14 @@ def best_columns(S, k, width=64):
     if blocks < 4*k:
         return S.topk(k)
     top = S[:, :blocks*width].unflatten(1, (blocks, width)).amax(2).topk(k).indices
-    cols = (top[..., None]*width + torch.arange(width, device=S.device)).flatten(1)
-    cols = torch.cat([cols, torch.arange(blocks*width, m, device=S.device).expand(n, -1)], 1)
+    rest = torch.arange(blocks*width, m, device=S.device).expand(n, -1)
+    cols = torch.cat([columns_of(top, width), rest], 1)
     v, at = S.gather(1, cols).topk(k)
     return v, cols.gather(1, at)
+
+# %% ../nbs/foundations/06_metrics.ipynb #2b22ee7b
+def columns_of(blocks, width): # (n, k) -> (n, k*width)
+    return (blocks[..., None]*width + torch.arange(width, device=blocks.device)).flatten(1)
 
 # %% ../nbs/foundations/06_metrics.ipynb #c4e0b3f0
 def first_of_ties(S, v, k):
@@ -69,10 +73,7 @@ def dot(
     U, I = U.detach().clone(), I.detach().clone()
     if U.device.type != "cpu" or U.dtype != torch.float32:
         return fresh(lambda u: U[u.to(U.device)] @ I.T)
-    P, Q = (
-        U.numpy(),
-        np.ascontiguousarray(I.numpy().T),
-    )  # flat products: numpy's BLAS takes half the time of torch's on AMD
+    P, Q = U.numpy(), np.ascontiguousarray(I.numpy().T) # numpy's BLAS takes half the time of torch's on AMD
     return fresh(lambda u: torch.from_numpy(P[np.asarray(u)] @ Q))
 
 # %% ../nbs/foundations/06_metrics.ipynb #60b6e1f3
@@ -166,13 +167,19 @@ def recommend(
     for s in range(0, len(users), chunk):
         u = users[s:s+chunk]
         S = scores_of(score, u, n_items)
-        if seen is not None:
-            S = hide(S, seen[u], getattr(score, "fresh", None) is score)
-        top = topk(S, k)
-        if seen is not None and (short := (S.gather(1, top[:, -1:]) == -torch.inf)[:, 0]).any():
-            top[short] = seen_last(S[short], mask_of(seen[u], S.device)[short], k)
+        own = getattr(score, "fresh", None) is score
+        top = topk(S, k) if seen is None else best_unseen(S, k, seen[u], own)
         out.append(top.cpu().numpy())
     return np.concatenate(out) if out else np.zeros((0, k), int)
+
+# %% ../nbs/foundations/06_metrics.ipynb #912cca35
+def best_unseen(S, k, seen, own):
+    "`topk` without `seen`; `own` as in `hide`."
+    S = hide(S, seen, own)
+    top = topk(S, k)
+    if (short := (S.gather(1, top[:, -1:]) == -torch.inf)[:, 0]).any():
+        top[short] = seen_last(S[short], mask_of(seen, S.device)[short], k)
+    return top
 
 # %% ../nbs/foundations/06_metrics.ipynb #da6ccc54
 def items_of(top, n_items):
@@ -195,11 +202,9 @@ def hits(
     T = canonical(test)[user_numbers(users, test.shape[0])].tocoo()
     keys = np.sort(T.row.astype(np.int64)*test.shape[1] + T.col)
     asked = np.arange(len(top))[:, None]*test.shape[1] + np.asarray(top)
-    return (
-        keys[np.searchsorted(keys, asked).clip(max=len(keys) - 1)] == asked
-        if len(keys)
-        else np.zeros(asked.shape, bool)
-    )
+    if not len(keys):
+        return np.zeros(asked.shape, bool)
+    return keys[np.searchsorted(keys, asked).clip(max=len(keys) - 1)] == asked
 
 # %% ../nbs/foundations/06_metrics.ipynb #0f2e26fe
 def ranking_values(
@@ -276,12 +281,18 @@ def ranked(
     ) -> Outcome: # values recall@k, ndcg@k (n_users,), nan for users without a test item
     "The outcome of a ranking run; none of train or valid is recommended."
     train, valid, test = split
-    known = (train.csr() + valid.csr()).astype(bool).astype(np.float32) if len(valid) else train.csr()
-    df = evaluate(score, test, known, k=k).reindex(range(train.n_users))
+    df = evaluate(score, test, either(train, valid), k=k).reindex(range(train.n_users))
     best = max(curve, default=None)
     if best is None and len(valid):
         best = evaluate(score, valid, train, k=k)[f"recall@{k}"].mean()
     return Outcome({m: df[m].to_numpy() for m in (f"recall@{k}", f"ndcg@{k}")}, best, curve)
+
+# %% ../nbs/foundations/06_metrics.ipynb #de028e2f
+def either(train, valid):
+    "Pairs in one or both, as a matrix."
+    if not len(valid):
+        return train.csr()
+    return (train.csr() + valid.csr()).astype(bool).astype(np.float32)
 
 # %% ../nbs/foundations/06_metrics.ipynb #5b618b31
 def check_ranking(scores, relevant, k):
@@ -356,13 +367,18 @@ def gauc(
     (y, p), g = labelled(y, p), np.asarray(groups)
     if g.shape != y.shape or pd.isna(g).any():
         raise ValueError(f"groups {g.shape} for {len(y)} labels, {pd.isna(g).sum()} missing: one group for each label")
-    d = pd.DataFrame(dict(y=y, p=p, g=g))
-    d["rank"] = d.groupby("g").p.rank()
-    a = d.assign(ry=d["rank"]*d.y).groupby("g").agg(n=("y", "size"), pos=("y", "sum"), ry=("ry", "sum"))
+    a = rank_sums(y, p, g)
     a = a[(a.pos > 0) & (a.pos < a.n)]
     if a.empty:
         raise ValueError("no group has both classes: GAUC is not defined")
     return float(np.average((a.ry - a.pos*(a.pos+1)/2)/(a.pos*(a.n-a.pos)), weights=a.n))
+
+# %% ../nbs/foundations/06_metrics.ipynb #5cef18c8
+def rank_sums(y, p, g):
+    "Of each group its size, positives, and the sum of their ranks."
+    d = pd.DataFrame(dict(y=y, p=p, g=g))
+    d["rank"] = d.groupby("g").p.rank()
+    return d.assign(ry=d["rank"]*d.y).groupby("g").agg(n=("y", "size"), pos=("y", "sum"), ry=("ry", "sum"))
 
 # %% ../nbs/foundations/06_metrics.ipynb #38c39abf
 def logloss(

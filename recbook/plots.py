@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
 from matplotlib.axes import Axes
 
 # %% auto #0
-__all__ = ['theme', 'compare', 'need', 't_interval', 'curves', 'pareto', 'tradeoff', 'strips']
+__all__ = ['theme', 'compare', 'means', 'dots', 'need', 't_interval', 'curves', 'pareto', 'tradeoff', 'write_beside', 'strips']
 
 # %% ../nbs/foundations/04_plots.ipynb #6dc935f8
 def theme():
@@ -28,35 +28,27 @@ def compare(
     "Means with 95 % t intervals over runs, a dot for each run, and the oracle line."
     need(df, x, y, hue)
     ax, apart = ax or plt.gca(), hue is not None and df[hue].nunique() > 1
-    sns.pointplot(
-        df,
-        x=x,
-        y=y,
-        hue=hue,
-        errorbar=t_interval,
-        linestyle="none",
-        capsize=0.15,
-        markersize=5,
-        dodge=0.3 if apart else False,
-        ax=ax,
-    )
-    sns.stripplot(
-        df,
-        x=x,
-        y=y,
-        hue=hue,
-        dodge=apart,
-        alpha=0.45,
-        size=3.5,
-        legend=False,
-        ax=ax,
-        **({} if hue else dict(color="grey")),
-    )
+    what = dict(x=x, y=y, hue=hue, ax=ax)
+    means(df, apart, **what)
+    dots(df, apart, **what)
     if oracle is not None:
         ax.axhline(oracle, ls="--", lw=1, c="k")
         ax.annotate("oracle", (1, oracle), xycoords=("axes fraction", "data"), ha="right", va="bottom")
     ax.set(xlabel="")
     return ax
+
+# %% ../nbs/foundations/04_plots.ipynb #75db392d
+def means(df, apart, **what):
+    "Means with their intervals; groups side by side if `apart`."
+    dodge = 0.3 if apart else False
+    style = dict(linestyle="none", capsize=0.15, markersize=5)
+    sns.pointplot(df, errorbar=t_interval, dodge=dodge, **style, **what)
+
+# %% ../nbs/foundations/04_plots.ipynb #8b4d8c7b
+def dots(df, apart, **what):
+    "A dot for each run: grey, or in the colour of its group."
+    colour = {} if what["hue"] else dict(color="grey")
+    sns.stripplot(df, dodge=apart, alpha=0.45, size=3.5, legend=False, **colour, **what)
 
 # %% ../nbs/foundations/04_plots.ipynb #af7193f0
 def need(df, *columns):
@@ -107,15 +99,15 @@ def tradeoff(
     front = df[pareto(df[cost], df[gain])].sort_values(cost)
     ax.plot(front[cost], front[gain], ls="--", lw=1, c="grey", zorder=0)
     sns.scatterplot(df, x=cost, y=gain, hue=label, s=45, legend=False, ax=ax)
-    for r in df.itertuples():
-        ax.annotate(
-            getattr(r, label),
-            (getattr(r, cost), getattr(r, gain)),
-            xytext=(5, 3),
-            textcoords="offset points",
-            fontsize=8,
-        )
+    write_beside(ax, df, cost, gain, label)
     return ax
+
+# %% ../nbs/foundations/04_plots.ipynb #cc1bb3f9
+def write_beside(ax, df, x, y, label):
+    "Each row's label, beside its point."
+    for r in df.itertuples():
+        at = getattr(r, x), getattr(r, y)
+        ax.annotate(getattr(r, label), at, xytext=(5, 3), textcoords="offset points", fontsize=8)
 
 # %% ../nbs/foundations/04_plots.ipynb #0e42f498
 def strips(

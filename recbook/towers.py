@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from .data import canonical, whole_number
 
 # %% auto #0
-__all__ = ['Tower', 'TwoTower', 'temperature', 'sampled_softmax', 'batch_softmax', 'kmeans', 'ProductQuantizer', 'ivf_search',
-           'nearest_among', 'robust_prune', 'vamana', 'by_distance', 'table_of', 'walk', 'unseen', 'keep_nearest',
-           'entries', 'item_tower']
+__all__ = ['Tower', 'layout', 'TwoTower', 'temperature', 'sampled_softmax', 'first_of', 'sampled_items', 'batch_softmax',
+           'kmeans', 'ProductQuantizer', 'ivf_search', 'ivf_index', 'nearest_among', 'nearest_others', 'robust_prune',
+           'over', 'vamana', 'pruned', 'both_ways', 'by_distance', 'table_of', 'walk', 'nothing_found', 'next_open',
+           'unseen', 'keep_nearest', 'entries', 'item_tower']
 
 # %% ../nbs/foundations/10_towers.ipynb #7b731a9a
 class Tower(nn.Module):
@@ -27,26 +28,11 @@ class Tower(nn.Module):
         unit:bool=False): # scale the result to length 1
         super().__init__()
         self.sizes, self.unit = [whole_number("size", n) for n in sizes], unit
-        columns = [1]*len(sizes) if columns is None else list(columns)
-        if len(columns) != len(sizes):
-            raise ValueError(f"{len(columns)} numbers of columns for {len(sizes)} fields. Fix: one for each field")
-        field, first = np.repeat(np.arange(len(sizes)), columns), np.cumsum([0, *sizes])
-        self.register_buffer("size", torch.tensor(np.asarray(self.sizes)[field]), persistent=False)
-        self.register_buffer("first", torch.tensor(first[field]), persistent=False)
-        self.register_buffer("member", torch.eye(len(sizes))[field], persistent=False)
-        self.values, self.default = nn.Embedding(first[-1], dim), nn.Parameter(.1*torch.randn(len(sizes), dim))
+        for name, value in layout(self.sizes, columns).items():
+            self.register_buffer(name, value, persistent=False)
+        self.values, self.default = nn.Embedding(sum(self.sizes), dim), nn.Parameter(.1*torch.randn(len(sizes), dim))
         nn.init.normal_(self.values.weight, std=.3)
         self.mlp = nn.Sequential(nn.Linear(dim*len(sizes), hidden), nn.ReLU(), nn.Linear(hidden, out))
-
-    def embed(self, x, hide=None, drop:float=0.): # (n, columns) integers -> (n, fields, dim)
-        "Mean of each field's values; the default where there is none, or where `hide` (fields,) says so."
-        there = (self.check(x) >= 0).to(self.values.weight.dtype)
-        if drop:
-            there = there*(torch.rand_like(there) >= drop)
-        V = self.values((x + self.first).clamp(min=0))*there[..., None]
-        n = (there @ self.member)[..., None]
-        E = torch.where(n > 0, torch.einsum("ncd,cf->nfd", V, self.member)/n.clamp(min=1), self.default)
-        return E if hide is None else torch.where(hide.to(E.device)[:, None], self.default, E)
 
     def forward(self,
         x:Tensor, # (n, columns) integers
@@ -55,6 +41,37 @@ class Tower(nn.Module):
         ) -> Tensor: # (n, out)
         y = self.mlp(self.embed(x, hide, drop).flatten(1))
         return F.normalize(y, dim=1) if self.unit else y
+
+# %% ../nbs/foundations/10_towers.ipynb #8237ff2d
+def layout(sizes, columns): # -> size, first (n_columns,), member (n_columns, n_fields)
+    "Of each column: its field's size, its field's first row in the table, and which field it is."
+    columns = [1]*len(sizes) if columns is None else list(columns)
+    if len(columns) != len(sizes):
+        raise ValueError(f"{len(columns)} numbers of columns for {len(sizes)} fields. Fix: one for each field")
+    field, first = np.repeat(np.arange(len(sizes)), columns), np.cumsum([0, *sizes])
+    return dict(
+        size=torch.tensor(np.asarray(sizes)[field]),
+        first=torch.tensor(first[field]),
+        member=torch.eye(len(sizes))[field],
+    )
+
+# %% ../nbs/foundations/10_towers.ipynb #8aa085f7
+@patch
+def embed(self:Tower, x, hide=None, drop:float=0.): # (n, columns) integers -> (n, fields, dim)
+    "Mean of each field's values; the default where there is none, or where `hide` (fields,) says so."
+    there = (self.check(x) >= 0).to(self.values.weight.dtype)
+    if drop:
+        there = there*(torch.rand_like(there) >= drop)
+    E = self.means(x, there)
+    return E if hide is None else torch.where(hide.to(E.device)[:, None], self.default, E)
+
+# %% ../nbs/foundations/10_towers.ipynb #6284d441
+@patch
+def means(self:Tower, x, there): # (n, columns), (n, columns) 0/1 -> (n, fields, dim)
+    "Mean of the values of each field that are there; its default if none is."
+    V = self.values((x + self.first).clamp(min=0))*there[..., None]
+    n = (there @ self.member)[..., None]
+    return torch.where(n > 0, torch.einsum("ncd,cf->nfd", V, self.member)/n.clamp(min=1), self.default)
 
 # %% ../nbs/foundations/10_towers.ipynb #e9924c44
 @patch
@@ -100,20 +117,31 @@ def sampled_softmax(
     ) -> Tensor: # scalar
     "Softmax of each positive against sampled items; a sampled item equal to the positive is masked."
     q, pos = batch
-    if p is not None and not (p[pos] > 0).all():
-        raise ValueError(
-            f"positive item {int(pos[p[pos] <= 0][0])} has sampling weight 0: its correction is infinite. Fix: a "
-            f"weight for every positive"
-        )
-    neg = torch.randint(len(x), (n_neg,), device=pos.device) if p is None else torch.multinomial(p, n_neg, True)
+    neg = sampled_items(pos, len(x), n_neg, p)
     uniq, at = torch.cat([pos, neg]).unique(return_inverse=True)
     y = model(q, x[uniq])/temperature(tau)
     if p is not None:
         y = y - (p/p.sum())[uniq].log()
-    own, other = at[:len(pos)], at[len(pos):]
+    return first_of(y, at[:len(pos)], at[len(pos):]) + model.extra
+
+# %% ../nbs/foundations/10_towers.ipynb #22e1c807
+def first_of(y, own, other): # (n, m) scores, (n,) and (n_neg,) columns -> scalar
+    "Cross-entropy of each row's own column against the others; where another is its own, it is masked."
     y_neg = y[:, other].masked_fill(other == own[:, None], -torch.inf)
     y_pos = y.gather(1, own[:, None])
-    return F.cross_entropy(torch.cat([y_pos, y_neg], 1), torch.zeros_like(pos)) + model.extra
+    return F.cross_entropy(torch.cat([y_pos, y_neg], 1), torch.zeros_like(own))
+
+# %% ../nbs/foundations/10_towers.ipynb #c528700b
+def sampled_items(pos, n_items, n_neg, p): # -> (n_neg,)
+    "Items drawn by the weights `p`, uniformly if None; a positive of weight 0 is refused."
+    if p is None:
+        return torch.randint(n_items, (n_neg,), device=pos.device)
+    if not (p[pos] > 0).all():
+        raise ValueError(
+            f"positive item {int(pos[p[pos] <= 0][0])} has sampling weight 0: its correction is infinite. Fix: a "
+            f"weight for every positive"
+        )
+    return torch.multinomial(p, n_neg, True)
 
 # %% ../nbs/foundations/10_towers.ipynb #dd3b0d53
 def batch_softmax(
@@ -167,13 +195,16 @@ class ProductQuantizer(nn.Module):
         ) -> Tensor: # (n, d)
         "The codewords of the codes, joined."
         return torch.cat([C[z[:, m]] for m, C in enumerate(self.C)], 1)
-    def forward(self, t:Tensor) -> Tensor: # (n, d) -> (n, d)
-        z = self.codes(t.detach())
-        c = self.words(z)
-        if self.training:
-            self.loss = (c-t.detach()).pow(2).sum(1).mean() + self.beta*(t-c.detach()).pow(2).sum(1).mean()
-            self.watch(z, t.detach())
-        return t + (c-t).detach()
+
+# %% ../nbs/foundations/10_towers.ipynb #46c79f04
+@patch
+def forward(self:ProductQuantizer, t:Tensor) -> Tensor: # (n, d) -> (n, d)
+    z = self.codes(t.detach())
+    c = self.words(z)
+    if self.training:
+        self.loss = (c-t.detach()).pow(2).sum(1).mean() + self.beta*(t-c.detach()).pow(2).sum(1).mean()
+        self.watch(z, t.detach())
+    return t + (c-t).detach()
 
 # %% ../nbs/foundations/10_towers.ipynb #b0bea32c
 @patch
@@ -214,15 +245,21 @@ def ivf_search(
     ) -> tuple[np.ndarray, np.ndarray]: # (n, k) item numbers, -1 where there are too few; (n,) items touched
     "Largest inner products within the `n_probe` clusters nearest to each query (faiss IndexIVFFlat)."
     coarse = faiss.IndexFlatIP(items.shape[1])
+    index = ivf_index(items, coarse, n_lists, seed)
+    index.nprobe = n_probe
+    lists = coarse.search(q, n_probe)[1]
+    sizes = np.array([index.invlists.list_size(c) for c in range(n_lists)])
+    return index.search(q, k)[1], np.where(lists >= 0, sizes[lists], 0).sum(1) # -1: fewer lists than asked for
+
+# %% ../nbs/foundations/10_towers.ipynb #0fbfb63a
+def ivf_index(items, coarse, n_lists, seed):
+    "Items in lists by the nearest centre; the centres lie in `coarse`."
     index = faiss.IndexIVFFlat(coarse, items.shape[1], n_lists, faiss.METRIC_INNER_PRODUCT)
     index.cp.seed = seed+1
     index.cp.min_points_per_centroid = 1
     index.train(items)
     index.add(items)
-    index.nprobe = n_probe
-    lists = coarse.search(q, n_probe)[1]
-    sizes = np.array([index.invlists.list_size(c) for c in range(n_lists)])
-    return index.search(q, k)[1], np.where(lists >= 0, sizes[lists], 0).sum(1) # -1: fewer lists than asked for
+    return index
 
 # %% ../nbs/foundations/10_towers.ipynb #d87f8f42
 def nearest_among(
@@ -235,12 +272,17 @@ def nearest_among(
     k = min(k, len(rows)-1)
     if k < 1:
         return rows, np.empty((len(rows), 0), int)
+    return rows, rows[nearest_others(X[rows], k)]
+
+# %% ../nbs/foundations/10_towers.ipynb #0e98cbe2
+def nearest_others(X, k): # (m, d) -> (m, k) row numbers, nearest first
+    "The k rows nearest to each row but itself."
     index = faiss.IndexFlatL2(X.shape[1])
-    index.add(X[rows])
-    found = index.search(X[rows], k+1)[1]
-    own = found == np.arange(len(rows))[:, None]
+    index.add(X)
+    found = index.search(X, k+1)[1]
+    own = found == np.arange(len(X))[:, None]
     own[~own.any(1), -1] = True # duplicates may crowd a node out of its own list
-    return rows, rows[found[~own].reshape(len(rows), k)]
+    return found[~own].reshape(len(X), k)
 
 # %% ../nbs/foundations/10_towers.ipynb #bb414bd8
 def robust_prune(
@@ -253,12 +295,18 @@ def robust_prune(
     d, kept = np.linalg.norm(X[cand] - X[p], axis=1), []
     while len(cand) and len(kept) < R:
         kept.append(star := cand[0])
-        drop = alpha*np.linalg.norm(X[cand] - X[star], axis=1) <= d
-        if may is not None:
-            drop &= may(star, cand)
-        drop[0] = True
+        drop = over(X, star, cand, alpha, d, may)
         cand, d = cand[~drop], d[~drop]
     return np.array(kept, int)
+
+# %% ../nbs/foundations/10_towers.ipynb #8277ab66
+def over(X, star, cand, alpha, d, may):
+    "Which candidates, `d` away, a detour over p* reaches; p* itself, the first, always."
+    drop = alpha*np.linalg.norm(X[cand] - X[star], axis=1) <= d
+    if may is not None:
+        drop &= may(star, cand)
+    drop[0] = True
+    return drop
 
 # %% ../nbs/foundations/10_towers.ipynb #95169dda
 def vamana(
@@ -269,23 +317,35 @@ def vamana(
     ) -> np.ndarray: # (n, R) node numbers, -1 where there is none
     "Pruned proximity graph over exact candidate lists."
     near = dict(zip(*nearest_among(X, 48))) if near is None else near
-    rng, nodes, links = np.random.default_rng(seed), np.array(list(near)), {p: [] for p in near}
-    def best(p, c): return robust_prune(X, p, by_distance(X, p, c), R, may=may and (lambda star, c: may(p, star, c)))
-    for p, c in near.items():
-        kept = best(p, c if may else np.r_[c, rng.choice(nodes, min(far, len(nodes)))])
-        links[p] += kept.tolist()
-        for j in kept:
-            links[j].append(p)
-    cut = {p: by_distance(X, p, np.array(c, int)) for p, c in links.items()}
-    return table_of({p: best(p, c) if len(c) > R else c for p, c in cut.items()}, len(X), R)
+    rng, nodes = np.random.default_rng(seed), np.array(list(near))
+    more = lambda c: c if may else np.r_[c, rng.choice(nodes, min(far, len(nodes)))]
+    kept = {p: pruned(X, p, more(c), R, may) for p, c in near.items()}
+    cut = {p: by_distance(X, p, np.array(c, int)) for p, c in both_ways(kept).items()}
+    return table_of({p: pruned(X, p, c, R, may) if len(c) > R else c for p, c in cut.items()}, len(X), R)
+
+# %% ../nbs/foundations/10_towers.ipynb #3b58cf9e
+def pruned(X, p, c, R, may):
+    "At most R of the candidates c of node p, in any order."
+    return robust_prune(X, p, by_distance(X, p, c), R, may=may and (lambda star, c: may(p, star, c)))
 
 # %% ../nbs/foundations/10_towers.ipynb #b4819225
+def both_ways(kept): # node -> nodes it links to; all of them are keys
+    "Node -> nodes linked with it, whichever of the two kept the link."
+    links = {p: [] for p in kept}
+    for p, c in kept.items():
+        links[p] += c.tolist()
+        for j in c:
+            links[j].append(p)
+    return links
+
+# %% ../nbs/foundations/10_towers.ipynb #6754142e
 def by_distance(X, p, c):
     "Distinct nodes c other than p, nearest to p first."
     c = np.unique(c)
     c = c[c != p]
     return c[np.argsort(np.linalg.norm(X[c]-X[p], axis=1), kind="stable")]
 
+# %% ../nbs/foundations/10_towers.ipynb #048f29ae
 def table_of(lists, n, width):
     "Lists of nodes as rows of one length, filled up by -1."
     G = np.full((n, width), -1)
@@ -302,21 +362,32 @@ def walk(
     expand:Callable, # (query numbers, nodes) -> (., m) node numbers, -1 for none
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # nodes (q, ef), -1 where fewer; distances (q, ef); evaluations (q,)
     "Best-first search of a graph, all queries in step; a node's distance is evaluated once per query."
-    q = len(Q)
-    seen, evals = np.zeros((q, len(X)+1), bool), np.zeros(q, int)
+    seen, evals = np.zeros((len(Q), len(X)+1), bool), np.zeros(len(Q), int)
     seen[:, -1] = True # the last column stands for "none"
-    found = np.full((q, ef), -1), np.full((q, ef), np.inf), np.zeros((q, ef), bool) # nodes, distances, to be expanded
-    at, new = np.arange(q), starts
+    found = nothing_found(len(Q), ef)
+    at, new = np.arange(len(Q)), starts
     while len(at):
         new = unseen(seen, at, new)
         d = np.where(new < 0, np.inf, np.square(X[new] - Q[at, None]).sum(2))
         evals[at] += (new >= 0).sum(1)
         keep_nearest(found, at, new, d)
-        at = np.flatnonzero(found[2].any(1))
-        j = found[2][at].argmax(1) # the nearest open one: rows are sorted
-        found[2][at, j] = False
-        new = expand(at, found[0][at, j]) if len(at) else new
+        at, nodes = next_open(found)
+        new = expand(at, nodes) if len(at) else new
     return *found[:2], evals
+
+# %% ../nbs/foundations/10_towers.ipynb #1817c27f
+def nothing_found(q, ef):
+    "Room for `ef` nodes a query: their numbers, their distances, and which of them are open (not yet expanded)."
+    return np.full((q, ef), -1), np.full((q, ef), np.inf), np.zeros((q, ef), bool)
+
+# %% ../nbs/foundations/10_towers.ipynb #d3f87684
+def next_open(found): # -> query numbers, nodes
+    "The queries that still have an open node, and the nearest open node of each, which is now expanded."
+    nodes, _, is_open = found
+    at = np.flatnonzero(is_open.any(1))
+    j = is_open[at].argmax(1) # rows are sorted
+    is_open[at, j] = False
+    return at, nodes[at, j]
 
 # %% ../nbs/foundations/10_towers.ipynb #6f1b3fe6
 def unseen(seen, at, new):

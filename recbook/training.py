@@ -18,8 +18,9 @@ from tqdm.auto import tqdm
 from .data import whole_number
 
 # %% auto #0
-__all__ = ['set_seed', 'pick_device', 'Rows', 'batches', 'as_is', 'eval_mode', 'Objective', 'fit', 'one_step', 'mean_loss',
-           'keep_best', 'restore', 'minimise', 'fan_out']
+__all__ = ['set_seed', 'pick_device', 'Rows', 'batches', 'as_is', 'eval_mode', 'Objective', 'fit', 'check_fit', 'prepared',
+           'progress_bar', 'one_step', 'one_epoch', 'trained_epochs', 'mean_loss', 'keep_best', 'restore', 'minimise',
+           'step_some', 'fan_out']
 
 # %% ../nbs/foundations/07_training.ipynb #58fbd141
 def set_seed(seed:int):
@@ -28,6 +29,7 @@ def set_seed(seed:int):
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
+# %% ../nbs/foundations/07_training.ipynb #700e30d8
 def pick_device(
     device:str="auto", # "auto", "cpu", "cuda", "mps", ...
     ) -> torch.device:
@@ -120,7 +122,30 @@ def fit(
     progress:bool=True, # a bar; the environment variable TQDM_DISABLE=1 silences it everywhere
     ) -> pd.DataFrame: # one row an epoch: epoch, step, seconds (training only), loss and the metrics
     "Train `model` in place, leave it in evaluation mode and return the history."
-    from accelerate import Accelerator, DistributedDataParallelKwargs
+    check_fit(loader, epochs, steps, every, patience, monitor, evaluate)
+    set_seed(seed)
+    acc, objective, optim, loader = prepared(model, loss, opt, lr, loader, device)
+    total = steps or epochs*len(loader)
+    history, best, bar = [], None, progress_bar(acc, total, progress)
+    for row in trained_epochs(acc, objective, optim, loader, total, bar):
+        history.append(row)
+        out_of_time = max_seconds is not None and row["seconds"] >= max_seconds
+        if evaluate and (row["epoch"] % every == 0 or row["step"] == total or out_of_time):
+            objective.eval()
+            row.update(evaluate(model))
+            bar.set_postfix({k: f"{v:.4f}" for k, v in row.items() if isinstance(v, float)})
+            best = keep_best(best, model, row, monitor) if monitor else None
+        if out_of_time or best and best["waited"] >= patience:
+            break
+    bar.close()
+    if best:
+        restore(best, model, monitor)
+    model.eval()
+    return pd.DataFrame(history)
+
+# %% ../nbs/foundations/07_training.ipynb #2c160b68
+def check_fit(loader, epochs, steps, every, patience, monitor, evaluate):
+    "Refuse what `fit` cannot run with."
     if (epochs is None) == (steps is None):
         raise ValueError(f"epochs={epochs}, steps={steps}: give exactly one of them")
     for name, value in dict(epochs=epochs, steps=steps, every=every, patience=patience).items():
@@ -130,45 +155,24 @@ def fit(
         raise ValueError(f"monitor={monitor!r} needs an `evaluate` function that measures it")
     if not len(loader):
         raise ValueError("the loader has no batches: give it rows, or smaller batches if it drops the last one")
-    set_seed(seed)
+
+# %% ../nbs/foundations/07_training.ipynb #02c4ca7c
+def prepared(model, loss, opt, lr, loader, device):
+    "Accelerator, objective, optimizer of what may be trained, and loader, on the device and split over processes."
+    from accelerate import Accelerator, DistributedDataParallelKwargs
     same_everywhere = DistributedDataParallelKwargs(
         broadcast_buffers=False
     )  # buffers are constants such as a graph, sparse ones cannot be sent
     acc = Accelerator(cpu=pick_device(device).type == "cpu", kwargs_handlers=[same_everywhere])
     objective, loader = acc.prepare(Objective(model, loss), loader)
     optim = acc.prepare(opt([p for p in objective.parameters() if p.requires_grad], lr=lr))
-    total = steps or epochs*len(loader)
-    history, best, spent, step = [], None, 0., 0
+    return acc, objective, optim, loader
+
+# %% ../nbs/foundations/07_training.ipynb #0d74bf4c
+def progress_bar(acc, total, progress):
+    "A bar of `total` steps, on the main process alone."
     hidden = not (progress and acc.is_main_process) or bool(os.environ.get("TQDM_DISABLE"))
-    bar = tqdm(total=total, disable=hidden, leave=False, mininterval=.5)
-    while step < total:
-        t0, losses = perf_counter(), []
-        objective.train()
-        for batch in loader:
-            losses.append(one_step(acc, objective, optim, batch))
-            step += 1
-            bar.update()
-            if step == total:
-                break
-        row = dict(epoch=len(history)+1, step=step, loss=mean_loss(acc, losses, step))
-        spent += perf_counter() - t0
-        history.append(row | dict(seconds=spent))
-        out_of_time = max_seconds is not None and spent >= max_seconds
-        if evaluate and (len(history) % every == 0 or step == total or out_of_time):
-            objective.eval()
-            history[-1] |= evaluate(model)
-            bar.set_postfix({k: f"{v:.4f}" for k, v in history[-1].items() if isinstance(v, float)})
-            if monitor:
-                best = keep_best(best, model, history[-1], monitor)
-                if best["waited"] >= patience:
-                    break
-        if out_of_time:
-            break
-    bar.close()
-    if best:
-        restore(best, model, monitor)
-    model.eval()
-    return pd.DataFrame(history)
+    return tqdm(total=total, disable=hidden, leave=False, mininterval=.5)
 
 # %% ../nbs/foundations/07_training.ipynb #b7f41ab2
 def one_step(acc, objective, optim, batch):
@@ -178,6 +182,31 @@ def one_step(acc, objective, optim, batch):
     acc.backward(l)
     optim.step()
     return l.detach()
+
+# %% ../nbs/foundations/07_training.ipynb #7c6c67cb
+def one_epoch(acc, objective, optim, loader, most, bar):
+    "The losses of one pass through the loader, `most` steps at most."
+    losses = []
+    objective.train()
+    for batch in loader:
+        losses.append(one_step(acc, objective, optim, batch))
+        bar.update()
+        if len(losses) == most:
+            break
+    return losses
+
+# %% ../nbs/foundations/07_training.ipynb #c9ad35ec
+def trained_epochs(acc, objective, optim, loader, total, bar):
+    "Train until `total` steps are done; yields each epoch's row of the history."
+    epoch, step, spent = 0, 0, 0.
+    while step < total:
+        t0 = perf_counter()
+        losses = one_epoch(acc, objective, optim, loader, total-step, bar)
+        epoch += 1
+        step += len(losses)
+        loss = mean_loss(acc, losses, step)
+        spent += perf_counter() - t0
+        yield dict(epoch=epoch, step=step, loss=loss, seconds=spent)
 
 # %% ../nbs/foundations/07_training.ipynb #74098dbe
 def mean_loss(acc, losses, step):
@@ -223,12 +252,18 @@ def minimise(
         moving &= each.detach().cpu() >= stop
         if not moving.any():
             break
-        held, (x.grad,) = x.detach().clone(), torch.autograd.grad(each[moving].sum(), [x])
-        opt.step()
-        with torch.no_grad():
-            x[~moving] = held[~moving]
-            limit(x)
+        (x.grad,) = torch.autograd.grad(each[moving].sum(), [x])
+        step_some(opt, x, moving, limit)
     x.grad = None
+
+# %% ../nbs/foundations/07_training.ipynb #b73cf723
+@torch.no_grad()
+def step_some(opt, x, moving, limit):
+    "One step of the optimizer for the rows that still move, under the limit."
+    held = x.detach().clone()
+    opt.step()
+    x[~moving] = held[~moving]
+    limit(x)
 
 # %% ../nbs/foundations/07_training.ipynb #519c36eb
 def fan_out(

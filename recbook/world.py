@@ -16,8 +16,9 @@ from scipy.stats import norm
 from .data import Interactions, whole_number
 
 # %% auto #0
-__all__ = ['CUES', 'ASPECTS', 'TONES', 'WRITES', 'REQUEST', 'ITEM', 'TASTES', 'OCCASIONS', 'finite', 'World', 'aspect',
-           'unique_titles', 'review_text', 'exercises', 'noisy_copy', 'world_sequences', 'Crowd']
+__all__ = ['CUES', 'ASPECTS', 'TONES', 'WRITES', 'REQUEST', 'ITEM', 'TASTES', 'OCCASIONS', 'finite', 'check_world', 'World',
+           'aspect', 'unique_titles', 'times', 'written', 'review_text', 'exercises', 'tags_of', 'noisy_copy',
+           'world_sequences', 'Crowd']
 
 # %% ../nbs/foundations/05_world.ipynb #17910f6e
 CUES = dict(  # attribute -> value -> cue words used in titles and reviews
@@ -71,6 +72,25 @@ def finite(name, value):
         raise ValueError(f"{name}={value!r}: must be a finite number")
 
 # %% ../nbs/foundations/05_world.ipynb #627fce40
+def check_world(w):
+    "Refuse a world that cannot be."
+    whole_number("seed", w.seed, 0)
+    for name in ("n_users", "n_items", "dim"):
+        whole_number(name, getattr(w, name))
+    for name in ("rho", "like_rate", "clicks_per_user", "kappa", "zipf"):
+        finite(name, getattr(w, name))
+    if not 0 <= w.rho <= 1:
+        raise ValueError(f"rho={w.rho}: must lie in 0..1")
+    if not 0 < w.like_rate < 1:
+        raise ValueError(f"like_rate={w.like_rate}: must lie strictly between 0 and 1")
+    limit = .8*w.like_rate*w.n_items
+    if not 0 < w.clicks_per_user < limit:
+        raise ValueError(
+            f"clicks_per_user={w.clicks_per_user}: must lie in 0..{limit:g} for {w.n_items} items liked at rate "
+            f"{w.like_rate}; use more items"
+        )
+
+# %% ../nbs/foundations/05_world.ipynb #72efddc3
 class World:
     """A synthetic universe of users and items with known relevance, exposure and text; every aspect is lazy and fixed
     by the seed."""
@@ -84,25 +104,9 @@ class World:
         like_rate:float=.25, # mean probability that a user likes a random item
         kappa:float=1., # how strongly the logging policy follows true affinity
         zipf:float=.8): # exponent of item popularity in the logging policy
-        whole_number("seed", seed, 0)
-        for name, value in dict(n_users=n_users, n_items=n_items, dim=dim).items():
-            whole_number(name, value)
-        for name, value in dict(
-            rho=rho, like_rate=like_rate, clicks_per_user=clicks_per_user, kappa=kappa, zipf=zipf
-        ).items():
-            finite(name, value)
-        if not 0 <= rho <= 1:
-            raise ValueError(f"rho={rho}: must lie in 0..1")
-        if not 0 < like_rate < 1:
-            raise ValueError(f"like_rate={like_rate}: must lie strictly between 0 and 1")
-        limit = .8*like_rate*n_items
-        if not 0 < clicks_per_user < limit:
-            raise ValueError(
-                f"clicks_per_user={clicks_per_user}: must lie in 0..{limit:g} for {n_items} items liked at rate "
-                f"{like_rate}; use more items"
-            )
         self.seed,self.n_users,self.n_items,self.rho,self.dim = seed,n_users,n_items,rho,dim
         self.clicks_per_user,self.like_rate,self.kappa,self.zipf = clicks_per_user,like_rate,kappa,zipf
+        check_world(self)
         self._built = {}
 
     def rng(self, name:str) -> np.random.Generator:
@@ -266,16 +270,22 @@ def events(self:World, rng) -> pd.DataFrame:
     df = df.iloc[np.lexsort((phase + rng.normal(0, .1, len(df)), df.user))].reset_index(drop=True)
     new_user = df.user.ne(df.user.shift()).to_numpy()
     new_session = new_user | (rng.random(len(df)) < .2)
+    df["session"] = new_session.cumsum() - 1
+    df["time"] = times(rng, new_user, new_session)
+    return df
+
+# %% ../nbs/foundations/05_world.ipynb #212a75cd
+def times(rng, new_user, new_session): # (n,) bool each -> (n,) days
+    "Time of each event, from gaps: a user's first is uniform, the others exponential."
+    n = len(new_user)
     gap = np.where(
         new_user,
-        rng.uniform(0, 200, len(df)),
-        np.where(new_session, rng.exponential(10.0, len(df)), rng.exponential(0.01, len(df))),
+        rng.uniform(0, 200, n),
+        np.where(new_session, rng.exponential(10.0, n), rng.exponential(0.01, n)),
     )
     total = gap.cumsum()
     start = (total - gap)[new_user]
-    df["session"] = new_session.cumsum() - 1
-    df["time"] = total - np.repeat(start, np.diff(np.append(new_user.nonzero()[0], len(df))))
-    return df
+    return total - np.repeat(start, np.diff(np.append(new_user.nonzero()[0], n)))
 
 # %% ../nbs/foundations/05_world.ipynb #8e8f36d9
 @patch(as_prop=True)
@@ -315,15 +325,19 @@ def reviews(self:World,
     """Reviews by people who were shown an item, clicked or not: the words follow the true rating and name one attribute
     of the item."""
     whole_number("n", n)
-    rng, shown = self.rng("reviews"), self.impressions
-    weights = shown.rating.map(WRITES)
-    df = shown[["user", "item", "rating"]].sample(
-        n, replace=n > len(shown)//2, weights=weights, random_state=int(rng.integers(2**31))
-    )
+    rng = self.rng("reviews")
+    df = written(self.impressions, n, rng)
     rows = self.items.iloc[df.item]
     text = [review_text(t, r, *said) for t, r, *said in
             zip(rows.title, df.rating, rows.mood, rows.genre, rows.setting, rng.integers(3, size=n))]
     return df.assign(text=text).reset_index(drop=True)
+
+# %% ../nbs/foundations/05_world.ipynb #5ebb449c
+def written(shown, n, rng):
+    "n of the impressions `shown`, the likelier the more their rating moves people to write."
+    return shown[["user", "item", "rating"]].sample(
+        n, replace=n > len(shown)//2, weights=shown.rating.map(WRITES), random_state=int(rng.integers(2**31))
+    )
 
 # %% ../nbs/foundations/05_world.ipynb #561a9e0e
 def review_text(title, rating, mood, genre, setting, k):
@@ -380,12 +394,17 @@ def attributes(self:World, rng) -> pd.DataFrame:
     n, it = self.n_items, self.items
     brand = rng.choice(40, n, p=(z := 1/np.arange(1, 41)**1.1)/z.sum())
     year = (1900 + 20*pd.factorize(it.era, sort=True)[0] + rng.normal(0, 25, n)).round().astype(int)
-    shelves = rng.random((n, 12)) < np.geomspace(.3, .01, 12)
-    tags = [
-        frozenset({m, s} | {f"shelf-{k}" for k in np.flatnonzero(r)})
-        for m, s, r in zip(it["mood"], it["setting"], shelves)
-    ]
+    tags = tags_of(it, rng)
     return pd.DataFrame(dict(genre=it["genre"].to_numpy(), brand=[f"brand-{b}" for b in brand], year=year, tags=tags))
+
+# %% ../nbs/foundations/05_world.ipynb #4d2c9ae0
+def tags_of(items, rng):
+    "Mood, setting and some of twelve shelves, common to rare, of each item."
+    shelves = rng.random((len(items), 12)) < np.geomspace(.3, .01, 12)
+    return [
+        frozenset({m, s} | {f"shelf-{k}" for k in np.flatnonzero(r)})
+        for m, s, r in zip(items["mood"], items["setting"], shelves)
+    ]
 
 # %% ../nbs/foundations/05_world.ipynb #b5900ea2
 @patch(as_prop=True)
@@ -462,12 +481,17 @@ class Crowd:
 @patch
 def by_group(self:Crowd, requests:Sequence[str], answers) -> np.ndarray: # n words, (n, 3) -> (n, 5 groups, 5 stars)
     "Share of each star among the judges of each group."
-    a = np.asarray(answers)
+    mean = self.mean_stars(requests, np.asarray(answers))
+    below = norm.cdf((np.arange(1.5, 5) - mean[..., None])/.4) # (n, judges, 4)
+    return np.diff(below, axis=2, prepend=0, append=1).reshape(len(mean), 5, -1, 5).mean(2)
+
+# %% ../nbs/foundations/05_world.ipynb #84b98c7a
+@patch
+def mean_stars(self:Crowd, requests, a): # n words, (n, 3) -> (n, judges)
+    "What each judge thinks of each answer, before noise, in stars: how it suits the request, and the judge's taste."
     row, column = self.suits.index.get_indexer(requests), self.suits.columns.get_indexer(a.ravel()).reshape(a.shape)
     fit = self.suits.to_numpy()[row[:, None], column].sum(1)
-    mean = 3 + fit[:, None] + self.effects.to_numpy()[:, column].sum(2).T
-    below = norm.cdf((np.arange(1.5, 5) - mean[..., None])/.4) # (n, judges, 4)
-    return np.diff(below, axis=2, prepend=0, append=1).reshape(len(a), 5, -1, 5).mean(2)
+    return 3 + fit[:, None] + self.effects.to_numpy()[:, column].sum(2).T
 
 # %% ../nbs/foundations/05_world.ipynb #c99058af
 @patch
