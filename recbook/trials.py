@@ -78,8 +78,7 @@ LIBRARIES = ("torch", "numpy", "scipy", "sklearn", "transformers", "peft", "trl"
 
 
 def trial_key(method:Method, case:Case, seed:int, setting:dict) -> str:  # 64 hexadecimal digits
-    """The digest under which a trial is kept: code of method and case, data sets named there, setting, seed, library
-    versions."""
+    "Where a trial is kept: digest of the code of method and case, data sets named there, setting, seed, versions."
     sets = [n for n in _registry() if n in case.name or n in names_of(case.make)]
     data = [(n, f["sha256"]) for n in sets for f in _registry()[n]["file"]]
     versions = map(distribution, LIBRARIES)
@@ -144,8 +143,7 @@ def _watched(left, jobs, desc):
 
 # %% ../nbs/foundations/17_trials.ipynb #cd4312b2
 def in_turn(todo, jobs):
-    """(key, outcome) of each trial as it is finished, on `jobs` processes; `joblib.parallel_config(backend='ray')`
-    takes them to a cluster."""
+    "(key, outcome) of each trial as it is finished, on `jobs` processes or where `joblib.parallel_config` says."
     if jobs < 1:
         raise ValueError(f"jobs={jobs}: give the number of processes, 1 or more")
     if jobs == 1 or len(todo) < 2:
@@ -222,10 +220,10 @@ def check_names(methods, cases):
             raise ValueError(f"no {what}")
         if len(set(names)) < len(names):
             raise ValueError(f"{what} with the same name among {names}. Fix: rename one")
-    known = {m.name for m in methods if not m.like}
+    known = sorted(m.name for m in methods if not m.like)
     for m in methods:
         if m.like and m.like not in known:
-            raise ValueError(f"{m.name}: like={m.like!r} is none of {sorted(known)}, the methods with own settings")
+            raise ValueError(f"{m.name}: like={m.like!r} is none of {known}, the methods with settings of their own")
 
 # %% ../nbs/foundations/17_trials.ipynb #26af5f34
 def check_seeds(seeds):
@@ -353,8 +351,7 @@ def over_seeds(
     tuned:Tuned|None=None, # settings; only methods with one setting can do without
     jobs:int=1, store:Store|None=None,
     ) -> pd.DataFrame:  # dataset, method, role, seed, unit, setting, caveats, shares, and a column a metric
-    """Every method on every case and seed with its chosen setting: a row for each unit, and one (unit -1) for what is
-    measured once a run."""
+    "Every method, case and seed with its chosen setting: a row a unit, and one (unit -1) for what is measured once."
     check_names(methods, cases)
     _check_fresh(seeds, tuned)
     tuned = tuned or tune(methods, cases, [])
