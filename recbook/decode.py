@@ -15,12 +15,61 @@ from .answers import takes, token_columns, tokens_only, virtual_tokens, whole_mo
 from .training import eval_mode
 
 # %% auto #0
-__all__ = ['ItemTrie', 'tree_mask', 'subtrees', 'path', 'prompts_for', 'read_prompts', 'reads_on', 'keeps_only', 'reads_trees',
-           'node_logprobs', 'tree_logprobs', 'path_logprobs', 'rank_items', 'constrained_beam', 'beam_batch',
-           'kept_prompts', 'plain_prompts', 'extend', 'valid_rate', 'generated', 'own_settings_aside', 'sampled_texts',
-           'continuations', 'sample_prefixes', 'catalogue_policy', 'draw_items']
+__all__ = ['trie_nodes', 'families', 'trie_ends', 'same_tokens', 'check_titles', 'check_ends', 'ItemTrie', 'tree_mask',
+           'subtrees', 'path', 'prompts_for', 'read_prompts', 'reads_on', 'keeps_only', 'reads_trees', 'node_logprobs',
+           'tree_logprobs', 'places', 'tree_logits', 'tree_bias', 'child_logprobs', 'path_logprobs', 'read_paths',
+           'inner_paths', 'write_children', 'check_asked', 'rank_items', 'path_sums', 'constrained_beam', 'beam_batch',
+           'beam_rows', 'kept_prompts', 'plain_prompts', 'children', 'extend', 'valid_rate', 'end_marks', 'generated',
+           'own_settings_aside', 'sampled_texts', 'continuations', 'sample_prefixes', 'catalogue_policy', 'item_of',
+           'draw_items']
 
 # %% ../nbs/foundations/13_decode.ipynb #4ebd338a
+def trie_nodes(seqs): # token sequences, as tuples
+    "Node of each prefix, numbered level by level, and `token, parent, level` (n_nodes,)."
+    prefixes = sorted({s[:d] for s in seqs for d in range(len(s) + 1)}, key=lambda p: (len(p), p))
+    node = {p: n for n, p in enumerate(prefixes)}
+    token = torch.tensor([-1] + [p[-1] for p in prefixes[1:]])
+    parent = torch.tensor([-1] + [node[p[:-1]] for p in prefixes[1:]])
+    return node, token, parent, torch.tensor([len(p) for p in prefixes])
+
+# %% ../nbs/foundations/13_decode.ipynb #652e64f8
+def families(parent):
+    "First child (0 for none) and number of children of each node, where siblings are neighbours."
+    count = torch.bincount(parent[1:], minlength=len(parent))
+    return torch.where(count > 0, 1 + count.cumsum(0) - count, 0), count
+
+# %% ../nbs/foundations/13_decode.ipynb #deb151a5
+def trie_ends(seqs, node):
+    "The node where each item ends, `leaf` (n_items,), and the item that ends at each node, `item` (n_nodes,), or -1."
+    leaf, item = torch.tensor([node[s] for s in seqs]), torch.full((len(node),), -1)
+    for i in reversed(range(len(seqs))):
+        item[leaf[i]] = i
+    return leaf, item
+
+# %% ../nbs/foundations/13_decode.ipynb #4ad3fb90
+def same_tokens(titles, seqs):
+    "Lists of titles that share one token sequence."
+    same = {}
+    for t, s in zip(titles, seqs):
+        same.setdefault(s, []).append(t)
+    return [v for v in same.values() if len(v) > 1]
+
+# %% ../nbs/foundations/13_decode.ipynb #03aa0366
+def check_titles(tok, titles, eos):
+    "Refuse an empty catalogue, and an end mark that the tokenizer doesn't have."
+    if not len(titles):
+        raise ValueError("no titles: a trie needs at least one")
+    if eos and tok.eos_token_id is None:
+        raise ValueError("eos=True, and the tokenizer has no end mark: set tok.eos_token or pass eos=False")
+
+# %% ../nbs/foundations/13_decode.ipynb #67124380
+def check_ends(trie):
+    "Refuse titles that end where another one goes on."
+    inner = [t for t, n in zip(trie.titles, trie.leaf.tolist()) if trie.count[n]]
+    if inner:
+        raise ValueError(f"titles that begin another title: {inner[:5]}; pass eos=True")
+
+# %% ../nbs/foundations/13_decode.ipynb #5da0091b
 class ItemTrie:
     "Trie over the token sequences of a catalogue; nodes in breadth-first order, node 0 is the empty prefix."
     def __init__(self,
@@ -29,48 +78,19 @@ class ItemTrie:
         eos:bool=True, # end each title with the end mark, so that one title may begin another
         prefix:str=" ", # put before each title, as it follows a prompt
         allow_duplicates:bool=False): # let items share one token sequence (and one score)
-        if not len(titles):
-            raise ValueError("no titles: a trie needs at least one")
-        if eos and tok.eos_token_id is None:
-            raise ValueError("eos=True, and the tokenizer has no end mark: set tok.eos_token or pass eos=False")
+        check_titles(tok, titles, eos)
         self.titles, self.eos, self.prefix = list(titles), tok.eos_token_id, prefix
         seqs = [tuple(completion_ids(tok, prefix + t, eos)) for t in titles]
         self.n_items, self.depth = len(seqs), max(map(len, seqs))
-        self.collisions = self._collisions(seqs)
+        self.collisions = same_tokens(titles, seqs)
         if self.collisions and not allow_duplicates:
             raise ValueError(
                 f"titles with equal tokens: {self.collisions[:5]}; rename them or pass allow_duplicates=True"
             )
-        self._grow(seqs)
-        inner = [t for t, n in zip(self.titles, self.leaf.tolist()) if self.count[n]]
-        if inner:
-            raise ValueError(f"titles that begin another title: {inner[:5]}; pass eos=True")
-
-    def _collisions(self, seqs):
-        same = {}
-        for t, s in zip(self.titles, seqs):
-            same.setdefault(s, []).append(t)
-        return [v for v in same.values() if len(v) > 1]
-
-    def _grow(self, seqs):
-        """Fill `token, parent, level, first, count` (n_nodes,), `leaf` (n_items,) and `item` (n_nodes,), -1 where no
-        item ends."""
-        node, token, parent, level, first, count = {(): 0}, [-1], [-1], [0], [0], [0]
-        for d in range(1, self.depth+1):
-            for s in sorted({s[:d] for s in seqs if len(s) >= d}):
-                p, n = node[s[:-1]], len(token)
-                if not count[p]:
-                    first[p] = n
-                count[p] += 1
-                node[s] = n
-                for column, value in zip((token, parent, level, first, count), (s[-1], p, d, n, 0)):
-                    column.append(value)
-        self.token, self.parent, self.level, self.first, self.count = (
-            torch.tensor(c) for c in (token, parent, level, first, count)
-        )
-        self.leaf, self.item, self._node = torch.tensor([node[s] for s in seqs]), torch.full((len(token),), -1), node
-        for i in reversed(range(len(seqs))):
-            self.item[self.leaf[i]] = i
+        self._node, self.token, self.parent, self.level = trie_nodes(seqs)
+        self.first, self.count = families(self.parent)
+        self.leaf, self.item = trie_ends(seqs, self._node)
+        check_ends(self)
 
     def __len__(self): return len(self.token)
 
@@ -193,45 +213,90 @@ def node_logprobs(model, tok, prompts, trie, most=1024):
 def tree_logprobs(model, tok, ids, trie, most):
     "`node_logprobs` with many nodes in one pass behind the kept prompt."
     cache, mask, lp = read_prompts(model, tok, ids)
-    (B, P), top, dev = mask.shape, trie.level == 1, model.device
-    out = torch.zeros(B, len(trie))
-    out[:, top] = lp[:, trie.token[top].to(dev)].cpu()
+    top, out = trie.level == 1, torch.zeros(len(mask), len(trie))
+    out[:, top] = lp[:, trie.token[top].to(model.device)].cpu()
     for part in subtrees(trie, most):
-        where = torch.full((len(trie),), -1)
-        where[part] = torch.arange(len(part))
-        up = where[trie.parent[part]]
-        see = torch.cat([mask.bool()[:, None, :].expand(B, len(part), P), tree_mask(up).to(dev).expand(B, -1, -1)], 2)[
-            :, None
-        ]
-        bias = torch.zeros(see.shape, dtype=model.dtype, device=dev).masked_fill(~see, torch.finfo(model.dtype).min)
-        pos = mask.sum(1, keepdim=True) + trie.level[part].to(dev) - 1
-        nodes = trie.token[part].to(dev).expand(B, -1)
-        lg = model(input_ids=nodes, attention_mask=bias, position_ids=pos, past_key_values=cache, use_cache=True).logits
-        cache.crop(-len(part))
-        kids = torch.isin(trie.parent, part).nonzero()[:, 0]
-        rows = where[trie.parent[kids]].to(dev)
-        out[:, kids] = (lg[:, rows, trie.token[kids].to(dev)].float() - lg.float().logsumexp(-1)[:, rows]).cpu()
+        lg = tree_logits(model, trie, part, cache, mask)
+        kids, lp = child_logprobs(trie, part, lg)
+        out[:, kids] = lp.cpu()
     return out
 
 # %% ../nbs/foundations/13_decode.ipynb #6e8d3c13
+def places(trie, part):
+    "Place of each node within `part`, -1 for all others."
+    where = torch.full((len(trie),), -1)
+    where[part] = torch.arange(len(part))
+    return where
+
+# %% ../nbs/foundations/13_decode.ipynb #ea5b071d
+def tree_logits(model, trie, part, cache, mask):
+    "Logits (B, n, vocab) behind the nodes `part` (n,), read after the kept prompt, which stays as it was."
+    dev = model.device
+    bias = tree_bias(mask, tree_mask(places(trie, part)[trie.parent[part]]).to(dev), model.dtype)
+    pos = mask.sum(1, keepdim=True) + trie.level[part].to(dev) - 1
+    nodes = trie.token[part].to(dev).expand(len(mask), -1)
+    out = model(input_ids=nodes, attention_mask=bias, position_ids=pos, past_key_values=cache, use_cache=True)
+    cache.crop(-len(part))
+    return out.logits
+
+# %% ../nbs/foundations/13_decode.ipynb #5d7a0620
+def tree_bias(mask, above, dtype):
+    "What nodes add to their attention (B, 1, n, P + n): 0 on prompt, ancestors and self, else the least number."
+    B, n = len(mask), len(above)
+    see = torch.cat([mask.bool()[:, None].expand(B, n, -1), above.expand(B, -1, -1)], 2)[:, None]
+    return torch.zeros(see.shape, dtype=dtype, device=mask.device).masked_fill(~see, torch.finfo(dtype).min)
+
+# %% ../nbs/foundations/13_decode.ipynb #5d15fe50
+def child_logprobs(trie, part, lg):
+    "The children of `part` (n,) and their log-probabilities (B, m), from the logits (B, n, vocab) behind it."
+    kids = torch.isin(trie.parent, part).nonzero()[:, 0]
+    rows = places(trie, part)[trie.parent[kids]].to(lg.device)
+    return kids, lg[:, rows, trie.token[kids].to(lg.device)].float() - lg.float().logsumexp(-1)[:, rows]
+
+# %% ../nbs/foundations/13_decode.ipynb #0bea322b
 @torch.no_grad()
 def path_logprobs(model, tok, ids, trie, most):
     "`node_logprobs` with a plain pass over prompt and title for each innermost node."
-    inner = (trie.count > 0).nonzero()[:, 0]
-    ends = inner[~torch.isin(inner, trie.parent[inner])].tolist()
-    jobs = [(k, [0, *path(trie, n)]) for k in range(len(ids)) for n in ends]
+    ends = inner_paths(trie)
+    jobs = [(k, p) for k in range(len(ids)) for p in ends]
     out, rows = torch.zeros(len(ids), len(trie)), max(1, most//(max(map(len, ids)) + trie.depth))
     for j in range(0, len(jobs), rows):
         part = jobs[j:j+rows]
-        x = padded(tok, [ids[k] + trie.token[p[1:]].tolist() for k, p in part]).to(model.device)
-        for lg, (k, p) in zip(logits_of(model, x), part):
-            lp = lg[len(ids[k])-1:len(ids[k])-1+len(p)].float().log_softmax(-1).cpu()
-            for row, n in zip(lp, p):
-                kids = slice(trie.first[n], trie.first[n] + trie.count[n])
-                out[k, kids] = row[trie.token[kids]]
+        for (k, p), lp in zip(part, read_paths(model, tok, trie, [(ids[k], p) for k, p in part])):
+            write_children(trie, p, lp, out[k])
     return out
 
-# %% ../nbs/foundations/13_decode.ipynb #ea5b071d
+# %% ../nbs/foundations/13_decode.ipynb #f9ca8cdb
+def read_paths(model, tok, trie, part):
+    "For each prompt and path (token ids, nodes): log-probabilities (len(nodes), vocab) behind each node."
+    x = padded(tok, [ids + trie.token[nodes[1:]].tolist() for ids, nodes in part]).to(model.device)
+    for lg, (ids, nodes) in zip(logits_of(model, x), part):
+        start = len(ids) - 1
+        yield lg[start:start+len(nodes)].float().log_softmax(-1).cpu()
+
+# %% ../nbs/foundations/13_decode.ipynb #75c2e32b
+def inner_paths(trie):
+    "The nodes from the root to each innermost node that still has children."
+    inner = (trie.count > 0).nonzero()[:, 0]
+    return [[0, *path(trie, n)] for n in inner[~torch.isin(inner, trie.parent[inner])].tolist()]
+
+# %% ../nbs/foundations/13_decode.ipynb #be8a0e21
+def write_children(trie, nodes, lp, out):
+    "Fill `out` (n_nodes,) at the children of `nodes` from `lp` (len(nodes), vocab)."
+    for row, n in zip(lp, nodes):
+        kids = slice(trie.first[n], trie.first[n] + trie.count[n])
+        out[kids] = row[trie.token[kids]]
+
+# %% ../nbs/foundations/13_decode.ipynb #86041876
+def check_asked(prompts, **sizes):
+    "Refuse numbers below 1, and no prompts."
+    for name, n in sizes.items():
+        if n < 1:
+            raise ValueError(f"{name}={n}: must be at least 1")
+    if not len(prompts):
+        raise ValueError("no prompts: nothing to rank")
+
+# %% ../nbs/foundations/13_decode.ipynb #ab0d0ed9
 def rank_items(
     model:PreTrainedModel, tok:PreTrainedTokenizerBase,
     prompts:Sequence[str], trie:ItemTrie,
@@ -239,22 +304,19 @@ def rank_items(
     nodes:int=1024, # trie nodes at once; smaller needs less memory, larger shares more
     ) -> Tensor: # (n_prompts, n_items)
     "Exact log-probability of every title of the catalogue after each prompt."
-    for name, n in dict(batch_size=batch_size, nodes=nodes).items():
-        if n < 1:
-            raise ValueError(f"{name}={n}: must be at least 1")
-    if not len(prompts):
-        raise ValueError("no prompts: nothing to rank")
+    check_asked(prompts, batch_size=batch_size, nodes=nodes)
+    parts = [prompts[k:k+batch_size] for k in range(0, len(prompts), batch_size)]
     with eval_mode(model):
-        lp = torch.cat(
-            [
-                node_logprobs(model, tok, prompts[k : k + batch_size], trie, nodes)
-                for k in range(0, len(prompts), batch_size)
-            ]
-        )
-    for d in range(2, trie.depth+1): # add up along the paths, level by level
+        lp = torch.cat([node_logprobs(model, tok, some, trie, nodes) for some in parts])
+    return path_sums(trie, lp)[:, trie.leaf]
+
+# %% ../nbs/foundations/13_decode.ipynb #bc8f126d
+def path_sums(trie, lp):
+    "Numbers of nodes (B, n_nodes), added up in place along the paths, level by level."
+    for d in range(2, trie.depth+1):
         n = (trie.level == d).nonzero()[:, 0]
         lp[:, n] += lp[:, trie.parent[n]]
-    return lp[:, trie.leaf]
+    return lp
 
 # %% ../nbs/foundations/13_decode.ipynb #62b076a8
 @torch.no_grad()
@@ -267,10 +329,7 @@ def constrained_beam(
     batch_size: int = 8,
 ) -> tuple[Tensor, Tensor]:  # items (n, k) and log-probabilities (n, k); item -1 and -inf beyond the catalogue's size
     "The `k` best items that beam search finds inside the trie, best first."
-    if k < 1:
-        raise ValueError(f"k={k}: must be at least 1")
-    if not len(prompts):
-        raise ValueError("no prompts: nothing to rank")
+    check_asked(prompts, k=k)
     with eval_mode(model):
         parts = [beam_batch(model, tok, prompts[j:j+batch_size], trie, k) for j in range(0, len(prompts), batch_size)]
     return tuple(torch.cat(x) for x in zip(*parts))
@@ -285,8 +344,14 @@ def beam_batch(model, tok, prompts, trie, k):
         node, score, src = extend(trie, node, score, lp.view(B, node.shape[1], -1).cpu(), k)
         if (trie.count[node] == 0).all():
             break
-        lp = step((src + torch.arange(B)[:, None]*(len(lp)//B)).flatten(), trie.token[node].flatten().clamp(min=0))
+        rows = beam_rows(src, len(lp)//B)
+        lp = step(rows, trie.token[node].flatten().clamp(min=0))
     return torch.where(score > -torch.inf, trie.item[node], -1), score
+
+# %% ../nbs/foundations/13_decode.ipynb #cb136919
+def beam_rows(src, beams):
+    "Rows of the chosen beams `src` (B, k) among all B*beams rows."
+    return (src + torch.arange(len(src))[:, None]*beams).flatten()
 
 # %% ../nbs/foundations/13_decode.ipynb #9ef1f00e
 def kept_prompts(model, tok, ids):
@@ -319,15 +384,19 @@ def plain_prompts(model, tok, ids):
     return read(), step
 
 # %% ../nbs/foundations/13_decode.ipynb #45a6ac0d
+def children(trie, node):
+    "Children of nodes (B, b), the node itself in empty places, and which are real; both (B, b, most)."
+    most = max(1, int(trie.count[node].max()))
+    child = trie.first[node][..., None] + torch.arange(most) # children of a node are neighbours
+    real = child < (trie.first[node] + trie.count[node])[..., None]
+    return torch.where(real, child, node[..., None]), real
+
+# %% ../nbs/foundations/13_decode.ipynb #00f68a4c
 def extend(trie, node, score, lp, k):
     """Best k children of the beams `node, score` (B, b), given next-token log-probabilities (B, b, vocab); a finished
     beam is its own child."""
+    child, real = children(trie, node)
     done = trie.count[node] == 0
-    child = trie.first[node][..., None] + torch.arange(
-        max(1, int(trie.count[node].max()))
-    )  # children of a node are neighbours
-    real = child < (trie.first[node] + trie.count[node])[..., None]
-    child = torch.where(real, child, node[..., None])
     step = lp.gather(2, trie.token[child].clamp(min=0)).masked_fill(~real, -torch.inf)
     step[..., 0] = torch.where(done, 0., step[..., 0])
     total = (score[..., None] + step).flatten(1)
@@ -352,6 +421,14 @@ def valid_rate(
     return dict(valid=valid/n, repeated=repeated/max(1, valid))
 
 # %% ../nbs/foundations/13_decode.ipynb #9215b5c4
+def end_marks(model, tok, stop=None):
+    "The special tokens of generation; the end mark is `stop`, the model's own or the tokenizer's, the first there is."
+    own = whole_model(model).generation_config
+    ends = next((e for e in (stop, getattr(own, "eos_token_id", None), tok.eos_token_id) if e is not None), None)
+    fill = next((t for t in (tok.pad_token_id, tok.eos_token_id) if t is not None), 0)
+    return dict(eos_token_id=ends, pad_token_id=fill, bos_token_id=tok.bos_token_id)
+
+# %% ../nbs/foundations/13_decode.ipynb #b6824a09
 def generated(
     model:PreTrainedModel, tok:PreTrainedTokenizerBase,
     ids:Sequence[Sequence[int]], # token ids of prompts, see `prompt_ids`
@@ -360,14 +437,9 @@ def generated(
     stop=None, # end marks, one or more; the model's own if None
     **kw) -> Tensor: # (rows, <= n) new tokens; kw: e.g. min_new_tokens, num_return_sequences, prefix_allowed_tokens_fn
     "Plain samples from the model, or its likeliest tokens: its generation settings are set aside, dropout is off."
-    own = whole_model(model).generation_config
-    ends = next((e for e in (stop, getattr(own, "eos_token_id", None), tok.eos_token_id) if e is not None), None)
     x = padded(tok, ids, "left").to(model.device)
-    fill = next((t for t in (tok.pad_token_id, tok.eos_token_id) if t is not None), 0)
     how = dict(do_sample=False) if greedy else dict(do_sample=True, temperature=float(temperature), top_k=0, top_p=1.)
-    plain = GenerationConfig(
-        **how, max_new_tokens=n, eos_token_id=ends, pad_token_id=fill, bos_token_id=tok.bos_token_id
-    )
+    plain = GenerationConfig(**how, max_new_tokens=n, **end_marks(model, tok, stop))
     with torch.no_grad(), eval_mode(model), own_settings_aside(model, plain):
         y = model.generate(**tokens_only(x), **kw)
     return y[:, x["input_ids"].shape[1]:]
@@ -398,12 +470,14 @@ def sampled_texts(model, tok, prompts:Sequence[str], n:int, seed:int=0, **how) -
         torch.manual_seed(seed)
         return tok.batch_decode(generated(model, tok, prompt_ids(tok, prompts), n, **how), skip_special_tokens=True)
 
+# %% ../nbs/foundations/13_decode.ipynb #f7348bc5
 def continuations(model, tok, prompts:Sequence[str], length:int=24, seed:int=0, least:int|None=None) -> list[str]:
     "What the model goes on to say, sampled; at least `least` tokens (all if None)."
     if not len(prompts) or length < 2:
         raise ValueError(f"{len(prompts)} prompts, length={length}: need one and two tokens at least")
     return sampled_texts(model, tok, prompts, length, seed, min_new_tokens=length if least is None else least)
 
+# %% ../nbs/foundations/13_decode.ipynb #84ac1db1
 def sample_prefixes(model, tok, n:int=5, length:int=10, seed:int=0) -> list[str]:
     "Texts that the model itself makes up, as contexts for something else."
     return [t.strip() for t in continuations(model, tok, [""]*n, length, seed, 2)]
@@ -415,18 +489,23 @@ def catalogue_policy(model, tok, prompts:Sequence[str], trie:ItemTrie, batch_siz
     return lp.log_softmax(1), lp.exp().sum(1)
 
 # %% ../nbs/foundations/13_decode.ipynb #7f811fa4
+def item_of(trie, tokens):
+    "The item that tokens spell, up to their end mark."
+    return trie.item[trie._node[tuple(tokens[:tokens.index(trie.eos) + 1])]].item()
+
+# %% ../nbs/foundations/13_decode.ipynb #229fc6a8
 @torch.no_grad()
 def draw_items(
     model, tok, prompts:Sequence[str], trie:ItemTrie,
     greedy:bool=False, # the likeliest token each time, instead of a sample
     seed:int=0, batch_size:int=256) -> np.ndarray: # (n,) item numbers
     "What the model recommends: one item a prompt, decoded token by token inside the trie."
-    out, spelt = [], lambda t: trie.item[trie._node[tuple(t[:t.index(trie.eos) + 1])]].item()
+    out = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for k in range(0, len(prompts), batch_size):
             ids = prompt_ids(tok, prompts[k:k+batch_size])
             inside = trie.prefix_fn(max(map(len, ids)))
             y = generated(model, tok, ids, trie.depth, greedy, stop=trie.eos, prefix_allowed_tokens_fn=inside)
-            out += map(spelt, y.tolist())
+            out += [item_of(trie, t) for t in y.tolist()]
     return np.array(out)

@@ -4,7 +4,7 @@
 
 # %% ../nbs/foundations/14_finetune.ipynb #6648b3ce
 from __future__ import annotations
-import copy
+import copy, math
 from collections.abc import Callable, Sequence
 from itertools import islice
 from time import perf_counter, process_time
@@ -21,10 +21,11 @@ from .gradients import flatten
 from .training import batches, eval_mode, fit
 
 # %% auto #0
-__all__ = ['lora', 'active_adapter', 'merge', 'CostMeter', 'priced', 'macs', 'Prompts', 'take', 'as_rows', 'encode_prompts',
-           'joined', 'encode_answers', 'next_logits', 'check_length', 'answer_loss', 'sft', 'predictions', 'merged',
-           'adapter_params', 'check_strength', 'settle', 'beside', 'rehearsal_loss', 'answer_batches', 'two_speeds',
-           'half_step', 'rehearse', 'check_ratings', 'profiles', 'click_prompts']
+__all__ = ['lora', 'active_adapter', 'held', 'merge', 'tokens_in', 'CostMeter', 'priced', 'macs', 'Prompts', 'take', 'as_rows',
+           'encode_prompts', 'joined', 'encode_answers', 'next_logits', 'last_only', 'check_length', 'answer_loss',
+           'sft', 'predictions', 'merged', 'adapter_params', 'check_strength', 'only_adapter', 'largest_gradient',
+           'settle', 'beside', 'rehearsal_loss', 'answered', 'answer_batches', 'two_speeds', 'half_step', 'set_pace',
+           'rehearse', 'check_ratings', 'profiles', 'moments', 'click_prompts']
 
 # %% ../nbs/foundations/14_finetune.ipynb #aab5cf68
 def lora(
@@ -53,17 +54,19 @@ def active_adapter(model) -> dict[str, nn.Parameter]:  # in the order of named_p
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
     found = set()
-    def add(box, names):
-        for n in names:
-            if n in box:
-                found.update(map(id, box[n].parameters() if isinstance(box[n], nn.Module) else [box[n]]))
     for m in model.modules():
         if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             for attr in {*getattr(m, "adapter_layer_names", ()), "modules_to_save"}:
-                add(getattr(m, attr, None) or {}, m.active_adapters)
+                found |= held(getattr(m, attr, None) or {}, m.active_adapters)
     if hasattr(model, "prompt_encoder"):
-        add(model.prompt_encoder, [model.active_adapter])
+        found |= held(model.prompt_encoder, [model.active_adapter])
     return {k: p for k, p in model.named_parameters() if id(p) in found}
+
+# %% ../nbs/foundations/14_finetune.ipynb #8247582a
+def held(box, names):
+    "Ids of the parameters that a dictionary of modules or parameters holds under these names."
+    kept = [box[n] for n in names if n in box]
+    return {id(p) for x in kept for p in (x.parameters() if isinstance(x, nn.Module) else [x])}
 
 # %% ../nbs/foundations/14_finetune.ipynb #9864187f
 def merge(model):
@@ -71,6 +74,13 @@ def merge(model):
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
 # %% ../nbs/foundations/14_finetune.ipynb #aeac784c
+def tokens_in(args, kwargs):
+    "Number of tokens, padding too, in the arguments of a forward pass."
+    given = [kwargs[k] for k in ("input_ids", "inputs_embeds") if kwargs.get(k) is not None]
+    x = next(iter((*given, *args)), None)
+    return x.shape[:2].numel() if isinstance(x, Tensor) else 0
+
+# %% ../nbs/foundations/14_finetune.ipynb #e127afae
 class CostMeter:
     """Cost of a `with` block: `wall` and `cpu` seconds, forward `passes` and `tokens` (padding too), `trainable` and
     `total` parameters."""
@@ -87,19 +97,14 @@ class CostMeter:
         self.total = sum(p.numel() for m in self.models for p in m.parameters())
         self.trainable = sum(p.numel() for m in self.models for p in m.parameters() if p.requires_grad)
     def _count(self, module, args, kwargs):
-        x = next(
-            (kwargs[k] for k in ("input_ids", "inputs_embeds") if kwargs.get(k) is not None), args[0] if args else None
-        )
         self.passes += 1
-        if isinstance(x, Tensor):
-            self.tokens += x.shape[:2].numel()
+        self.tokens += tokens_in(args, kwargs)
     @property
     def tokens_per_pass(self): return self.tokens/max(1, self.passes)
 
     def dict(self):
-        return {
-            k: getattr(self, k) for k in ("wall", "cpu", "passes", "tokens", "tokens_per_pass", "trainable", "total")
-        }
+        kept = ("wall", "cpu", "passes", "tokens", "tokens_per_pass", "trainable", "total")
+        return {k: getattr(self, k) for k in kept}
 
 # %% ../nbs/foundations/14_finetune.ipynb #a74bd6ce
 def priced(f): # what to run -> what it returns, and multiply-adds
@@ -108,6 +113,7 @@ def priced(f): # what to run -> what it returns, and multiply-adds
         out = f()
     return out, c.get_total_flops()/2
 
+# %% ../nbs/foundations/14_finetune.ipynb #420e04c7
 def macs(f):
     "Multiply-adds of a layer for one token."
     return priced(f)[1]
@@ -119,6 +125,7 @@ class Prompts(NamedTuple):
     mask:Tensor # (n, length), 0 on padding
     y:Tensor # (n,) token id of the answer; or (n, length) labels, -100 where nothing is asked
 
+# %% ../nbs/foundations/14_finetune.ipynb #c7325bfc
 def take(
     rows:Prompts, at, # numbers, a mask or a slice
     ) -> Prompts:
@@ -145,10 +152,12 @@ def encode_prompts(
     if not len(df):
         return Prompts(*torch.zeros(2, 0, 1, dtype=torch.long), torch.zeros(0, dtype=torch.long))
     prompts, names = df.prompt.tolist(), sorted(set(df.completion))
-    y = dict(zip(names, label_ids(tok, prompts, names)))
-    x = padded(tok, tok(prompts).input_ids if getattr(tok, "is_seq2seq", False) else prompt_ids(tok, prompts), "left")
-    return Prompts(x["input_ids"], x["attention_mask"], torch.tensor([y[c] for c in df.completion]))
+    y = df.completion.map(dict(zip(names, label_ids(tok, prompts, names))))
+    ids = tok(prompts).input_ids if getattr(tok, "is_seq2seq", False) else prompt_ids(tok, prompts)
+    x = padded(tok, ids, "left")
+    return Prompts(x["input_ids"], x["attention_mask"], torch.tensor(y.tolist()))
 
+# %% ../nbs/foundations/14_finetune.ipynb #1e9ffc9e
 def joined(
     a:Prompts, b:Prompts, # one-token answers
     ) -> Prompts:
@@ -183,12 +192,19 @@ def next_logits(
     ids, mask = (t[:, used].to(model.device) for t in batch[:2])
     if model.config.is_encoder_decoder:
         start = torch.full_like(ids[:, :1], model.config.decoder_start_token_id)
-        return model(input_ids=ids, attention_mask=mask, decoder_input_ids=start).logits[:, -1]
+        kw = dict(decoder_input_ids=start)
+    else:
+        kw = dict(use_cache=False, **last_only(model, mask))
+    return model(input_ids=ids, attention_mask=mask, **kw).logits[:, -1]
+
+# %% ../nbs/foundations/14_finetune.ipynb #370337dc
+def last_only(model, mask):
+    "Arguments by which a model reads left-padded rows and computes only the last logits, as far as it takes them."
     check_length(model, mask)
     kw = dict(position_ids=(mask.cumsum(1)-1).clamp(min=0), logits_to_keep=1)
-    kw = {} if virtual_tokens(model) else {k: v for k, v in kw.items() if k in takes(model)}
-    return model(input_ids=ids, attention_mask=mask, use_cache=False, **kw).logits[:, -1]
+    return {} if virtual_tokens(model) else {k: v for k, v in kw.items() if k in takes(model)}
 
+# %% ../nbs/foundations/14_finetune.ipynb #18b3e8bc
 def check_length(model, mask):
     "Refuse prompts that are longer than the model reads."
     if (limit := context_limit(model)) and (longest := int(mask.sum(1).max())) > limit:
@@ -224,6 +240,7 @@ def sft(
         fit(m, loss, loader, steps=steps, lr=lr, seed=seed, **kw)
     return m.eval()
 
+# %% ../nbs/foundations/14_finetune.ipynb #357c8788
 @torch.no_grad()
 def predictions(
     model, rows:Prompts, # one-token answers; a list of models is averaged
@@ -236,6 +253,7 @@ def predictions(
         parts = [take(rows, slice(k, k + batch_size)) for k in range(0, len(rows.y), batch_size)]
         return torch.cat([next_logits(model, x).float().cpu() for x in parts])
 
+# %% ../nbs/foundations/14_finetune.ipynb #ad526c73
 def merged(model):
     "A plain copy of a model, its adapters added into the weights, all weights trainable."
     return merge(copy.deepcopy(model)).requires_grad_(True)
@@ -247,12 +265,24 @@ def adapter_params(model): # -> dict of parameters
         raise ValueError("the model has no adapters: wrap it with lora (or peft) and fine-tune it first")
     return P
 
+# %% ../nbs/foundations/14_finetune.ipynb #6e750399
 def check_strength(name, value):
-    "Refuse a strength that is no number above 0."
+    "Refuse a strength that is negative, infinite or no number."
     if not 0 <= value < np.inf:
         raise ValueError(f"{name}={value}: must be at least 0")
 
-# %% ../nbs/foundations/14_finetune.ipynb #6e750399
+# %% ../nbs/foundations/14_finetune.ipynb #922792f6
+def only_adapter(model):
+    "The parameters of the adapter in use; nothing else of the model asks for a gradient any more."
+    P = adapter_params(model)
+    for k, p in model.named_parameters():
+        p.requires_grad_(k in P)
+    return P
+
+# %% ../nbs/foundations/14_finetune.ipynb #442720c5
+def largest_gradient(P): return max(p.grad.abs().max().item() for p in P.values())
+
+# %% ../nbs/foundations/14_finetune.ipynb #43f364f0
 def settle(
     model, rows, # peft model, a copy is trained, dropout off; Prompts
     ridge=1e-2, # the loss is the mean cross-entropy + ridge/2 |adapter|^2
@@ -260,16 +290,14 @@ def settle(
     "The adapter at a regularised minimum, and what it took: evaluations, largest gradient at the start and at the end."
     check_strength("ridge", ridge)
     m = copy.deepcopy(model).eval()
-    P, log = adapter_params(m), []
-    for k, p in m.named_parameters():
-        p.requires_grad_(k in P)
+    P, log, most = only_adapter(m), [], max(1, steps)
+    opt = torch.optim.LBFGS(list(P.values()), 1., most, 2*most, tol, 0., 50, "strong_wolfe")
     def closure():
         opt.zero_grad()
         loss = answer_loss(m, rows) + ridge/2*flatten(P).square().sum()
         loss.backward()
-        log.append(max(p.grad.abs().max().item() for p in P.values()))
+        log.append(largest_gradient(P))
         return loss
-    opt = torch.optim.LBFGS(list(P.values()), 1., max(1, steps), 2*max(1, steps), tol, 0., 50, "strong_wolfe")
     if steps:
         opt.step(closure)
     closure()
@@ -302,22 +330,30 @@ def rehearsal_loss(
     ce = F.cross_entropy(logits, y[on], reduction="none")
     return (ce*w).sum()/w.sum(), logits[lead].argmax(-1) == y[on][lead]
 
+# %% ../nbs/foundations/14_finetune.ipynb #4568d9d4
+def answered(tok, P, A):
+    "Token ids of prompts with their answers behind them, padded, and the first position of each answer."
+    return padded(tok, [p + a for p, a in zip(P, A)]), torch.tensor([len(p) for p in P])
+
+# %% ../nbs/foundations/14_finetune.ipynb #a79b5241
 def answer_batches(tok, rows:pd.DataFrame, batch_size:int=128, seed:int=0):
     "Endless batches of rows (prompt, answer): numbers of the rows, ids, first position of the answer."
     P, A = token_columns(tok, rows.prompt.tolist(), [f" {a}." for a in rows.answer])
     rng = np.random.default_rng(seed)
+    n_batches = math.ceil(len(P)/batch_size)
     while True:
-        for some in np.array_split(rng.permutation(len(P)), -(-len(P)//batch_size)):
+        for some in np.array_split(rng.permutation(len(P)), n_batches):
             some = np.array(sorted(some, key=lambda j: len(P[j] + A[j])))
-            yield some, padded(tok, [P[j] + A[j] for j in some]), torch.tensor([len(P[j]) for j in some])
+            yield some, *answered(tok, [P[j] for j in some], [A[j] for j in some])
 
-# %% ../nbs/foundations/14_finetune.ipynb #4568d9d4
+# %% ../nbs/foundations/14_finetune.ipynb #1233a32e
 def two_speeds(model, lr, slow):
     "AdamW; attention and norms learn at `lr`, all else at `slow` times that."
     quick = lambda n: any(w in n for w in ("attn", "attention", "norm", "ln_"))
     groups = [dict(params=[p for n, p in model.named_parameters() if quick(n) == q]) for q in (True, False)]
     return torch.optim.AdamW([g | dict(lr=l, top=l) for g, l in zip(groups, (lr, lr*slow))], weight_decay=0.)
 
+# %% ../nbs/foundations/14_finetune.ipynb #32998168
 def half_step(model, x, start, rows):
     "Gradients of half a batch, no wider than its own rows; rows come sorted by length."
     wide = int(x["attention_mask"][rows].sum(1).max())
@@ -325,7 +361,13 @@ def half_step(model, x, start, rows):
     (loss/2).backward()
     return hit
 
-# %% ../nbs/foundations/14_finetune.ipynb #a79b5241
+# %% ../nbs/foundations/14_finetune.ipynb #6b73876b
+def set_pace(opt, share):
+    "Every group of parameters learns at this share of its top rate."
+    for g in opt.param_groups:
+        g["lr"] = share*g["top"]
+
+# %% ../nbs/foundations/14_finetune.ipynb #aae84738
 def rehearse(
     model, batches, # of `answer_batches`
     steps, lr=2e-3, slow=1.): # slow: how fast all but attention learns
@@ -334,8 +376,7 @@ def rehearse(
     for k, (some, x, start) in enumerate(islice(batches, steps)):
         opt.zero_grad()
         right = [half_step(model, x, start, rows) for rows in torch.arange(len(start)).chunk(2)]
-        for g in opt.param_groups:
-            g["lr"] = min(1, (k+1)/50, 3*(1 - k/steps))*g["top"]
+        set_pace(opt, min(1, (k+1)/50, 3*(1 - k/steps)))
         nn.utils.clip_grad_norm_(model.parameters(), 1.)
         opt.step()
         seen.append((some, torch.cat(right).numpy()))
@@ -367,6 +408,12 @@ def profiles(
     return gain.groupby("user").word.apply(lambda w: " ".join(w[:k]))
 
 # %% ../nbs/foundations/14_finetune.ipynb #553cccf8
+def moments(df, seed):
+    "Where each rating stands among its user's, in (0, 1]: by time, or at random where there is none."
+    order = df.time if "time" in df else pd.Series(np.random.default_rng(seed).random(len(df)), df.index)
+    return order.groupby(df.user).rank(pct=True, method="first")
+
+# %% ../nbs/foundations/14_finetune.ipynb #3ae85e09
 def click_prompts(
     ratings, # frame of user, item, rating, perhaps time
     titles, words, # of each item: its title, and the words that describe it
@@ -374,9 +421,7 @@ def click_prompts(
     who="Reader", seed=0): # -> frame of user, item, label (rating > 3), part (train, test), prompt, completion
     "Yes/no prompts: a user's number, the words of what the user liked before, and a title."
     check_ratings(ratings, titles, words)
-    df = ratings.assign(label=(ratings.rating > 3).astype(int))
-    order = df.time if "time" in df else pd.Series(np.random.default_rng(seed).random(len(df)), df.index)
-    df["at"] = order.groupby(df.user).rank(pct=True, method="first")
+    df = ratings.assign(label=(ratings.rating > 3).astype(int), at=moments(ratings, seed))
     profile = profiles(df[df["at"] <= history], words, k)
     df = df[(df["at"] > history) & df.user.isin(profile.index)]
     prompt = [f"{who} {u} likes {profile[u]}: {titles[i]}?" for u, i in zip(df.user, df.item)]

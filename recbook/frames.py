@@ -12,13 +12,14 @@ from .data import Interactions, _check_frame, _parts, _refuse
 
 # %% auto #0
 __all__ = ['RULES', 'stripped', 'sort_of', 'id_faults', 'seconds', 'number_faults', 'faults', 'told', 'described', 'merged',
-           'from_frame', 'check_columns', 'number_of', 'id_of', 'ids_of', 'recommend', 'forget']
+           'summed', 'from_frame', 'numbered', 'check_columns', 'number_of', 'id_of', 'ids_of', 'recommend', 'forget']
 
 # %% ../nbs/foundations/02_frames.ipynb #595f7761
 def stripped(s):
     "The values of a column without blanks around texts."
     return s.map(lambda v: v.strip() if isinstance(v, str) else v)
 
+# %% ../nbs/foundations/02_frames.ipynb #e14e9c0e
 def sort_of(v):
     "What an id can be compared with: texts, numbers or times; `other` for what is no id."
     known = dict(text=str, number=Real, time=(date, np.datetime64))
@@ -116,12 +117,17 @@ def merged(df, duplicates):
         df = df.sort_values("time", kind="stable")
     if duplicates!="sum":
         return df.drop_duplicates(["user","item"], keep=duplicates).sort_index()
+    return summed(df)
+
+# %% ../nbs/foundations/02_frames.ipynb #0972c4ae
+def summed(df):
+    "One row per pair: ratings (1 each where there are none) added up, of all else the last."
     if "rating" not in df:
         df = df.assign(rating=1.)
     how = {c: "sum" if c=="rating" else "last" for c in df if c not in ("user","item")}
     return df.groupby(["user","item"], as_index=False, sort=False).agg(how)
 
-# %% ../nbs/foundations/02_frames.ipynb #0972c4ae
+# %% ../nbs/foundations/02_frames.ipynb #35b215dd
 def from_frame(
     df:pd.DataFrame, # one row per event, any column names, any ids
     user:str="user", # column of user ids
@@ -138,14 +144,19 @@ def from_frame(
     _check_frame(df)
     cols = dict(user=user, item=item, rating=rating, time=time, split=split)
     cols = check_columns(df, {k: c for k, c in cols.items() if c is not None or k in ("user", "item")}, duplicates)
-    new = pd.DataFrame({k: df[c].to_numpy() for k, c in cols.items()})
-    for k in {"rating", "time"} & set(new):
-        new[k] = seconds(new[k])
-    ids = {}
-    for k in ("user", "item"):
-        new[k], ids[k] = pd.factorize(new[k], sort=True)
+    new, ids = numbered(df, cols)
     about = described(ids["item"], items, item, "items"), described(ids["user"], users, user, "users")
     return Interactions(merged(new, duplicates), len(ids["user"]), len(ids["item"]), *about, name)
+
+# %% ../nbs/foundations/02_frames.ipynb #83a3e7e0
+def numbered(df, cols):
+    "The columns under the book's names, users and items as numbers; and the ids in order of their numbers."
+    new, ids = pd.DataFrame({k: df[c].to_numpy() for k, c in cols.items()}), {}
+    for k in {"rating", "time"} & set(new):
+        new[k] = seconds(new[k])
+    for k in ("user", "item"):
+        new[k], ids[k] = pd.factorize(new[k], sort=True)
+    return new, ids
 
 # %% ../nbs/foundations/02_frames.ipynb #c880dd22
 def check_columns(df, cols, duplicates):

@@ -18,8 +18,8 @@ from .data import cache_dir, root
 
 # %% auto #0
 __all__ = ['PACKAGE', 'bare', 'Module', 'named', 'words', 'defined', 'touched', 'read_module', 'module_of', 'reach', 'imported',
-           'digest', 'still', 'Digest', 'mix', 'content', 'exact_array', 'names_in', 'imports_in', 'bytecode',
-           'package_code', 'weights', 'code_at', 'distribution', 'library', 'module_code', 'written_here',
+           'digest', 'still', 'Digest', 'mix', 'content', 'exact_array', 'names_in', 'names_of', 'imports_in',
+           'bytecode', 'package_code', 'weights', 'code_at', 'distribution', 'library', 'module_code', 'written_here',
            'library_folders', 'Store', 'Remembered', 'notebook_code', 'python']
 
 # %% ../nbs/foundations/16_provenance.ipynb #6f2d9ca7
@@ -351,6 +351,14 @@ def names_in(code):
     inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
     own = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     return own.union(*map(names_in, inner))
+
+# %% ../nbs/foundations/16_provenance.ipynb #792093dc
+def names_of(f):
+    "Texts that a function is bound to: `partial(load, 'gowalla')`, constants in its code, what it closed over."
+    if isinstance(f, functools.partial):
+        return {a for a in (*f.args, *f.keywords.values()) if isinstance(a, str)} | names_of(f.func)
+    closed = [c.cell_contents for c in getattr(f, "__closure__", None) or ()]
+    return {c for c in (*getattr(getattr(f, "__code__", None), "co_consts", ()), *closed) if isinstance(c, str)}
 
 # %% ../nbs/foundations/16_provenance.ipynb #e7109f17
 def imports_in(code):

@@ -171,6 +171,12 @@ def _tidy(cell, i):
             cell["execution_count"] = o["execution_count"] = i
 
 # %% ../nbs/workshop/04_publish.ipynb #73e57186
+def _shown(folder, *suffixes):
+    "The files with these suffixes, in order, without hidden ones."
+    hidden = lambda f: any(p.startswith(".") for p in f.relative_to(folder).parts)
+    return [f for f in sorted(folder.rglob("*")) if f.suffix in suffixes and not hidden(f)]
+
+# %% ../nbs/workshop/04_publish.ipynb #5d1d3f44
 def prepare(
     root:Path|None=None, # a checkout of the book
     to:Path|None=None # where the project for Quarto goes; default root/_proc
@@ -182,19 +188,14 @@ def prepare(
         raise UsageError("No _quarto.yml: run this inside a checkout of the book.")
     shutil.rmtree(to, ignore_errors=True)
     with _inside(root), kernel_env(root):
-        for f in sorted(nbs.rglob("*.ipynb")):
+        for f in _shown(nbs, ".ipynb"):
             rel, fresh = f.relative_to(nbs), None
-            if any(p.startswith(".") for p in rel.parts):
-                continue
             if rel.name == "scoreboard.ipynb":
                 execute(f, fresh := to/".runs/scoreboard.ipynb", {}, root)
             write_json(to/rel, book_page(f, rel.as_posix(), fresh))
-    for f in nbs.rglob("*"):
-        if f.suffix in (".scss", ".bib", ".png", ".svg", ".jpg", ".css") and not any(
-            p.startswith(".") for p in f.relative_to(nbs).parts
-        ):
-            (to/f.relative_to(nbs)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(f, to/f.relative_to(nbs))
+    for f in _shown(nbs, ".scss", ".bib", ".png", ".svg", ".jpg", ".css"):
+        (to/f.relative_to(nbs)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(f, to/f.relative_to(nbs))
     shutil.copy2(root/"_quarto.yml", to/"_quarto.yml")
     shutil.rmtree(to/".runs", ignore_errors=True)
     return to

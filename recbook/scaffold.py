@@ -18,7 +18,7 @@ else:
 
 # %% auto #0
 __all__ = ['REPO', 'BOOK', 'COLAB', 'COUNTED', 'SKELETON', 'TESTS', 'EXAMPLE', 'TITLES', 'badge', 'published', 'scores',
-           'relative', 'picture', 'readme', 'front', 'new']
+           'relative', 'spread_out', 'bars_of', 'picture', 'readme', 'front', 'new']
 
 # %% ../nbs/workshop/05_scaffold.ipynb #3dd6b0e3
 REPO = "recbook/recbook" # on GitHub
@@ -86,20 +86,34 @@ def relative(
     return rows
 
 # %% ../nbs/workshop/05_scaffold.ipynb #c19646d4
+def spread_out(records, n):
+    "At most `n` relative effects, every paper's first claims before any paper's last."
+    turn, rows = Counter(), []
+    for c in (c for r in records for c in r["claims"]):
+        for row in relative([c]):
+            turn[c["paper"]] += 1
+            rows.append(row | dict(turn=turn[c["paper"]]))
+    first = sorted(rows, key=lambda r: r["turn"])[:n]
+    return [r for r in rows if r in first]
+
+# %% ../nbs/workshop/05_scaffold.ipynb #5cb91c69
+def bars_of(ax, placed, verdict):
+    "Draw the (place, row) pairs of one verdict, each effect with its interval."
+    if not placed:
+        return
+    at, rows = zip(*placed)
+    bars = [[r["effect"]-r["low"] for r in rows], [r["high"]-r["effect"] for r in rows]]
+    style = dict(fmt="o", ms=4, capsize=2, color=COLORS[verdict], label=verdict)
+    ax.errorbar([r["effect"] for r in rows], at, xerr=bars, **style)
+
+# %% ../nbs/workshop/05_scaffold.ipynb #4d50d3de
 def picture(
     records:list[dict], # of `published`
     n:int=30 # rows at most, spread over the papers
 ):
     """Relative effects with their 95 % intervals as a matplotlib Axes, coloured by verdict; None when nothing is
     published."""
-    turn, rows = Counter(), []
-    for c in (c for r in records for c in r["claims"]):
-        for row in relative([c]):
-            turn[c["paper"]] += 1
-            rows.append(row | dict(turn=turn[c["paper"]]))
-    rows = [
-        r for r in rows if r in sorted(rows, key=lambda r: r["turn"])[:n]
-    ]  # every paper's first claims before any paper's last
+    rows = spread_out(records, n)
     if not rows:
         return
     import matplotlib.pyplot as plt
@@ -107,15 +121,10 @@ def picture(
     theme()
     ax = plt.figure(figsize=(6.5, 1.2+.2*len(rows))).gca()
     for v in COUNTED:
-        color = COLORS[v]
-        at = [i for i,r in enumerate(rows) if r["verdict"] == v]
-        bars = [[rows[i]["effect"]-rows[i]["low"] for i in at], [rows[i]["high"]-rows[i]["effect"] for i in at]]
-        if at:
-            ax.errorbar([rows[i]["effect"] for i in at], at, xerr=bars, fmt="o", ms=4, capsize=2, color=color, label=v)
+        bars_of(ax, [(i, r) for i, r in enumerate(rows) if r["verdict"] == v], v)
     ax.axvline(0, c="k", lw=.8)
-    ax.set(
-        yticks=range(len(rows)), yticklabels=[r["label"] for r in rows], xlabel="effect relative to the compared system"
-    )
+    ax.set(yticks=range(len(rows)), yticklabels=[r["label"] for r in rows])
+    ax.set_xlabel("effect relative to the compared system")
     ax.set_xscale("symlog", linthresh=.1)
     ax.invert_yaxis()
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
@@ -143,25 +152,19 @@ def readme(
     from nbconvert import MarkdownExporter
     nb = nbformat.read((root or home())/"nbs/index.ipynb", 4)
     nb.cells = [c for c in nb.cells if not re.match(r"#\| *hide\b", c.source)]
-    for c in nb.cells:
-        for o in c.get("outputs", []): # a picture keeps its PNG, the text beside it goes
-            if "image/png" in o.get("data", {}):
-                o["data"] = {"image/png": o["data"]["image/png"]}
+    for o in (o for c in nb.cells for o in c.get("outputs", [])):
+        if "image/png" in o.get("data", {}): # a picture keeps its PNG, the text beside it goes
+            o["data"] = {"image/png": o["data"]["image/png"]}
     text, _ = MarkdownExporter(exclude_input=True).from_notebook_node(nb)
     text = re.sub(r"!\[png\]\([^)]*\)", lambda _: f"![{_alt(nb)}](front.png)", text)
     text = re.sub(r"^(#+ .*?)\s*\{#[\w-]+\}$", r"\1", text, flags=re.M)
     return re.sub(r"\n{3,}", "\n\n", _links("\n".join(l.rstrip() for l in text.splitlines()))).strip() + "\n"
 
 # %% ../nbs/workshop/05_scaffold.ipynb #d177ed2b
-def front(
-    root:Path|None=None # the book's folder, a checkout
-) -> Path: # of README.md
-    "Run `nbs/index.ipynb` on the published results and write it, its picture and README.md."
+def _rerun(index, root):
+    "The notebook with the outputs of a run of today; nothing else of it changes."
     import papermill
-    root = Path(root or home()).resolve()
-    if not is_checkout(root):
-        raise UsageError(f"{root} is not a checkout of the book.")
-    index, done = root/"nbs/index.ipynb", root/"nbs/.index.ipynb"
+    done = index.with_name(f".{index.name}")
     try:
         papermill.execute_notebook(str(index), str(done), kernel_name="python3", progress_bar=False, cwd=str(root))
         nb, new = read_json(index), {c["id"]: c for c in read_json(done)["cells"]}
@@ -170,7 +173,18 @@ def front(
     for c in nb["cells"]:
         if c["cell_type"] == "code":
             c["outputs"] = new[c["id"]]["outputs"]
-    write_text(index, _clean(nb))
+    return nb
+
+# %% ../nbs/workshop/05_scaffold.ipynb #4116395a
+def front(
+    root:Path|None=None # the book's folder, a checkout
+) -> Path: # of README.md
+    "Run `nbs/index.ipynb` on the published results and write it, its picture and README.md."
+    root = Path(root or home()).resolve()
+    if not is_checkout(root):
+        raise UsageError(f"{root} is not a checkout of the book.")
+    index = root/"nbs/index.ipynb"
+    write_text(index, _clean(_rerun(index, root)))
     png = _png(nbformat.read(index, 4))
     if png:
         (root/"nbs/front.png").write_bytes(png)
@@ -426,6 +440,23 @@ def _check(area, part, root):
             raise UsageError(f"{f.relative_to(root)} exists already: choose another name.")
 
 # %% ../nbs/workshop/05_scaffold.ipynb #1b0c2adb
+def _filled(area, part, name, papers):
+    "What stands in the skeleton's blanks."
+    arxiv = lambda p: f"[{p['arxiv']}](https://arxiv.org/abs/{p['arxiv']})" if "arxiv" in p else "none"
+    first = next(p for p in papers if p.get("claim"))
+    return dict(
+        TITLE=area.replace("_", " ").capitalize(),
+        BADGE=badge(f"{part}/{name}"),
+        COLAB=COLAB,
+        PART=part,
+        AREA=area,
+        NAME=first["name"],
+        SLUG=re.sub(r"\W|_", "-", first["id"]),
+        PAPERS="\n".join(f"| {p['name']} | what it adds | {arxiv(p)} |" for p in papers),
+        CLAIMS=repr([c["id"] for p in papers for c in p.get("claim", [])]),
+    )
+
+# %% ../nbs/workshop/05_scaffold.ipynb #78f6f4c5
 def new(
     area:str, # name of the chapter, like "unlearning"
     part:str, # folder it belongs to, like "trust"
@@ -437,20 +468,7 @@ def new(
     _check(area, part, root)
     last = max((int(f.name.split("_")[0]) for f in root.glob(f"nbs/{part}/[0-9]*_*.ipynb")), default=0)
     name, toml, yml = f"{last+1:02}_{area}.ipynb", _catalogue(area, root), root/"_quarto.yml"
-    papers = tomllib.loads(toml)["paper"]
-    arxiv = lambda p: f"[{p['arxiv']}](https://arxiv.org/abs/{p['arxiv']})" if "arxiv" in p else "none"
-    first = next(p for p in papers if p.get("claim"))
-    fill = dict(
-        TITLE=area.replace("_", " ").capitalize(),
-        BADGE=badge(f"{part}/{name}"),
-        COLAB=COLAB,
-        PART=part,
-        AREA=area,
-        NAME=first["name"],
-        SLUG=re.sub(r"\W|_", "-", first["id"]),
-        PAPERS="\n".join(f"| {p['name']} | what it adds | {arxiv(p)} |" for p in papers),
-        CLAIMS=repr([c["id"] for p in papers for c in p.get("claim", [])]),
-    )
+    fill = _filled(area, part, name, tomllib.loads(toml)["paper"])
     put = lambda text: re.sub("|".join(fr"\b{k}\b" for k in fill), lambda m: fill[m[0]], text)
     files = {root/f"nbs/{part}/{name}": _notebook(put(SKELETON)), root/f"data/papers/{area}.toml": toml,
         root/f"tests/test_{area}.py": put(TESTS)}

@@ -14,11 +14,11 @@ import numpy as np, pandas as pd
 from tqdm.auto import tqdm
 from .datasets import _registry
 from .metrics import Outcome, ranked
-from .provenance import Remembered, Store, digest, distribution, still
+from .provenance import Remembered, Store, digest, distribution, names_of, still
 
 # %% auto #0
-__all__ = ['ROLES', 'LIBRARIES', 'Method', 'check_axis', 'settings', 'Case', 'trial_key', 'names_of', 'run_trial', 'pack',
-           'unpack', 'run_all', 'in_turn', 'spread', 'keyed', 'Tuned', 'tune', 'check_names', 'check_seeds',
+__all__ = ['ROLES', 'LIBRARIES', 'Method', 'check_axis', 'settings', 'Case', 'trial_key', 'run_trial', 'pack', 'unpack',
+           'run_all', 'in_turn', 'spread', 'keyed', 'Tuned', 'tune', 'search', 'check_names', 'check_seeds',
            'check_alike', 'limits_of', 'text', 'score_all', 'best_of', 'edges', 'beyond', 'widened', 'choice', 'follow',
            'climbing', 'over_seeds', 'rows_of', 'values', 'same_units', 'per_seed', 'derive', 'best_rival', 'NotAlive',
            'alive']
@@ -26,7 +26,7 @@ __all__ = ['ROLES', 'LIBRARIES', 'Method', 'check_axis', 'settings', 'Case', 'tr
 # %% ../nbs/foundations/17_trials.ipynb #7a06b27a
 ROLES = ("method", "rival", "placebo", "ablation", "oracle")
 
-# %% ../nbs/foundations/17_trials.ipynb #b9958e00
+
 @dataclass(frozen=True)
 class Method:
     "Something to compare: how to run it, what to try, and which part it plays."
@@ -34,9 +34,7 @@ class Method:
     run:Callable # (case, seed, **setting) -> Outcome, or a dict of values
     grid:Mapping = field(default_factory=dict) # setting -> values to try
     role:str = "method"  # method, rival (simple, strong), placebo (the ingredient made neutral), ablation, oracle
-    limits: Mapping = field(
-        default_factory=dict
-    )  # setting -> (lowest, highest) value that makes sense; an optimum there is no edge
+    limits:Mapping = field(default_factory=dict) # setting -> (lowest, highest) sensible value; there is no edge
     like:str|None = None # takes the setting tuned for that method instead of its own; flagged
 
     def __post_init__(self):
@@ -78,23 +76,15 @@ class Case:
 # %% ../nbs/foundations/17_trials.ipynb #8b05a06d
 LIBRARIES = ("torch", "numpy", "scipy", "sklearn", "transformers", "peft", "trl", "lightgbm")
 
-# %% ../nbs/foundations/17_trials.ipynb #2ab894b6
+
 def trial_key(method:Method, case:Case, seed:int, setting:dict) -> str:  # 64 hexadecimal digits
-    """The digest under which a trial is kept: code of method and case, data sets named there, setting, seed, library
-    versions."""
+    "Where a trial is kept: digest of the code of method and case, data sets named there, setting, seed, versions."
     sets = [n for n in _registry() if n in case.name or n in names_of(case.make)]
     data = [(n, f["sha256"]) for n in sets for f in _registry()[n]["file"]]
-    return digest(
-        [method.run, case.make, case.name, data, int(seed), sorted(setting.items()), *map(distribution, LIBRARIES)]
-    )
+    versions = map(distribution, LIBRARIES)
+    return digest([method.run, case.make, case.name, data, int(seed), sorted(setting.items()), *versions])
 
-# %% ../nbs/foundations/17_trials.ipynb #e7cf9f58
-def names_of(f):
-    "Text constants a case's maker is bound to: `partial(load, 'gowalla')`, or a constant in its code."
-    if isinstance(f, partial):
-        return {a for a in (*f.args, *f.keywords.values()) if isinstance(a, str)} | names_of(f.func)
-    closed = [c.cell_contents for c in getattr(f, "__closure__", None) or ()]
-    return {c for c in (*getattr(getattr(f, "__code__", None), "co_consts", ()), *closed) if isinstance(c, str)}
+
 
 # %% ../nbs/foundations/17_trials.ipynb #955cf6ed
 def run_trial(method, case, seed, setting):
@@ -104,30 +94,31 @@ def run_trial(method, case, seed, setting):
         out = Outcome(dict(out))
     if not isinstance(out, Outcome):
         raise TypeError(f"{method.name}: run returned {type(out).__name__}. Fix: an Outcome, or a dict of values")
-    values = {k: np.asarray(v, float) for k, v in out.values.items()}
-    for k, v in values.items():
-        if v.ndim > 1 or not np.isfinite(v).any():
-            raise ValueError(f"{method.name} on {case.name}, seed {seed}: {k} is {v}. Fix: a number, or one a unit")
-        if v.ndim == 0 and not np.isfinite(v):
-            raise ValueError(f"{method.name} on {case.name}, seed {seed}: {k} is {v}")
+    where = f"{method.name} on {case.name}, seed {seed}"
     if out.valid is not None and not math.isfinite(out.valid):
-        raise ValueError(f"{method.name} on {case.name}, seed {seed}, {setting}: valid is {out.valid}")
-    return Outcome(values, out.valid, np.asarray(out.curve, float))
+        raise ValueError(f"{where}, {setting}: valid is {out.valid}")
+    return Outcome(_numbers(where, out.values), out.valid, np.asarray(out.curve, float))
 
 # %% ../nbs/foundations/17_trials.ipynb #c8889493
-def pack(out):
-    return {f"value/{k}": v for k, v in out.values.items()} | dict(
-        valid=np.array(np.nan if out.valid is None else out.valid), curve=out.curve
-    )
+def _numbers(where, values):
+    values = {k: np.asarray(v, float) for k, v in values.items()}
+    for k, v in values.items():
+        if v.ndim > 1 or not np.isfinite(v).any():
+            raise ValueError(f"{where}: {k} is {v}. Fix: a number, or one a unit")
+    return values
 
 # %% ../nbs/foundations/17_trials.ipynb #c84bdcc8
-def unpack(d):
-    valid = float(d["valid"])
-    return Outcome(
-        {k[6:]: v for k, v in d.items() if k.startswith("value/")}, None if math.isnan(valid) else valid, d["curve"]
-    )
+def pack(out):
+    valid = np.array(np.nan if out.valid is None else out.valid)
+    return {f"value/{k}": v for k, v in out.values.items()} | dict(valid=valid, curve=out.curve)
 
 # %% ../nbs/foundations/17_trials.ipynb #7b1f58cf
+def unpack(d):
+    valid = float(d["valid"])
+    values = {k[6:]: v for k, v in d.items() if k.startswith("value/")}
+    return Outcome(values, None if math.isnan(valid) else valid, d["curve"])
+
+# %% ../nbs/foundations/17_trials.ipynb #bbff43bc
 def run_all(
     todo:Sequence[tuple], # (method, case, seed, setting)
     jobs:int=1, # processes at the same time
@@ -138,18 +129,21 @@ def run_all(
     store = store or Store()
     with still():
         keys = [trial_key(*t) for t in todo]
-        found = {k: unpack(d) for k in dict.fromkeys(keys) if (d := store.get(k)) is not None}
+        found = {k: unpack(d) for k in set(keys) if (d := store.get(k)) is not None}
         left = {k: t for k, t in zip(keys, todo) if k not in found}
-        quiet = not left or bool(os.environ.get("TQDM_DISABLE"))
-        for k, out in tqdm(in_turn(left, jobs), total=len(left), desc=desc, leave=False, disable=quiet):
+        for k, out in _watched(left, jobs, desc):
             found[k] = out
             store.put(k, pack(out))
     return [found[k] for k in keys]
 
+# %% ../nbs/foundations/17_trials.ipynb #5bae6ca2
+def _watched(left, jobs, desc):
+    quiet = not left or bool(os.environ.get("TQDM_DISABLE"))
+    return tqdm(in_turn(left, jobs), total=len(left), desc=desc, leave=False, disable=quiet)
+
 # %% ../nbs/foundations/17_trials.ipynb #cd4312b2
 def in_turn(todo, jobs):
-    """(key, outcome) of each trial as it is finished, on `jobs` processes; `joblib.parallel_config(backend='ray')`
-    takes them to a cluster."""
+    "(key, outcome) of each trial as it is finished, on `jobs` processes or where `joblib.parallel_config` says."
     if jobs < 1:
         raise ValueError(f"jobs={jobs}: give the number of processes, 1 or more")
     if jobs == 1 or len(todo) < 2:
@@ -168,7 +162,7 @@ def spread(todo, jobs):
         warnings.filterwarnings("ignore", message="A worker stopped")
         yield from Parallel(n_jobs=jobs, return_as="generator_unordered" if soon else "list")(work)
 
-# %% ../nbs/foundations/17_trials.ipynb #b14ee819
+
 def keyed(key, t): return key, run_trial(*t)
 
 # %% ../nbs/foundations/17_trials.ipynb #d6fc8f16
@@ -183,9 +177,7 @@ class Tuned:
         "The choice for one method on one data set."
         row = self.chosen[(self.chosen.dataset == dataset) & (self.chosen.method == method)]
         if len(row) != 1:
-            raise ValueError(
-                f"{method!r} was not tuned on {dataset!r}. Fix: tune the same methods and cases that you run"
-            )
+            raise ValueError(f"{method!r} was not tuned on {dataset!r}. Fix: tune the methods and cases that you run")
         return row.setting.iloc[0], row.caveats.iloc[0]
 
 # %% ../nbs/foundations/17_trials.ipynb #c0f1ee44
@@ -200,14 +192,7 @@ def tune(
     own = [m for m in methods if not m.like]
     check_alike(own, seeds)
     grids = {(c.name, m.name): {k: list(v) for k, v in m.grid.items()} for c in cases for m in own}
-    scores = {key: {} for key in grids} # setting as text -> (mean, unfinished, setting)
-    fresh = {(c.name, m.name): settings(m.grid) for c in cases for m in own if len(settings(m.grid)) > 1}
-    for turn in range(widen + 1):
-        score_all(fresh, own, cases, seeds, scores, jobs, store)
-        more = {key: widened(scores[key], grids[key], limits_of(own, key)) for key in fresh if turn < widen}
-        fresh = {key: found for key, found in more.items() if found}
-        if not fresh:
-            break
+    scores = search(own, cases, seeds, grids, widen, jobs, store)
     chosen = [choice(c, m, scores[c.name, m.name], grids[c.name, m.name]) for c in cases for m in own]
     chosen += [follow(c, m, chosen) for c in cases for m in methods if m.like]
     tried = [(d, m, s, v, u) for (d, m), rows in scores.items() for v, u, s in rows.values()]
@@ -215,6 +200,19 @@ def tune(
     return Tuned(pd.DataFrame(chosen), pd.DataFrame(tried, columns=columns), [int(s) for s in seeds])
 
 # %% ../nbs/foundations/17_trials.ipynb #68d1137b
+def search(own, cases, seeds, grids, widen, jobs, store):
+    "Setting as text -> (mean, unfinished, setting), by case and method; `grids` grow in place."
+    scores = {key: {} for key in grids}
+    fresh = {(c.name, m.name): settings(m.grid) for c in cases for m in own if len(settings(m.grid)) > 1}
+    for turn in range(widen + 1):
+        score_all(fresh, own, cases, seeds, scores, jobs, store)
+        more = {key: widened(scores[key], grids[key], limits_of(own, key)) for key in fresh if turn < widen}
+        fresh = {key: found for key, found in more.items() if found}
+        if not fresh:
+            break
+    return scores
+
+# %% ../nbs/foundations/17_trials.ipynb #7e59acf6
 def check_names(methods, cases):
     for what, xs in (("methods", methods), ("cases", cases)):
         names = [x.name for x in xs]
@@ -222,12 +220,10 @@ def check_names(methods, cases):
             raise ValueError(f"no {what}")
         if len(set(names)) < len(names):
             raise ValueError(f"{what} with the same name among {names}. Fix: rename one")
-    known = {m.name for m in methods if not m.like}
+    known = sorted(m.name for m in methods if not m.like)
     for m in methods:
         if m.like and m.like not in known:
-            raise ValueError(
-                f"{m.name}: like={m.like!r} is none of {sorted(known)}, the methods with settings of their own"
-            )
+            raise ValueError(f"{m.name}: like={m.like!r} is none of {known}, the methods with settings of their own")
 
 # %% ../nbs/foundations/17_trials.ipynb #26af5f34
 def check_seeds(seeds):
@@ -260,12 +256,15 @@ def score_all(fresh, methods, cases, seeds, scores, jobs, store):
     rows = [(d, m, s) for (d, m), ss in fresh.items() for s in ss]
     outs = iter(run_all([(find[m], find[d], k, s) for d, m, s in rows for k in seeds], jobs, store, "tuning"))
     for d, m, s in rows:
-        got = [next(outs) for _ in seeds]
-        if any(o.valid is None for o in got):
-            raise ValueError(f"{m}: run gives no validation value, so it cannot be tuned. Fix: Outcome(..., valid=...)")
-        scores[d, m][text(s)] = float(np.mean([o.valid for o in got])), any(map(climbing, [o.curve for o in got])), s
+        scores[d, m][text(s)] = *_mean_valid(m, [next(outs) for _ in seeds]), s
 
-# %% ../nbs/foundations/17_trials.ipynb #88215818
+# %% ../nbs/foundations/17_trials.ipynb #76ff313a
+def _mean_valid(m, got):
+    if any(o.valid is None for o in got):
+        raise ValueError(f"{m}: run gives no validation value, so it cannot be tuned. Fix: Outcome(..., valid=...)")
+    return float(np.mean([o.valid for o in got])), any(climbing(o.curve) for o in got)
+
+# %% ../nbs/foundations/17_trials.ipynb #2b23eaef
 def best_of(scores): return max(scores.values(), key=lambda r: r[0])
 
 # %% ../nbs/foundations/17_trials.ipynb #cf21c526
@@ -286,20 +285,22 @@ def edges(setting, grid, limits):
 def beyond(tried, side, limits=(-math.inf, math.inf)):
     """The next value of an axis: the same ratio further (the same step where values are not all positive), inside the
     limits."""
+    new, whole = _next(tried, side), all(isinstance(x, Integral) for x in tried)
+    sign = 0 if min(tried) >= 0 else -math.inf # what was never negative stays so, and what was positive stays positive
+    if max(limits[0], sign) <= new <= limits[1] and (new > 0 or min(tried) <= 0):
+        return new
+    end, last = limits[side > 0], max(tried, key=lambda v: v*side)
+    if not math.isfinite(end) or whole and end != int(end):
+        return last
+    return type(last)(end) # up to the limit itself, where that is a value of the axis' kind
+
+# %% ../nbs/foundations/17_trials.ipynb #5fba4dea
+def _next(tried, side):
     v = sorted(tried)[::-side] # nearest the edge first
     new = v[0]*v[0]/v[1] if v[-1] > 0 and v[0] > 0 else v[0] + (v[0] - v[1])
-    if all(isinstance(x, Integral) for x in tried):
-        new = int(max(round(new), v[0]+1) if side > 0 else min(round(new), v[0]-1))
-    sign = 0 if min(tried) >= 0 else -math.inf # what was never negative stays so, and what was positive stays positive
-    inside = max(limits[0], sign) <= new <= limits[1] and (new > 0 or min(tried) <= 0)
-    if inside:
+    if not all(isinstance(x, Integral) for x in tried):
         return new
-    end = limits[1] if side > 0 else limits[0]  # up to the limit itself, where that is a value of the axis' kind
-    return (
-        v[0]
-        if not math.isfinite(end) or all(isinstance(x, Integral) for x in tried) and end != int(end)
-        else type(v[0])(end)
-    )
+    return int(max(round(new), v[0]+1) if side > 0 else min(round(new), v[0]-1))
 
 # %% ../nbs/foundations/17_trials.ipynb #5c9c6e40
 def widened(scores, grid, limits):
@@ -316,16 +317,13 @@ def widened(scores, grid, limits):
 # %% ../nbs/foundations/17_trials.ipynb #1d1ee33c
 def choice(case, m, scores, grid):
     "The row of `Tuned.chosen` for a method that was tuned, or that has one setting only."
-    row = dict(dataset=case.name, method=m.name)
-    if not scores:
-        return row | dict(
-            setting=settings(m.grid)[0], valid=np.nan, n_settings=1, caveats=("untuned",) if m.grid else ()
-        )
-    valid, unfinished, setting = best_of(scores)
-    at = edges(setting, grid, m.limits)
-    tied = sum(v == valid for v, *_ in scores.values()) > 1
-    caveats = [f"edge: {k}={setting[k]:g}" for k in at] + ["tie"]*tied + ["unfinished"]*unfinished
-    return row | dict(setting=setting, valid=valid, n_settings=len(scores), caveats=tuple(caveats))
+    tried = scores or {"": (np.nan, False, settings(m.grid)[0])}
+    valid, unfinished, setting = best_of(tried)
+    tied = sum(v == valid for v, *_ in tried.values()) > 1
+    caveats = ["untuned"]*(bool(m.grid) and not scores)
+    caveats += [f"edge: {k}={setting[k]:g}" for k in edges(setting, grid, m.limits)]
+    caveats = (*caveats, *["tie"]*tied, *["unfinished"]*unfinished)
+    return dict(dataset=case.name, method=m.name, setting=setting, valid=valid, n_settings=len(tried), caveats=caveats)
 
 # %% ../nbs/foundations/17_trials.ipynb #ce6249d4
 def follow(case, m, chosen):
@@ -353,52 +351,48 @@ def over_seeds(
     tuned:Tuned|None=None, # settings; only methods with one setting can do without
     jobs:int=1, store:Store|None=None,
     ) -> pd.DataFrame:  # dataset, method, role, seed, unit, setting, caveats, shares, and a column a metric
-    """Every method on every case and seed with its chosen setting: a row for each unit, and one (unit -1) for what is
-    measured once a run."""
+    "Every method, case and seed with its chosen setting: a row a unit, and one (unit -1) for what is measured once."
     check_names(methods, cases)
+    _check_fresh(seeds, tuned)
+    tuned = tuned or tune(methods, cases, [])
+    todo = [(m, c, s, tuned.of(c.name, m.name)[0]) for c in cases for m in methods for s in seeds]
+    outs = run_all(todo, jobs, store, "seeds")
+    open_ = {(c.name, m.name) for (m, c, *_), o in zip(todo, outs) if climbing(o.curve)}
+    frames = []
+    for (m, c, k, s), o in zip(todo, outs):
+        caveats = *tuned.of(c.name, m.name)[1], *["unfinished"]*((c.name, m.name) in open_)
+        frames.append(rows_of(m, c, s, k, o, caveats))
+    return pd.concat(frames, ignore_index=True)
+
+# %% ../nbs/foundations/17_trials.ipynb #ee568f7d
+def _check_fresh(seeds, tuned):
     check_seeds(seeds)
     if not len(seeds):
         raise ValueError("no seeds to report")
     if tuned and (both := sorted(set(tuned.seeds) & set(seeds))) and len(tuned.tried):
         raise ValueError(f"seeds {both} were used for tuning. Fix: report others")
-    tuned = tuned or tune(methods, cases, [])
-    todo = [(m, c, s, tuned.of(c.name, m.name)[0]) for c in cases for m in methods for s in seeds]
-    outs = run_all(todo, jobs, store, "seeds")
-    open_ = {(c.name, m.name) for (m, c, *_), o in zip(todo, outs) if climbing(o.curve)}
-    frames = [
-        rows_of(m, c, s, k, o, tuned.of(c.name, m.name)[1], (c.name, m.name) in open_)
-        for (m, c, k, s), o in zip(todo, outs)
-    ]
-    return pd.concat(frames, ignore_index=True)
-
-# %% ../nbs/foundations/17_trials.ipynb #ee568f7d
-def rows_of(m, c, setting, seed, out, caveats, unfinished):
-    "The rows of one trial."
-    caveats = tuple(dict.fromkeys((*caveats, *["unfinished"]*unfinished)))
-    head = dict(
-        dataset=c.name,
-        method=m.name,
-        role=m.role,
-        seed=int(seed),
-        setting=text(setting),
-        caveats=", ".join(caveats),
-        shares=c.shares,
-    )
-    once = {k: float(v) for k, v in out.values.items() if v.ndim == 0}
-    many = {k: v for k, v in out.values.items() if v.ndim}
-    if len({len(v) for v in many.values()}) > 1:
-        raise ValueError(f"{m.name}: metrics of different lengths { {k: len(v) for k, v in many.items()} }")
-    first = 0 if c.same_units else int(seed)*10**7 # other universes have other users
-    frames = [pd.DataFrame(head | once | dict(unit=-1), index=[0])] if once else []
-    if many:
-        frames.append(
-            pd.DataFrame(many)
-            .assign(**head, unit=lambda d: first + np.arange(len(d)))
-            .dropna(how="all", subset=list(many))
-        )
-    return pd.concat(frames, ignore_index=True)
 
 # %% ../nbs/foundations/17_trials.ipynb #3e1b5ca7
+def rows_of(m, c, setting, seed, out, caveats):
+    "The rows of one trial: one for what is measured once, and one for each unit."
+    head = dict(dataset=c.name, method=m.name, role=m.role, seed=int(seed), setting=text(setting))
+    head |= dict(caveats=", ".join(dict.fromkeys(caveats)), shares=c.shares)
+    once = {k: float(v) for k, v in out.values.items() if v.ndim == 0}
+    frames = [pd.DataFrame(head | once | dict(unit=-1), index=[0])] if once else []
+    if many := {k: v for k, v in out.values.items() if v.ndim}:
+        first = 0 if c.same_units else int(seed)*10**7 # other universes have other users
+        unit = first + np.arange(_length(m.name, many))
+        frames.append(pd.DataFrame(many).assign(**head, unit=unit).dropna(how="all", subset=list(many)))
+    return pd.concat(frames, ignore_index=True)
+
+# %% ../nbs/foundations/17_trials.ipynb #dac2f232
+def _length(name, many):
+    sizes = {k: len(v) for k, v in many.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"{name}: metrics of different lengths {sizes}")
+    return next(iter(sizes.values()))
+
+# %% ../nbs/foundations/17_trials.ipynb #94fae9ba
 def values(
     df:pd.DataFrame, # of `over_seeds`
     method:str,
@@ -406,6 +400,20 @@ def values(
     **where, # other columns, e.g. dataset="world"
     ) -> np.ndarray: # (n_seeds,), or (n_seeds, n_units) when the same units are measured at every seed
     "The values of one method, in the order of the seeds; a missing or doubled one is an error."
+    rows = _rows(df, method, y, where)
+    if (twice := rows.duplicated(["seed", "unit"])).any():
+        first = rows[twice].seed.iloc[0]
+        raise ValueError(f"{method!r}: {int(twice.sum())} doubled value(s) of {y}, first at seed {first}")
+    if gone := set(df[df.dataset == rows.dataset.iloc[0]].seed) - set(rows.seed):
+        raise ValueError(f"{method!r} has no {y} for seed(s) {sorted(gone)}")
+    wide = rows.pivot(index="seed", columns="unit", values=y)
+    common = wide.dropna(axis=1)
+    if wide.shape[1] == 1:
+        return wide.iloc[:, 0].to_numpy()
+    return common.to_numpy() if common.shape[1] >= .5*wide.shape[1] else wide.mean(axis=1).to_numpy()
+
+# %% ../nbs/foundations/17_trials.ipynb #efc3a615
+def _rows(df, method, y, where):
     for k in ("method", y, *where):
         if k not in df:
             raise ValueError(f"no column {k!r} among {list(df)}")
@@ -416,20 +424,9 @@ def values(
         raise ValueError(f"no {y} of {method!r} {where or ''}. Methods: {sorted(df.method.unique())}")
     if rows.dataset.nunique() > 1:
         raise ValueError(f"{method!r} was measured on {sorted(rows.dataset.unique())}. Fix: dataset=...")
-    if (twice := rows.duplicated(["seed", "unit"])).any():
-        raise ValueError(
-            f"{method!r}: {int(twice.sum())} doubled value(s) of {y}, first at seed {rows[twice].seed.iloc[0]}"
-        )
-    gone = set(df[df.dataset == rows.dataset.iloc[0]].seed) - set(rows.seed)
-    if gone:
-        raise ValueError(f"{method!r} has no {y} for seed(s) {sorted(gone)}")
-    wide = rows.pivot(index="seed", columns="unit", values=y)
-    common = wide.dropna(axis=1)
-    if wide.shape[1] == 1:
-        return wide.iloc[:, 0].to_numpy()
-    return common.to_numpy() if common.shape[1] >= .5*wide.shape[1] else wide.mean(axis=1).to_numpy()
+    return rows
 
-# %% ../nbs/foundations/17_trials.ipynb #94fae9ba
+# %% ../nbs/foundations/17_trials.ipynb #61205925
 def same_units(
     df:pd.DataFrame, # of `over_seeds`, one data set
     a:str, b:str, # two methods
@@ -441,10 +438,8 @@ def same_units(
     if {-1} in (mine, theirs) or mine == theirs:
         return df
     if len(common) < .5*max(len(mine), len(theirs)):
-        raise ValueError(
-            f"{a!r} and {b!r} have {y} for {len(mine)} and {len(theirs)} units, {len(common)} in common. Fix: measure "
-            f"both on the same"
-        )
+        sizes = f"{len(mine)} and {len(theirs)} units, {len(common)} in common"
+        raise ValueError(f"{a!r} and {b!r} have {y} for {sizes}. Fix: measure both on the same")
     return df[~df.method.isin([a, b]) | df.unit.isin(common | {-1})]
 
 # %% ../nbs/foundations/17_trials.ipynb #bd097801
@@ -470,11 +465,10 @@ def derive(
         wide = part.pivot(index=["seed", "unit"], columns="method", values=y).dropna()
         if missing := [m for m in methods if m not in wide]:
             raise ValueError(f"{name}: no {y} of {missing} on {d}")
-        caveats = ", ".join(dict.fromkeys(x for x in part["caveats"] if x))
+        head = dict(dataset=d, method=name, role="method", setting="", shares=part.shares.iloc[0])
+        head["caveats"] = ", ".join(dict.fromkeys(x for x in part["caveats"] if x))
         rows = wide.apply(lambda r: f(*(r[m] for m in methods)), axis=1).rename(y).reset_index()
-        new.append(
-            rows.assign(dataset=d, method=name, role="method", setting="", caveats=caveats, shares=part.shares.iloc[0])
-        )
+        new.append(rows.assign(**head))
     return pd.concat([df, *new], ignore_index=True)
 
 # %% ../nbs/foundations/17_trials.ipynb #edecbf0f
