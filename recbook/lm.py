@@ -19,15 +19,15 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers import ModernBertConfig, ModernBertForMaskedLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from .data import cache_dir, root
+from .data import at_hand, cache_dir, read_json, root
 from .world import World
 
 # %% auto #0
 __all__ = ['RECIPE', 'CAUSAL', 'MASKED', 'LEAST', 'nano_tokenizer', 'doc_batches', 'next_token_loss', 'facts_first', 'pretrain',
            'cached', 'digests', 'whole', 'rebuild', 'sweep', 'cannot_write', 'corpus_of', 'safely', 'has_code',
-           'read_json', 'only_safetensors', 'unreachable', 'nano_lm', 'came_with_the_book', 'shipped', 'reading_plan',
-           'read_causal', 'colon', 'blank_causal', 'mark_ids', 'read', 'read_on', 'mask_tokens', 'nano_mlm',
-           'read_masked', 'blank_masked', 'weights_mark', 'load_lm']
+           'only_safetensors', 'unreachable', 'nano_lm', 'came_with_the_book', 'shipped', 'reading_plan', 'read_causal',
+           'colon', 'blank_causal', 'mark_ids', 'read', 'read_on', 'mask_tokens', 'nano_mlm', 'read_masked',
+           'blank_masked', 'weights_mark', 'load_lm']
 
 # %% ../nbs/foundations/11_lm.ipynb #f4a2e5a7
 def nano_tokenizer(
@@ -233,6 +233,7 @@ def safely(
         )
     if kw.pop("use_safetensors", True) is not True:
         raise ValueError("use_safetensors: recbook reads no pickled weights; convert them to safetensors first")
+    name = at_hand(name)
     weights = {} if hasattr(auto, "register") and "Tokenizer" in auto.__name__ else dict(use_safetensors=True)
     if weights:
         only_safetensors(name)
@@ -252,15 +253,6 @@ def has_code(name):
     if not Path(name).is_dir():
         return True
     return any("auto_map" in read_json(f) for f in Path(name).glob("*config.json"))
-
-# %% ../nbs/foundations/11_lm.ipynb #1bf11e08
-def read_json(file):
-    "The dictionary in a file; empty if there is none."
-    try:
-        x = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return x if isinstance(x, dict) else {}
 
 # %% ../nbs/foundations/11_lm.ipynb #21fe192f
 def only_safetensors(name):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLAIM', 'VERDICTS', 'PACKAGES', 'harvest', 'numeric', 'unsound', 'records', 'commit', 'edited', 'cores', 'machine',
-           'versions', 'true_device', 'package', 'fingerprint', 'Result']
+           'versions', 'true_device', 'package', 'fingerprint', 'other_lm', 'on_the_model', 'origin', 'model_of',
+           'Result']
 
 # %% ../nbs/workshop/02_records.ipynb #2f6faa7c
 import hashlib, json, os, platform, re, shutil, subprocess, warnings
@@ -13,7 +14,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata, util
 from pathlib import Path
-from .book import Chapter, MIME, UsageError, home, read_json, read_notebook, source
+from .book import Chapter, MIME, UsageError, home, read_notebook, source
+from .data import at_hand, read_json
 
 # %% ../nbs/workshop/02_records.ipynb #070c9613
 def harvest(
@@ -224,6 +226,41 @@ def fingerprint(
         if f.is_file():
             digest.update(f.name.encode() + b"\0" + f.read_bytes())
     return digest.hexdigest()
+
+# %% ../nbs/workshop/02_records.ipynb #176ca4f3
+def other_lm(params): # -> its name, or None
+    "The language model of a run, if it is none of the book's own."
+    lm = str(params.get("lm") or "nano")
+    return None if lm == "nano" or lm.startswith("nano-") else lm
+
+# %% ../nbs/workshop/02_records.ipynb #ed938746
+def on_the_model(rec):
+    "A record without the claims that were measured on another language model than the run's."
+    if (lm := other_lm(rec["parameters"])) is None:
+        return rec
+    short = lm.rsplit("/", 1)[-1]
+    return rec | dict(claims=[c for c in rec["claims"] if short in str(c.get("dataset"))])
+
+# %% ../nbs/workshop/02_records.ipynb #66f9c30e
+def origin(
+    name:str # hub name or folder
+    ) -> dict: # name, weights (start of their sha256, if they lie at hand), note (what an ORIGIN file beside them says)
+    "What a record says of a language model that somebody else trained."
+    place = Path(at_hand(name))
+    files, note = sorted(place.glob("*.safetensors")), place/"ORIGIN"
+    h = hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files)).hexdigest()[:12]
+    return dict(
+        name=place.name if Path(name).is_dir() else name,
+        weights=h if files else None,
+        note=note.read_text(encoding="utf-8").strip() if note.is_file() else "",
+    )
+
+# %% ../nbs/workshop/02_records.ipynb #befb6d9e
+def model_of(params):
+    "The part of a record that says which language model of somebody else's ran."
+    if (lm := other_lm(params)) is None:
+        return {}
+    return dict(model=origin(lm))
 
 # %% ../nbs/workshop/02_records.ipynb #6d1a0f5d
 @dataclass

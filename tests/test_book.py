@@ -6,7 +6,8 @@ from typer.testing import CliRunner
 import book_check as check
 from recbook.claims import claim, papers
 from recbook.data import root
-from recbook.book import chapters, read_json
+from recbook.book import chapters
+from recbook.data import read_json
 from recbook.cli import app
 from recbook.publish import bibliography, complaints, prepare
 from recbook.run import execute, kernel_env

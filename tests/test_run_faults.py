@@ -7,7 +7,7 @@ import nbformat, numpy as np, pytest
 from tiny_book import BROKEN, DEMO, PLAIN, cli, no_nan, write_page
 
 from recbook import book as B, cli as L, publish as P, records as K, run as R
-from recbook.data import root
+from recbook.data import read_json, root
 
 ROOT = Path(root())
 ENV = os.environ | dict(PYTHONPATH=str(ROOT), NO_COLOR="1")
@@ -563,7 +563,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(B.os, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError):
         B.write_json(tmp_path/"a.json", dict(x=2))
-    assert [f.name for f in tmp_path.iterdir()] == ["a.json"] and B.read_json(tmp_path/"a.json") == dict(x=1)
+    assert [f.name for f in tmp_path.iterdir()] == ["a.json"] and read_json(tmp_path/"a.json") == dict(x=1)
 
 def test_folder_with_braces_blanks_and_letters(tmp_path, monkeypatch):
     odd = tmp_path/"my {bö} {0} dir"
