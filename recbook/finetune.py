@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy, math
 from collections.abc import Callable, Sequence
 from itertools import islice
-from time import perf_counter, process_time
 from typing import NamedTuple
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
@@ -18,14 +17,14 @@ from recbook.answers import (
     context_limit, label_ids, logits_of, padded, prompt_ids, takes, token_columns, virtual_tokens
 )
 from .gradients import flatten
-from .training import batches, eval_mode, fit
+from .training import CostMeter, batches, eval_mode, fit, tokens_in
 
 # %% auto #0
-__all__ = ['lora', 'active_adapter', 'held', 'merge', 'tokens_in', 'CostMeter', 'priced', 'macs', 'Prompts', 'take', 'as_rows',
-           'encode_prompts', 'joined', 'encode_answers', 'next_logits', 'last_only', 'check_length', 'answer_loss',
-           'sft', 'predictions', 'merged', 'adapter_params', 'check_strength', 'only_adapter', 'largest_gradient',
-           'settle', 'beside', 'rehearsal_loss', 'answered', 'answer_batches', 'two_speeds', 'half_step', 'set_pace',
-           'rehearse', 'check_ratings', 'profiles', 'moments', 'click_prompts']
+__all__ = ['lora', 'active_adapter', 'held', 'merge', 'priced', 'macs', 'Prompts', 'take', 'as_rows', 'encode_prompts', 'joined',
+           'encode_answers', 'next_logits', 'last_only', 'check_length', 'answer_loss', 'sft', 'predictions', 'merged',
+           'adapter_params', 'check_strength', 'only_adapter', 'largest_gradient', 'settle', 'beside', 'rehearsal_loss',
+           'answered', 'answer_batches', 'two_speeds', 'half_step', 'set_pace', 'rehearse', 'check_ratings', 'profiles',
+           'moments', 'click_prompts']
 
 # %% ../nbs/foundations/14_finetune.ipynb #aab5cf68
 def lora(
@@ -72,39 +71,6 @@ def held(box, names):
 def merge(model):
     "The model with its adapters added into the weights; a plain model as it is."
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-
-# %% ../nbs/foundations/14_finetune.ipynb #aeac784c
-def tokens_in(args, kwargs):
-    "Number of tokens, padding too, in the arguments of a forward pass."
-    given = [kwargs[k] for k in ("input_ids", "inputs_embeds") if kwargs.get(k) is not None]
-    x = next(iter((*given, *args)), None)
-    return x.shape[:2].numel() if isinstance(x, Tensor) else 0
-
-# %% ../nbs/foundations/14_finetune.ipynb #e127afae
-class CostMeter:
-    """Cost of a `with` block: `wall` and `cpu` seconds, forward `passes` and `tokens` (padding too), `trainable` and
-    `total` parameters."""
-    def __init__(self, *models:nn.Module): self.models = models
-    def __enter__(self):
-        self.passes = self.tokens = 0
-        self._hooks = [m.register_forward_pre_hook(self._count, with_kwargs=True) for m in self.models]
-        self._wall, self._cpu = perf_counter(), process_time()
-        return self
-    def __exit__(self, *exc):
-        self.wall, self.cpu = perf_counter() - self._wall, process_time() - self._cpu
-        for h in self._hooks:
-            h.remove()
-        self.total = sum(p.numel() for m in self.models for p in m.parameters())
-        self.trainable = sum(p.numel() for m in self.models for p in m.parameters() if p.requires_grad)
-    def _count(self, module, args, kwargs):
-        self.passes += 1
-        self.tokens += tokens_in(args, kwargs)
-    @property
-    def tokens_per_pass(self): return self.tokens/max(1, self.passes)
-
-    def dict(self):
-        kept = ("wall", "cpu", "passes", "tokens", "tokens_per_pass", "trainable", "total")
-        return {k: getattr(self, k) for k in kept}
 
 # %% ../nbs/foundations/14_finetune.ipynb #a74bd6ce
 def priced(f): # what to run -> what it returns, and multiply-adds

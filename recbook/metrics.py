@@ -5,7 +5,7 @@
 # %% ../nbs/foundations/06_metrics.ipynb #c8048b27
 from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 import numpy as np, pandas as pd, torch
 from scipy.sparse import csr_matrix
 from torch import Tensor
@@ -271,6 +271,7 @@ class Outcome:
     values:dict # metric -> number, or (n_units,) array, a number for each user or query, nan where it has none
     valid:float|None = None # validation value, larger is better: the only thing tuning sees
     curve:Sequence[float] = () # validation values during training, in order, equally spaced
+    cost:dict = field(default_factory=dict) # see `training.costs`
 
 # %% ../nbs/foundations/06_metrics.ipynb #82b78854
 def ranked(

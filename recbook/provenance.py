@@ -17,10 +17,10 @@ import numpy as np, pandas as pd, scipy.sparse as sp
 from .data import cache_dir, root
 
 # %% auto #0
-__all__ = ['PACKAGE', 'bare', 'Module', 'named', 'words', 'defined', 'touched', 'read_module', 'module_of', 'reach', 'imported',
-           'digest', 'still', 'Digest', 'mix', 'content', 'exact_array', 'names_in', 'names_of', 'imports_in',
-           'bytecode', 'package_code', 'weights', 'code_at', 'distribution', 'library', 'module_code', 'written_here',
-           'library_folders', 'Store', 'Remembered', 'notebook_code', 'python']
+__all__ = ['PACKAGE', 'LIBRARIES', 'bare', 'Module', 'named', 'words', 'defined', 'touched', 'read_module', 'module_of', 'reach',
+           'imported', 'digest', 'still', 'Digest', 'mix', 'content', 'exact_array', 'names_in', 'names_of',
+           'surroundings', 'imports_in', 'bytecode', 'package_code', 'weights', 'code_at', 'distribution', 'library',
+           'module_code', 'written_here', 'library_folders', 'Store', 'Remembered', 'notebook_code', 'python']
 
 # %% ../nbs/foundations/16_provenance.ipynb #6f2d9ca7
 def bare(
@@ -359,6 +359,17 @@ def names_of(f):
         return {a for a in (*f.args, *f.keywords.values()) if isinstance(a, str)} | names_of(f.func)
     closed = [c.cell_contents for c in getattr(f, "__closure__", None) or ()]
     return {c for c in (*getattr(getattr(f, "__code__", None), "co_consts", ()), *closed) if isinstance(c, str)}
+
+# %% ../nbs/foundations/16_provenance.ipynb #38e5177b
+LIBRARIES = ("torch", "numpy", "scipy", "sklearn", "transformers", "peft", "trl", "lightgbm")
+
+
+def surroundings(make, name): # what makes a case, and its name
+    "(data set, sha256) of each file of the data sets that a case names; versions of the libraries."
+    from recbook.datasets import _registry
+    known = _registry()
+    data = [(n, f["sha256"]) for n in known if n in name or n in names_of(make) for f in known[n]["file"]]
+    return [*data, *map(distribution, LIBRARIES)]
 
 # %% ../nbs/foundations/16_provenance.ipynb #e7109f17
 def imports_in(code):

@@ -4,11 +4,11 @@
 
 # %% ../nbs/foundations/07_training.ipynb #eaf41ca6
 from __future__ import annotations
-import os, random, warnings
+import os, random, sys, warnings
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from numbers import Real
-from time import perf_counter
+from time import perf_counter, process_time
 from unittest.mock import patch
 import numpy as np, pandas as pd, torch
 from joblib import Parallel, delayed
@@ -20,7 +20,7 @@ from .data import whole_number
 # %% auto #0
 __all__ = ['set_seed', 'pick_device', 'Rows', 'batches', 'as_is', 'eval_mode', 'Objective', 'fit', 'check_fit', 'prepared',
            'progress_bar', 'one_step', 'one_epoch', 'trained_epochs', 'mean_loss', 'keep_best', 'restore', 'minimise',
-           'step_some', 'fan_out']
+           'step_some', 'fan_out', 'tokens_in', 'watched', 'CostMeter', 'sizes_of', 'costs']
 
 # %% ../nbs/foundations/07_training.ipynb #58fbd141
 def set_seed(seed:int):
@@ -282,3 +282,86 @@ def fan_out(
     ):  # workers don't repeat this process's warnings, and are replaced when they have grown
         warnings.filterwarnings("ignore", message="A worker stopped")
         return Parallel(n_jobs=jobs)(delayed(f)(i) for i in items)
+
+# %% ../nbs/foundations/07_training.ipynb #8d42f191
+def tokens_in(args, kwargs):
+    "Number of tokens, padding too, in the arguments of a forward pass."
+    given = [kwargs[k] for k in ("input_ids", "inputs_embeds") if kwargs.get(k) is not None]
+    x = next(iter((*given, *args)), None)
+    return x.shape[:2].numel() if isinstance(x, Tensor) else 0
+
+# %% ../nbs/foundations/07_training.ipynb #4923e76a
+@contextmanager
+def watched(count): # (model, args, kwargs) -> None
+    "Call `count` before every pass of a transformers model: of its body, which a model with a head calls once."
+    base = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+    if base is None:
+        yield
+        return
+    plain = base.__call__
+    def call(self, *args, **kwargs):
+        if self.base_model is self and not hasattr(self, "encoder"):
+            count(self, args, kwargs)
+        return plain(self, *args, **kwargs)
+    with patch.object(base, "__call__", call):
+        yield
+
+# %% ../nbs/foundations/07_training.ipynb #6af5f838
+class CostMeter:
+    """Cost of a `with` block: `wall` and `cpu` seconds, forward `passes` and `tokens` (padding too), `trainable` and
+    `total` parameters. Of `models`; without any, of all language models in the block (parameters: of the largest)."""
+    def __init__(self, *models:nn.Module): self.models = models
+
+    def __enter__(self):
+        self.passes = self.tokens = 0
+        self._sizes = {0: (0, 0)}
+        self._hooks = ExitStack()
+        for m in self.models:
+            self._hooks.callback(m.register_forward_pre_hook(self._count, with_kwargs=True).remove)
+        if not self.models:
+            self._hooks.enter_context(watched(self._count))
+        self._wall, self._cpu = perf_counter(), process_time()
+        return self
+
+    def __exit__(self, *exc):
+        self.wall, self.cpu = perf_counter() - self._wall, process_time() - self._cpu
+        self._hooks.close()
+        if self.models:
+            self.total, self.trainable = map(sum, zip(*map(sizes_of, self.models)))
+        else:
+            self.total, self.trainable = map(max, zip(*self._sizes.values()))
+
+    def _count(self, module, args, kwargs):
+        self.passes += 1
+        self.tokens += tokens_in(args, kwargs)
+        key = id(module), torch.is_grad_enabled()
+        if not self.models and key not in self._sizes:
+            total, trainable = sizes_of(module)
+            self._sizes[key] = total, trainable*key[1]
+
+    @property
+    def tokens_per_pass(self): return self.tokens/max(1, self.passes)
+
+    def counts(self):
+        "What language models did; nothing if none ran."
+        kept = ("passes", "tokens", "trainable", "cpu")
+        return {k: getattr(self, k) for k in kept} if self.passes else {}
+
+    def dict(self):
+        kept = ("wall", "cpu", "passes", "tokens", "tokens_per_pass", "trainable", "total")
+        return {k: getattr(self, k) for k in kept}
+
+# %% ../nbs/foundations/07_training.ipynb #c15052a7
+def sizes_of(model):
+    "Numbers of all parameters and of those that are trained."
+    return tuple(sum(p.numel() for p in model.parameters() if p.requires_grad >= only) for only in (False, True))
+
+# %% ../nbs/foundations/07_training.ipynb #e692068c
+def costs(
+    df:pd.DataFrame, # of `trials.over_seeds`
+    ) -> pd.DataFrame: # a row for each dataset and method: passes, tokens, trainable, cpu, means of a trial
+    "What language models did in the trials: passes, tokens (padding too), most parameters trained, CPU seconds."
+    if not (own := [c for c in df if c.startswith("lm_")]):
+        raise ValueError("no language model ran in these trials, or they were kept before costs were counted")
+    once = df.drop_duplicates(["dataset", "method", "seed"])
+    return once.groupby(["dataset", "method"], sort=False)[own].mean().rename(columns=lambda c: c[3:])

@@ -12,16 +12,15 @@ from itertools import product
 from numbers import Integral, Real
 import numpy as np, pandas as pd
 from tqdm.auto import tqdm
-from .datasets import _registry
 from .metrics import Outcome, ranked
-from .provenance import Remembered, Store, digest, distribution, names_of, still
+from .provenance import Remembered, Store, digest, still, surroundings
+from .training import CostMeter
 
 # %% auto #0
-__all__ = ['ROLES', 'LIBRARIES', 'Method', 'check_axis', 'settings', 'Case', 'trial_key', 'run_trial', 'pack', 'unpack',
-           'run_all', 'in_turn', 'spread', 'keyed', 'Tuned', 'tune', 'search', 'check_names', 'check_seeds',
-           'check_alike', 'limits_of', 'text', 'score_all', 'best_of', 'edges', 'beyond', 'widened', 'choice', 'follow',
-           'climbing', 'over_seeds', 'rows_of', 'values', 'same_units', 'per_seed', 'derive', 'best_rival', 'NotAlive',
-           'alive']
+__all__ = ['ROLES', 'Method', 'check_axis', 'settings', 'Case', 'trial_key', 'run_trial', 'pack', 'unpack', 'run_all', 'in_turn',
+           'spread', 'keyed', 'Tuned', 'tune', 'search', 'check_names', 'check_seeds', 'check_alike', 'limits_of',
+           'text', 'score_all', 'best_of', 'edges', 'beyond', 'widened', 'choice', 'follow', 'climbing', 'over_seeds',
+           'rows_of', 'values', 'same_units', 'per_seed', 'derive', 'best_rival', 'NotAlive', 'alive']
 
 # %% ../nbs/foundations/17_trials.ipynb #7a06b27a
 ROLES = ("method", "rival", "placebo", "ablation", "oracle")
@@ -74,22 +73,16 @@ class Case:
     shares:str = "" # what all seeds share, in words: "users and items", "one pre-trained model"
 
 # %% ../nbs/foundations/17_trials.ipynb #8b05a06d
-LIBRARIES = ("torch", "numpy", "scipy", "sklearn", "transformers", "peft", "trl", "lightgbm")
-
-
 def trial_key(method:Method, case:Case, seed:int, setting:dict) -> str:  # 64 hexadecimal digits
     "Where a trial is kept: digest of the code of method and case, data sets named there, setting, seed, versions."
-    sets = [n for n in _registry() if n in case.name or n in names_of(case.make)]
-    data = [(n, f["sha256"]) for n in sets for f in _registry()[n]["file"]]
-    versions = map(distribution, LIBRARIES)
-    return digest([method.run, case.make, case.name, data, int(seed), sorted(setting.items()), *versions])
-
-
+    around = surroundings(case.make, case.name)
+    return digest([method.run, case.make, case.name, int(seed), sorted(setting.items()), *around])
 
 # %% ../nbs/foundations/17_trials.ipynb #955cf6ed
 def run_trial(method, case, seed, setting):
     "One run, its outcome checked."
-    out = method.run(case.make(seed), seed, **setting)
+    with CostMeter() as spent:
+        out = method.run(case.make(seed), seed, **setting)
     if isinstance(out, Mapping):
         out = Outcome(dict(out))
     if not isinstance(out, Outcome):
@@ -97,7 +90,7 @@ def run_trial(method, case, seed, setting):
     where = f"{method.name} on {case.name}, seed {seed}"
     if out.valid is not None and not math.isfinite(out.valid):
         raise ValueError(f"{where}, {setting}: valid is {out.valid}")
-    return Outcome(_numbers(where, out.values), out.valid, np.asarray(out.curve, float))
+    return Outcome(_numbers(where, out.values), out.valid, np.asarray(out.curve, float), spent.counts())
 
 # %% ../nbs/foundations/17_trials.ipynb #c8889493
 def _numbers(where, values):
@@ -110,13 +103,14 @@ def _numbers(where, values):
 # %% ../nbs/foundations/17_trials.ipynb #c84bdcc8
 def pack(out):
     valid = np.array(np.nan if out.valid is None else out.valid)
-    return {f"value/{k}": v for k, v in out.values.items()} | dict(valid=valid, curve=out.curve)
+    kept = {f"value/{k}": v for k, v in out.values.items()} | {f"cost/{k}": v for k, v in out.cost.items()}
+    return kept | dict(valid=valid, curve=out.curve)
 
 # %% ../nbs/foundations/17_trials.ipynb #7b1f58cf
 def unpack(d):
     valid = float(d["valid"])
-    values = {k[6:]: v for k, v in d.items() if k.startswith("value/")}
-    return Outcome(values, None if math.isnan(valid) else valid, d["curve"])
+    values, cost = ({k[len(s):]: v for k, v in d.items() if k.startswith(s)} for s in ("value/", "cost/"))
+    return Outcome(values, None if math.isnan(valid) else valid, d["curve"], {k: float(v) for k, v in cost.items()})
 
 # %% ../nbs/foundations/17_trials.ipynb #bbff43bc
 def run_all(
@@ -377,6 +371,7 @@ def rows_of(m, c, setting, seed, out, caveats):
     "The rows of one trial: one for what is measured once, and one for each unit."
     head = dict(dataset=c.name, method=m.name, role=m.role, seed=int(seed), setting=text(setting))
     head |= dict(caveats=", ".join(dict.fromkeys(caveats)), shares=c.shares)
+    head |= {f"lm_{k}": v for k, v in out.cost.items()}
     once = {k: float(v) for k, v in out.values.items() if v.ndim == 0}
     frames = [pd.DataFrame(head | once | dict(unit=-1), index=[0])] if once else []
     if many := {k: v for k, v in out.values.items() if v.ndim}:
@@ -448,7 +443,7 @@ def per_seed(
     ) -> pd.DataFrame: # a row for each dataset, method and seed
     "Means over units, for tables and pictures."
     head = ["dataset", "method", "role", "seed", "setting", "caveats"]
-    ys = [c for c in df if c not in (*head, "unit", "shares")]
+    ys = [c for c in df if c not in (*head, "unit", "shares") and not c.startswith("lm_")]
     return df.groupby([h for h in head if h in df], sort=False, as_index=False)[ys].mean()
 
 # %% ../nbs/foundations/17_trials.ipynb #f632a2e9

@@ -2,9 +2,10 @@
 import functools, json, sys
 from functools import partial
 from pathlib import Path
-import numpy as np, pandas as pd, pytest
-from recbook import provenance, trials
+import numpy as np, pandas as pd, pytest, torch
+from recbook import datasets, provenance
 from recbook.provenance import Store, digest
+from recbook.training import costs
 from recbook.trials import (
     Case,
     Method,
@@ -187,10 +188,10 @@ def test_the_key_changes_with_code_value_setting_seed_and_data(monkeypatch):
 def test_a_changed_data_set_changes_the_key(monkeypatch):
     m, c = Method("A", short), Case("movielens-100k", world)
     base = trial_key(m, c, 0, {})
-    reg = trials._registry()
+    reg = datasets._registry()
     new = json.loads(json.dumps(reg))
     new["movielens-100k"]["file"][0]["sha256"] = "0"*64
-    monkeypatch.setattr(trials, "_registry", lambda: new)
+    monkeypatch.setattr(datasets, "_registry", lambda: new)
     assert trial_key(m, c, 0, {}) != base
 
 
@@ -509,3 +510,26 @@ def test_other_weights_are_another_digest(tmp_path, monkeypatch):
         file.write_bytes(content)
         seen.append((P.digest(uses_weights), P.digest(uses_both)))
     assert seen[0] == seen[2] != seen[1] and seen[0][1] == seen[1][1]
+
+
+def test_what_language_models_did_stands_beside_the_values(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    shape = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=20)
+    lm = LlamaForCausalLM(LlamaConfig(**shape, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+
+    def run(case, seed, passes):
+        for _ in range(passes):
+            lm(torch.ones(2, 3, dtype=torch.long)).logits.sum().backward()
+        return dict(x=1.)
+
+    methods = [Method(n, partial(run, passes=k)) for n, k in (("one", 1), ("three", 3))]
+    methods.append(Method("none", lambda case, seed: dict(x=2.)))
+    store = Store(tmp_path)
+    first, kept = (over_seeds(methods, [Case("world", lambda seed: 0)], [0, 1], store=store) for _ in range(2))
+    got = costs(first)
+    body = sum(p.numel() for p in lm.model.parameters())
+    assert got.loc["world", ["passes", "tokens", "trainable"]].loc["three"].tolist() == [3, 18, body]
+    assert got.loc["world"].tokens["one"] == 6 and got.loc["world"].tokens.isna()["none"]
+    assert costs(kept).equals(got) and "lm_tokens" not in per_seed(first)
+    with pytest.raises(ValueError, match="no language model ran"):
+        costs(first[["dataset", "method", "seed", "x"]])
