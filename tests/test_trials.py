@@ -3,7 +3,7 @@ import functools, json, sys
 from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
-from recbook import datasets, provenance
+from recbook import datasets, provenance, trials
 from recbook.provenance import Store, digest
 from recbook.training import costs
 from recbook.trials import (
