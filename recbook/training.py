@@ -18,10 +18,10 @@ from tqdm.auto import tqdm
 from .data import whole_number
 
 # %% auto #0
-__all__ = ['set_seed', 'pick_device', 'Rows', 'batches', 'as_is', 'eval_mode', 'Objective', 'fit', 'check_fit', 'prepared',
-           'progress_bar', 'one_step', 'one_epoch', 'trained_epochs', 'mean_loss', 'keep_best', 'restore', 'minimise',
-           'step_some', 'params_of', 'flatten', 'unflatten', 'add_', 'leave_one_out', 'removal_curve', 'check_removal',
-           'agreement', 'fan_out']
+__all__ = ['set_seed', 'pick_device', 'Rows', 'batches', 'as_is', 'eval_mode', 'without_dropout', 'Objective', 'fit', 'check_fit',
+           'prepared', 'progress_bar', 'one_step', 'one_epoch', 'trained_epochs', 'mean_loss', 'keep_best', 'restore',
+           'minimise', 'step_some', 'params_of', 'flatten', 'unflatten', 'add_', 'leave_one_out', 'removal_curve',
+           'check_removal', 'agreement', 'pretrain', 'clipped_step', 'fan_out']
 
 # %% ../nbs/foundations/07_training.ipynb #58fbd141
 def set_seed(seed:int):
@@ -94,6 +94,21 @@ def eval_mode(
     finally:
         for part, training in held:
             part.training = training
+
+# %% ../nbs/foundations/07_training.ipynb #5b6edc6e
+@contextmanager
+def without_dropout(*models, off=True):
+    "Inside the block no module drops anything, not even one that keeps its rate as a number (OPT)."
+    layer, parts = torch.nn.modules.dropout._DropoutNd, [m for model in models for m in model.modules()]*off
+    drops = lambda m, k, v: isinstance(v, float) and ("drop" in k or k == "p" and isinstance(m, layer))
+    rates = [(m, k, v) for m in parts for k, v in vars(m).items() if drops(m, k, v)]
+    try:
+        for m, k, _ in rates:
+            setattr(m, k, 0.)
+        yield
+    finally:
+        for m, k, v in rates:
+            setattr(m, k, v)
 
 # %% ../nbs/foundations/07_training.ipynb #6d8a15f8
 class Objective(nn.Module):
@@ -359,6 +374,30 @@ def agreement(
         S, R = rankdata(S, axis=0), rankdata(R, axis=0)
     S, R = S - S.mean(0), R - R.mean(0)
     return (S*R).sum(0)/np.maximum(np.linalg.norm(S, axis=0)*np.linalg.norm(R, axis=0), 1e-300)
+
+# %% ../nbs/foundations/07_training.ipynb #e69e6ea0
+def pretrain(
+    model:nn.Module,
+    loss:Callable, # batch of ids -> scalar
+    batches, # endless iterator of ids (rows, length)
+    steps:int, lr:float,
+    desc:str="pre-training") -> list[float]: # loss of each step
+    "Train `model` in place with AdamW and a one-cycle learning rate."
+    opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=(.9, .98), weight_decay=.05)
+    plan = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=.1)
+    model.train()
+    bar = tqdm(range(steps), desc=desc, leave=False, disable=bool(os.environ.get("TQDM_DISABLE")))
+    return [clipped_step(model, loss(batch), opt, plan) for _, batch in zip(bar, batches)]
+
+# %% ../nbs/foundations/07_training.ipynb #e4d1631e
+def clipped_step(model, loss, opt, plan):
+    "One step along a gradient of norm 1 at most; the loss as a number."
+    opt.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.)
+    opt.step()
+    plan.step()
+    return loss.item()
 
 # %% ../nbs/foundations/07_training.ipynb #519c36eb
 def fan_out(
