@@ -18,7 +18,7 @@ from .world import CUES
 __all__ = ['marks_of', 'token_ids', 'padded', 'encode', 'cut_to', 'context_limit', 'late_positions', 'label_ids', 'answer_logits',
            'tokens_only', 'logits_of', 'whole_model', 'takes', 'virtual_tokens', 'last_logits', 'sequence_logprob',
            'check_completions', 'token_logprobs', 'shared_prefix', 'with_end', 'token_columns', 'end_mark',
-           'start_mark', 'completion_ids', 'prompt_ids', 'labelled', 'answer_nll', 'answer_scores', 'written',
+           'start_mark', 'completion_ids', 'prompt_ids', 'labelled', 'answer_nll', 'answer_scores', 'greedy_hits',
            'accuracy', 'next_logprobs', 'drift', 'knows', 'module_at', 'weight_of', 'in_rows', 'hooked', 'passes',
            'key_moments', 'span_ids', 'place_in', 'span_of']
 
@@ -299,11 +299,11 @@ def answer_scores(model, tok, prompts, answers, batch_size:int=256) -> tuple[Ten
     with eval_mode(model):
         for ids, mask, y in zip(*(t.split(batch_size) for t in (x["input_ids"], x["attention_mask"], labels))):
             z = logits_of(model, BatchEncoding(dict(input_ids=ids, attention_mask=mask)).to(model.device)).float().cpu()
-            out.append((-answer_nll(z, y), written(z, y)))
+            out.append((-answer_nll(z, y), greedy_hits(z, y)))
     return tuple(map(torch.cat, zip(*out)))
 
 # %% ../nbs/foundations/12_answers.ipynb #cd9bb77e
-def written(z, labels):
+def greedy_hits(z, labels):
     "Would greedy decoding write all labels? (n,)"
     return ((z.argmax(-1) == labels) | (labels == -100)).all(1)
 

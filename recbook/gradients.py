@@ -22,7 +22,7 @@ _all_ = ["add_", "agreement", "flatten", "leave_one_out", "params_of", "removal_
 
 # %% auto #0
 __all__ = ['OwnRows', 'as_function', 'chosen', 'grad_of', 'differentiable', 'per_sample_grads', 'side_by_side', 'n_rows',
-           'detached', 'in_rows', 'Bound', 'hvp', 'dense', 'ggn_vp', 'jacobian_vp', 'head_hvp', 'solve', 'definite',
+           'detached', 'flat_rows', 'Bound', 'hvp', 'dense', 'ggn_vp', 'jacobian_vp', 'head_hvp', 'solve', 'definite',
            'check_system', 'check_solution', 'Task', 'row_losses', 'ggn_products', 'softmax_curvature', 'ggn_matrix',
            'check_damping', 'tenth_of_mean', 'blocks', 'solved', 'solve_curvature', 'solved_by_products',
            'solved_densely', 'curvature_product', 'linear_layers', 'untied', 'is_linear', 'pseudo_losses',
@@ -103,7 +103,7 @@ def per_sample_grads(
     whole_number("chunk_size", chunk_size)
     n = n_rows(batch)
     if vectorize:
-        return in_rows(side_by_side(model, loss, batch, params, chunk_size), params, n)
+        return flat_rows(side_by_side(model, loss, batch, params, chunk_size), params, n)
     return torch.stack([grad_of(model, loss, tuple(b[i:i+1] for b in batch), params).detach() for i in range(n)])
 
 # %% ../nbs/foundations/09_gradients.ipynb #9cd7901b
@@ -125,7 +125,7 @@ def n_rows(batch):
 
 def detached(params): return {k: p.detach() for k, p in params.items()}
 
-def in_rows(g, params, n):
+def flat_rows(g, params, n):
     "Gradients by name, n of each, as (n, p)."
     return torch.cat([g[k].reshape(n, -1) for k in params], 1).detach()
 
@@ -271,7 +271,7 @@ def ggn_products(
         u = vmap(lambda v: jvp(f, (theta,), (unflatten(v, params),))[1])(V)
     if task.kind == "classes":
         u = softmax_curvature(y, u, task.targets(batch))
-    return in_rows(vmap(pull)(u)[0], params, len(V))/len(batch[0])
+    return flat_rows(vmap(pull)(u)[0], params, len(V))/len(batch[0])
 
 # %% ../nbs/foundations/09_gradients.ipynb #309020cd
 def softmax_curvature(y, u, t):

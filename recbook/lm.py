@@ -28,9 +28,9 @@ _all_ = ["pretrain"] # also found here
 __all__ = ['RECIPE', 'CAUSAL', 'MASKED', 'LEAST', 'nano_tokenizer', 'byte_pairs', 'sorted_chunks', 'doc_batches',
            'next_token_loss', 'facts_first', 'cached', 'digests', 'whole', 'rebuild', 'sweep', 'cannot_write',
            'corpus_of', 'safely', 'has_code', 'only_safetensors', 'unreachable', 'nano_lm', 'came_with_the_book',
-           'shipped', 'reading_plan', 'read_causal', 'colon', 'blank_causal', 'mark_ids', 'read', 'read_on',
-           'read_more', 'keep', 'mask_tokens', 'nano_mlm', 'read_masked', 'blank_masked', 'weights_mark', 'load_lm',
-           'pretrain']
+           'shipped', 'reading_plan', 'check_rate', 'read_causal', 'colon', 'blank_causal', 'mark_ids', 'read',
+           'read_on', 'read_more', 'keep', 'mask_tokens', 'nano_mlm', 'read_masked', 'blank_masked', 'weights_mark',
+           'load_lm', 'pretrain']
 
 # %% ../nbs/foundations/11_lm.ipynb #f4a2e5a7
 def nano_tokenizer(
@@ -40,8 +40,8 @@ def nano_tokenizer(
     """Byte-level BPE trained on `texts`: puts `<bos>` in front, pads left, reads any text; letters and digits are
     single tokens."""
     marks = {f"{k}_token": f"<{k}>" for k in ("pad", "bos", "eos", "unk", "mask")}
-    if vocab_size < (least := len(marks) + 256 + 40):
-        raise ValueError(f"vocab_size={vocab_size}: must be at least {least}, for bytes, letters and digits")
+    if vocab_size < 301:
+        raise ValueError(f"vocab_size={vocab_size}: must be at least 301, for marks, bytes, letters and digits")
     answers = ["".join(f" {c}" for c in [*"ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", "yes", "no"])]
     t = byte_pairs([*texts, *answers*max(50, len(texts)//10)], vocab_size, [*marks.values()])
     t.post_processor = processors.TemplateProcessing(
@@ -63,9 +63,9 @@ def byte_pairs(texts, vocab_size, marks):
     return t
 
 # %% ../nbs/foundations/11_lm.ipynb #8078a6f8
-def sorted_chunks(xs, size, key): return np.concatenate(
-    [sorted(xs[k:k+size], key=key) for k in range(0, len(xs), size)]
-)
+def sorted_chunks(xs, size, key):
+    "The numbers xs, each stretch of `size` sorted by itself."
+    return np.concatenate([sorted(xs[k:k+size], key=key) for k in range(0, len(xs), size)])
 
 # %% ../nbs/foundations/11_lm.ipynb #8867e799
 def doc_batches(
@@ -321,9 +321,12 @@ def reading_plan(wide, usual, size):
     s |= {name: whole_number(name, s[name], least) for name, least in LEAST.items()}
     if s["hidden_size"] % (2*max(1, s["hidden_size"]//32)):
         raise ValueError(f"hidden_size={s['hidden_size']}: must be a multiple of 32, or an even number below 64")
-    if isinstance(s["lr"], bool) or not isinstance(s["lr"], (int, float)) or not 0 < s["lr"] < np.inf:
-        raise ValueError(f"lr={s['lr']!r}: must be a positive number")
+    check_rate(s["lr"])
     return s
+
+def check_rate(lr):
+    if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not 0 < lr < np.inf:
+        raise ValueError(f"lr={lr!r}: must be a positive number")
 
 # %% ../nbs/foundations/11_lm.ipynb #20f76475
 def read_causal(

@@ -26,9 +26,10 @@ from .world import world_sequences
 # %% auto #0
 __all__ = ['history_prompt', 'check_sequences', 'next_item_rows', 'split_of', 'session_rows', 'PairCollator', 'PairTrainer',
            'pair_ids', 'completion_logps', 'trl_args', 'fresh_copy', 'quietly', 'train_with', 'check_fit',
-           'check_positive', 'check_row', 'rejected_lists', 'check_pairs', 'check_knobs', 'Watch', 'reference_of',
-           'align', 'pairs_of', 'rows_of', 'labelled_rows', 'sft', 'SDPOTrainer', 'SimPOTrainer', 'check_shares',
-           'dpo_population', 'dpo_optimum', 'descend', 'answers_loss', 'small_llama', 'task_lm', 'check_lengths']
+           'check_positive', 'check_row', 'as_dataset', 'rejected_lists', 'check_pairs', 'check_knobs', 'Watch',
+           'reference_of', 'align', 'pairs_of', 'rows_of', 'labelled_rows', 'sft', 'SDPOTrainer', 'SimPOTrainer',
+           'check_shares', 'dpo_population', 'dpo_optimum', 'descend', 'answers_loss', 'small_llama', 'task_lm',
+           'check_lengths']
 
 # %% ../nbs/foundations/19_preference.ipynb #dd6a07ad
 def history_prompt(titles:Sequence[str]) -> str: # what the user liked, oldest first
@@ -257,6 +258,16 @@ def check_row(k, prompt, chosen, rejected, titles):
     if fault:
         raise ValueError(f"row {k} {fault}")
 
+# %% ../nbs/foundations/19_preference.ipynb #8ca50395
+def as_dataset(pairs):
+    "The pairs as a `Dataset`; one without rows or one of the three columns is refused."
+    data = Dataset.from_pandas(pairs, preserve_index=False) if isinstance(pairs, pd.DataFrame) else pairs
+    if missing := {"prompt", "chosen", "rejected"} - set(data.column_names):
+        raise ValueError(f"no column(s) {sorted(missing)}; the pairs have {data.column_names}")
+    if not len(data):
+        raise ValueError("no pairs: nothing to learn from")
+    return data
+
 # %% ../nbs/foundations/19_preference.ipynb #d3203062
 def rejected_lists(data):
     "What each row rejects, as lists of one length."
@@ -270,11 +281,7 @@ def check_pairs(
     model, tok, pairs, # Dataset or DataFrame: prompt, chosen, rejected (a text, or a list of texts)
     trie:ItemTrie|None=None) -> Dataset: # every answer must be one of its titles
     "The pairs as a `Dataset`, after a look at everything that would go wrong silently later."
-    data = Dataset.from_pandas(pairs, preserve_index=False) if isinstance(pairs, pd.DataFrame) else pairs
-    if missing := {"prompt", "chosen", "rejected"} - set(data.column_names):
-        raise ValueError(f"no column(s) {sorted(missing)}; the pairs have {data.column_names}")
-    if not len(data):
-        raise ValueError("no pairs: nothing to learn from")
+    data = as_dataset(pairs)
     end_mark(tok)
     prompts, chosen, titles = list(data["prompt"]), list(data["chosen"]), trie and set(trie.titles)
     rejected = rejected_lists(data)
