@@ -15,7 +15,6 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers import ModernBertConfig, ModernBertForMaskedLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -382,7 +381,8 @@ def read_on(
     docs = corpus_of(None, texts)
     whose = hashlib.sha256((shipped(name)/"model.safetensors").read_bytes()).hexdigest()
     s = dict(of=whose, steps=steps, lr=lr, batch_size=batch_size, seed=seed)
-    folder = cached("on", docs, s, lambda to: keep(to, *read_more(*nano_lm(name=name), docs, steps, lr, batch_size, seed)))
+    build = lambda to: keep(to, *read_more(*nano_lm(name=name), docs, steps, lr, batch_size, seed))
+    folder = cached("on", docs, s, build)
     return safely(LlamaForCausalLM, folder).eval(), safely(AutoTokenizer, folder)
 
 # %% ../nbs/foundations/11_lm.ipynb #7c1531d3
