@@ -15,11 +15,12 @@ from .training import eval_mode
 from .world import CUES
 
 # %% auto #0
-__all__ = ['marks_of', 'token_ids', 'padded', 'encode', 'context_limit', 'late_positions', 'label_ids', 'answer_logits',
+__all__ = ['marks_of', 'token_ids', 'padded', 'encode', 'cut_to', 'context_limit', 'late_positions', 'label_ids', 'answer_logits',
            'tokens_only', 'logits_of', 'whole_model', 'takes', 'virtual_tokens', 'last_logits', 'sequence_logprob',
-           'shared_prefix', 'token_columns', 'end_mark', 'start_mark', 'completion_ids', 'prompt_ids', 'labelled',
-           'answer_nll', 'answer_scores', 'accuracy', 'next_logprobs', 'drift', 'knows', 'module_at', 'weight_of',
-           'in_rows', 'hooked', 'passes', 'key_moments', 'span_ids', 'place_in', 'span_of']
+           'check_completions', 'token_logprobs', 'shared_prefix', 'with_end', 'token_columns', 'end_mark',
+           'start_mark', 'completion_ids', 'prompt_ids', 'labelled', 'answer_nll', 'answer_scores', 'greedy_hits',
+           'accuracy', 'next_logprobs', 'drift', 'knows', 'module_at', 'weight_of', 'in_rows', 'hooked', 'passes',
+           'key_moments', 'span_ids', 'place_in', 'span_of']
 
 # %% ../nbs/foundations/12_answers.ipynb #c9ce3db4
 def marks_of(tok):
@@ -45,8 +46,9 @@ def padded(
     "Token ids as a batch. The mask goes by length; the number that fills up does not matter."
     fill = next((t for t in (tok.pad_token_id, tok.eos_token_id) if t is not None), 0)
     longest = max(map(len, ids))
-    rows = [[fill]*(longest-len(x)) + list(x) if side == "left" else list(x) + [fill]*(longest-len(x)) for x in ids]
-    mask = [[0]*(longest-len(x)) + [1]*len(x) if side == "left" else [1]*len(x) + [0]*(longest-len(x)) for x in ids]
+    beside = lambda x, gap: gap + x if side == "left" else x + gap
+    rows = [beside(list(x), [fill]*(longest-len(x))) for x in ids]
+    mask = [beside([1]*len(x), [0]*(longest-len(x))) for x in ids]
     return BatchEncoding(dict(input_ids=torch.tensor(rows), attention_mask=torch.tensor(mask)))
 
 # %% ../nbs/foundations/12_answers.ipynb #272cc1ed
@@ -70,14 +72,16 @@ def encode(
                     f"prompt {k} ({texts[k][:60]!r}...) has {len(x)} tokens, the model reads {limit}: pass "
                     f"truncate='left'"
                 )
-            tail = back if end else []
-            body, room = x[len(front):len(x)-len(tail)], limit - len(front) - len(tail)
-            if room < 1:
-                raise ValueError(
-                    f"limit={limit}: leaves no room beside the {len(front) + len(tail)} marks of the tokenizer"
-                )
-            ids[k] = front + (body[-room:] if truncate == "left" else body[:room]) + tail
+            ids[k] = cut_to(limit, x, front, back if end else [], truncate)
     return padded(tok, ids, side)
+
+# %% ../nbs/foundations/12_answers.ipynb #836cd4aa
+def cut_to(limit, ids, front, tail, side):
+    "At most `limit` token ids: those between the marks are cut on one side."
+    body, room = ids[len(front):len(ids)-len(tail)], limit - len(front) - len(tail)
+    if room < 1:
+        raise ValueError(f"limit={limit}: leaves no room beside the {len(front) + len(tail)} marks of the tokenizer")
+    return front + (body[-room:] if side == "left" else body[:room]) + tail
 
 # %% ../nbs/foundations/12_answers.ipynb #0929f0c8
 def context_limit(model):
@@ -181,7 +185,16 @@ def sequence_logprob(
         raise ValueError(f"{len(prompts)} prompts, {len(completions)} completions: these are pairs")
     if not len(prompts):
         return torch.zeros(0)
-    (P, A), limit, out = token_columns(tok, prompts, completions, eos=eos), context_limit(model), []
+    (P, A), out = token_columns(tok, prompts, completions, eos=eos), []
+    check_completions(prompts, completions, P, A, context_limit(model))
+    with eval_mode(model):
+        for k in range(0, len(P), batch_size):
+            out += token_logprobs(model, tok, P[k:k+batch_size], A[k:k+batch_size])
+    return torch.stack([lp.sum()/(len(lp) if length_norm else 1) for lp in out])
+
+# %% ../nbs/foundations/12_answers.ipynb #7051b209
+def check_completions(prompts, completions, P, A, limit):
+    "Refuse a completion without tokens, and what the model can't read as a whole."
     for p, c, x, y in zip(prompts, completions, P, A):
         if not y:
             raise ValueError(f"completion {c!r} has no tokens")
@@ -189,15 +202,13 @@ def sequence_logprob(
             raise ValueError(
                 f"prompt {p[:60]!r}... and its completion have {len(x)}+{len(y)} tokens, the model reads {limit}"
             )
-    with eval_mode(model):
-        for k in range(0, len(P), batch_size):
-            a, b = P[k:k+batch_size], A[k:k+batch_size]
-            x = padded(tok, [p + c for p, c in zip(a, b)]).to(model.device)
-            lp = (
-                logits_of(model, x)[:, :-1].float().log_softmax(-1).gather(2, x["input_ids"][:, 1:, None])[..., 0].cpu()
-            )
-            out += [row[len(p)-1:len(p)-1+len(c)].sum()/(len(c) if length_norm else 1) for row, p, c in zip(lp, a, b)]
-    return torch.stack(out)
+
+# %% ../nbs/foundations/12_answers.ipynb #b9ad58f0
+def token_logprobs(model, tok, P, A):
+    "Log-probabilities of each completion's tokens behind its prompt."
+    x = padded(tok, [p + a for p, a in zip(P, A)]).to(model.device)
+    lp = logits_of(model, x)[:, :-1].float().log_softmax(-1).gather(2, x["input_ids"][:, 1:, None])[..., 0].cpu()
+    return [row[len(p)-1:len(p)-1+len(a)] for row, p, a in zip(lp, P, A)]
 
 # %% ../nbs/foundations/12_answers.ipynb #458b6ae8
 def shared_prefix(
@@ -206,6 +217,11 @@ def shared_prefix(
     """How many first tokens the rows have in common: the prompt's border, if the rows are a prompt and the same text
     with an answer."""
     return next((k for k, t in enumerate(zip(*rows)) if len(set(t)) > 1), min(map(len, rows)))
+
+# %% ../nbs/foundations/12_answers.ipynb #233fcf9f
+def with_end(tok, ids):
+    "Token ids that close with the end mark."
+    return ids if ids[-1:] == [tok.eos_token_id] else ids + [tok.eos_token_id]
 
 # %% ../nbs/foundations/12_answers.ipynb #a43023b4
 def token_columns(
@@ -217,7 +233,7 @@ def token_columns(
         end_mark(tok)
     P, *A = (token_ids(tok, t) for t in (prompts, *([p + a for p, a in zip(prompts, x)] for x in answers)))
     if eos:
-        A = [[x if x[-1:] == [tok.eos_token_id] else x + [tok.eos_token_id] for x in xs] for xs in A]
+        A = [[with_end(tok, x) for x in xs] for xs in A]
     n = [min(shared_prefix(p, x) for x in xs) for p, *xs in zip(P, *A)]
     return [[p[:k] or start_mark(tok) for p, k in zip(P, n)], *([x[k:] for x, k in zip(xs, n)] for xs in A)]
 
@@ -270,20 +286,26 @@ def labelled(tok, prompts:Sequence[str], answers:Sequence[str]) -> tuple: # batc
         row[len(p)-1:len(p)-1+len(a)] = torch.tensor(a, dtype=torch.long)
     return x, labels
 
+# %% ../nbs/foundations/12_answers.ipynb #560459c0
 def answer_nll(logits, labels): # (n, length, vocab), (n, length) -> (n,)
     "Negative log-probability of each row's answer."
     return F.cross_entropy(logits.transpose(1, 2), labels.to(logits.device), ignore_index=-100, reduction="none").sum(1)
 
-# %% ../nbs/foundations/12_answers.ipynb #560459c0
+# %% ../nbs/foundations/12_answers.ipynb #86cb6741
 @torch.no_grad()
 def answer_scores(model, tok, prompts, answers, batch_size:int=256) -> tuple[Tensor, Tensor]:
     "Log-probability (n,) of answers (without a leading space); and bool (n,): greedy decoding would write all of it."
     (x, labels), out = labelled(tok, prompts, [" "+a for a in answers]), []
-    for ids, mask, y in zip(*(t.split(batch_size) for t in (x["input_ids"], x["attention_mask"], labels))):
-        with eval_mode(model):
+    with eval_mode(model):
+        for ids, mask, y in zip(*(t.split(batch_size) for t in (x["input_ids"], x["attention_mask"], labels))):
             z = logits_of(model, BatchEncoding(dict(input_ids=ids, attention_mask=mask)).to(model.device)).float().cpu()
-        out.append((-answer_nll(z, y), ((z.argmax(-1) == y) | (y == -100)).all(1)))
+            out.append((-answer_nll(z, y), greedy_hits(z, y)))
     return tuple(map(torch.cat, zip(*out)))
+
+# %% ../nbs/foundations/12_answers.ipynb #cd9bb77e
+def greedy_hits(z, labels):
+    "Would greedy decoding write all labels? (n,)"
+    return ((z.argmax(-1) == labels) | (labels == -100)).all(1)
 
 def accuracy(model, tok, prompts, answers) -> float:
     "Share of answers that greedy decoding writes."
@@ -300,6 +322,7 @@ def next_logprobs(model, tok, prompts:Sequence[str], batch_size:int=256) -> Tens
     with eval_mode(model):
         return torch.cat([last_logits(model, x).log_softmax(-1).float().cpu() for x in parts])
 
+# %% ../nbs/foundations/12_answers.ipynb #85f3d12c
 def drift(before:Tensor, after:Tensor) -> float: # (n, vocab) log-probabilities -> nats
     "Mean Kullback-Leibler divergence of the changed model from the original one."
     return (before.exp()*(before - after)).sum(-1).mean().item()
@@ -356,6 +379,7 @@ def hooked(module, f, length=None):
     def hook(m, i, out): return (changed(out[0]), *out[1:]) if isinstance(out, tuple) else changed(out)
     return module.register_forward_hook(hook) # a context manager
 
+# %% ../nbs/foundations/12_answers.ipynb #e9ad9d4a
 @torch.no_grad()
 def passes(model, module, x): # -> (rows, length, width) each
     "What goes into `module` and what comes out when the model reads the batch `x`."
@@ -365,6 +389,7 @@ def passes(model, module, x): # -> (rows, length, width) each
         whole_model(model).base_model(**x, use_cache=False)
     return tuple(in_rows(seen[k], x["input_ids"].shape[1]) for k in "io")
 
+# %% ../nbs/foundations/12_answers.ipynb #9a974d46
 def key_moments(model, tok, texts, module): # -> (width, width)
     "Mean of k k^T over all tokens of the texts, k being what goes into `module`, in float64."
     ids, total, n = prompt_ids(tok, texts), 0., 0
@@ -381,6 +406,7 @@ def span_ids(tok, text):
     ids, ends = x.input_ids, x.offset_mapping
     return (ids, ends) if ids[:len(front)] == front else (front + ids, [(0, 0)]*len(front) + ends)
 
+# %% ../nbs/foundations/12_answers.ipynb #e94a200f
 def place_in(text, name, start=0):
     "Where the name begins, behind `start`."
     for inside in ("\\w+#'’\\-\u0300-\u036f", "\\w"): # what a name goes on with: an accent of its own, C++
@@ -389,6 +415,7 @@ def place_in(text, name, start=0):
             return found.start()
     return text.index(name, start)
 
+# %% ../nbs/foundations/12_answers.ipynb #c2380e65
 def span_of(tok, text, name, skip=0):
     "The name's tokens as a slice of the text's (searched behind the first `skip` characters)."
     begin, (_, ends) = place_in(text, name, skip), span_ids(tok, text)

@@ -224,6 +224,11 @@ def check_sections(
 def source(cell:dict) -> str: return "".join(cell["source"]) # lines or one text, as they come
 
 # %% ../nbs/workshop/01_book.ipynb #fc0df11f
+def _is_cell(c):
+    text = lambda x: isinstance(x, str) or isinstance(x, list) and all(isinstance(l, str) for l in x)
+    return isinstance(c, dict) and c.get("cell_type") in ("code", "markdown", "raw") and text(c.get("source"))
+
+# %% ../nbs/workshop/01_book.ipynb #3ff339ac
 def read_notebook(
     path:Path # a notebook
 ) -> dict: # as JSON; every cell with type, source and metadata
@@ -231,9 +236,7 @@ def read_notebook(
     with reading(path):
         nb = json.loads(path.read_text(encoding="utf-8"))
     cells = nb.get("cells") if isinstance(nb, dict) else None
-    text = lambda x: isinstance(x, str) or isinstance(x, list) and all(isinstance(l, str) for l in x)
-    fine = lambda c: isinstance(c, dict) and c.get("cell_type") in ("code", "markdown", "raw") and text(c.get("source"))
-    if not isinstance(cells, list) or not all(map(fine, cells)):
+    if not isinstance(cells, list) or not all(map(_is_cell, cells)):
         raise UsageError(f"{path}: not a notebook of format 4.")
     for c in cells:
         c["metadata"] = c.get("metadata") or {}
@@ -254,6 +257,12 @@ class Code(str):
     "A default that is an expression, not a literal."
 
 # %% ../nbs/workshop/01_book.ipynb #36f2fe9e
+def _assigned(body):
+    "(target, value) of each assignment."
+    found = [b for b in body if isinstance(b, (ast.Assign, ast.AnnAssign))]
+    return [(t, b.value) for b in found for t in getattr(b, "targets", None) or [b.target]]
+
+# %% ../nbs/workshop/01_book.ipynb #4428dedc
 def declared(
     path:Path # a notebook
 ) -> dict[str, Any]: # name -> default
@@ -263,13 +272,7 @@ def declared(
         body = syntax(re.sub(r"^\s*[%!].*$", "", code, flags=re.M)).body
     except SyntaxError as e:
         raise UsageError(f"{path}: line {e.lineno} of the parameters cell is not Python.") from None
-    pairs = [
-        (t, b.value)
-        for b in body
-        if isinstance(b, (ast.Assign, ast.AnnAssign))
-        for t in getattr(b, "targets", None) or [b.target]
-    ]
-    return {t.id: _literal(v) for t, v in pairs if isinstance(t, ast.Name) and v is not None}
+    return {t.id: _literal(v) for t, v in _assigned(body) if isinstance(t, ast.Name) and v is not None}
 
 # %% ../nbs/workshop/01_book.ipynb #b124f397
 def _literal(node):
@@ -416,6 +419,15 @@ def check_datasets(
             raise UsageError(f"{area}: {name}={v!r}: {unknown('data set', x, sorted(known))}")
 
 # %% ../nbs/workshop/01_book.ipynb #62cfe769
+def _given(area, ini, profile, sets, known):
+    "Values of the profile, of its section for the chapter, and those set by hand; the last one counts."
+    own = ini.get(f"{profile}.{area}", {}) | sets
+    for k in own:
+        if k not in known:
+            raise unknown(f"parameter of {area}", k, known)
+    return {k: v for k, v in ini[profile].items() if k in known} | own
+
+# %% ../nbs/workshop/01_book.ipynb #9dbbc1d3
 def parameters(
     area:str, # chapter
     profile:str="smoke", # section of settings.ini
@@ -428,11 +440,7 @@ def parameters(
     names = [s for s in ini if "." not in s]
     if profile not in names:
         raise unknown("profile", profile, names)
-    own = ini.get(f"{profile}.{area}", {}) | (sets or {})
-    for k in own:
-        if k not in known:
-            raise unknown(f"parameter of {area}", k, known)
-    given = {k: v for k,v in ini[profile].items() if k in known} | own
+    given = _given(area, ini, profile, sets or {}, known)
     return {k: check_value(area, k, v, known[k], ini, root or home()) for k,v in given.items()}
 
 # %% ../nbs/workshop/01_book.ipynb #b51715f2
@@ -459,6 +467,14 @@ def check_value(
     return v
 
 # %% ../nbs/workshop/01_book.ipynb #d9548b2b
+def _check_sets(sets, known):
+    "Refuse a name that no chapter declares, as far as all can be read."
+    every = {k for d in known.values() for k in d or {}}
+    for k in sets:
+        if k not in every and None not in known.values():
+            raise unknown("parameter", k, sorted(every))
+
+# %% ../nbs/workshop/01_book.ipynb #4012295b
 def plan(
     areas:Iterable[str], # chapters, or "all"
     profile:str="smoke", # section of settings.ini
@@ -469,10 +485,7 @@ def plan(
     when its turn comes."""
     todo, sets = pick(areas, root), sets or {}
     known = {c.area: _declared(c.path) for c in todo}
-    every = {k for d in known.values() for k in d or {}}
-    for k in sets:
-        if k not in every and None not in known.values():
-            raise unknown("parameter", k, sorted(every))
+    _check_sets(sets, known)
     own = lambda c: {k: v for k,v in sets.items() if k in known[c.area]}
     return [(c, {} if known[c.area] is None else parameters(c.area, profile, own(c), root)) for c in todo]
 

@@ -8,7 +8,7 @@ import json, re, sys, warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 import numpy as np, pandas as pd
-from .data import root
+from .data import nearest, root
 from .provenance import notebook_code
 if sys.version_info >= (3, 11):
     import tomllib
@@ -17,10 +17,11 @@ else:
 
 # %% auto #0
 __all__ = ['MIME', 'MARKS', 'COLORS', 'COLUMNS', 'paired_error', 'paired_interval', 'two_way_error', 'detectable', 'verdict',
-           'papers', 'find_claim', 'nearest', 'claim', 'declared', 'paired', 'finite', 'is_provisional', 'Claim',
-           'label', 'line', 'said', 'wanted', 'notes', 'card', 'exact', 'measure', 'opponent', 'named', 'caveats_of',
-           'setting_of', 'rival_of', 'holm', 'ledger', 'side', 'results', 'is_stale', 'scoreboard', 'level', 'reached',
-           'levels']
+           'papers', 'find_claim', 'claim', 'found', 'seed_means', 'declared', 'paired', 'check_values', 'finite',
+           'is_provisional', 'Claim', 'label', 'line', 'said', 'wanted', 'notes', 'card', 'exact', 'measure',
+           'compared', 'alike', 'both_values', 'known_of', 'opponent', 'named', 'caveats_of', 'setting_of', 'rival_of',
+           'names_rivals', 'standing', 'holm', 'ledger', 'ledger_row', 'p_tests', 'side', 'results', 'is_stale',
+           'scoreboard', 'level', 'reached', 'levels', 'place_of']
 
 # %% ../nbs/foundations/18_claims.ipynb #ee4c9c91
 def paired_error(
@@ -111,13 +112,6 @@ def find_claim(id:str) -> dict: # the claim's table with `paper` and `area`
         raise ValueError(f"unknown claim {id!r}{nearest(id, known)}; claims live in data/papers/<area>.toml")
     return known[id]
 
-# %% ../nbs/foundations/18_claims.ipynb #cd3ee1bd
-def nearest(word, known):
-    "'; did you mean ...?' when something in `known` looks like `word`, else nothing."
-    import difflib
-    close = difflib.get_close_matches(word, list(known), 3, .5)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
-
 # %% ../nbs/foundations/18_claims.ipynb #027bb51b
 MIME = "application/vnd.recbook.claim+json"
 
@@ -137,31 +131,31 @@ def claim(
     a, b, seeds = paired(id, ours, theirs, seeds)
     if not isinstance(dataset, str) or not dataset:
         raise ValueError(f"{id}: dataset={dataset!r} must be a name")
-    effect, lo, hi, p = paired_interval(a-b)
-    per_seed = lambda x: [float(v) for v in x.reshape(len(x), -1).mean(1)]
-    caveats = known.pop("caveats", [[], []])
-    said = verdict(lo, hi, c.get("direction", "higher"), c.get("margin", 0.), c.get("smallest"))
-    out = Claim(
-        declared(c)
-        | dict(
-            dataset=dataset,
-            systems=[c["ours"], c["theirs"]],
-            seeds=seeds,
-            ours=per_seed(a),
-            theirs=per_seed(b),
-            units=a.shape[1] if a.ndim == 2 else 0,
-            effect=effect,
-            ci=[finite(lo), finite(hi)],
-            p=finite(p),
-            detectable=finite(detectable(paired_error(a - b), len(a))),
-            verdict=said,
-            caveats=caveats,
-            provisional=is_provisional(said, *caveats),
-        )
-        | known
-    )
+    where = dict(dataset=dataset, systems=[c["ours"], c["theirs"]], seeds=seeds)
+    out = Claim(declared(c) | where | found(c, a, b, known.pop("caveats", [[], []])) | known)
     out._ipython_display_()
     return out
+
+# %% ../nbs/foundations/18_claims.ipynb #9f310dd2
+def found(c, a, b, caveats):
+    "What paired values say about a claim: means of the seeds, effect, interval, verdict."
+    d = a - b
+    effect, lo, hi, p = paired_interval(d)
+    said = verdict(lo, hi, c.get("direction", "higher"), c.get("margin", 0.), c.get("smallest"))
+    return dict(
+        ours=seed_means(a).tolist(),
+        theirs=seed_means(b).tolist(),
+        units=sum(d.shape[1:]),
+        effect=effect,
+        ci=[finite(lo), finite(hi)],
+        p=finite(p),
+        detectable=finite(detectable(paired_error(d), len(d))),
+        verdict=said,
+        caveats=caveats,
+        provisional=is_provisional(said, *caveats),
+    )
+
+def seed_means(x): return x.reshape(len(x), -1).mean(1)
 
 # %% ../nbs/foundations/18_claims.ipynb #03da3496
 def declared(c):
@@ -185,6 +179,17 @@ def paired(id, ours, theirs, seeds):
     "The two systems' values as arrays of one shape, and the seeds; what does not pair up is refused."
     a, b = np.atleast_1d(np.asarray(ours, float)), np.asarray(theirs, float)
     b = np.broadcast_to(b, a.shape) if b.ndim == 0 else b
+    check_values(id, a, b)
+    seeds = list(range(len(a))) if seeds is None else [int(s) for s in seeds]
+    if len(seeds) != len(a):
+        raise ValueError(f"{id}: {len(seeds)} seeds for {len(a)} values")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{id}: seeds {seeds} repeat one. Fix: a seed is one replication")
+    return a, b, seeds
+
+# %% ../nbs/foundations/18_claims.ipynb #4bafe87a
+def check_values(id, a, b):
+    "Refuse values that no pair of systems can have."
     if not a.size or a.ndim > 2:
         raise ValueError(f"{id}: ours has shape {a.shape}. Fix: (n_seeds,) or (n_seeds, n_users), at least one value")
     if a.shape != b.shape:
@@ -193,12 +198,6 @@ def paired(id, ours, theirs, seeds):
         raise ValueError(f"{id}: values contain NaN or infinity")
     if (big := max(np.abs(a).max(), np.abs(b).max())) > 1e100:
         raise ValueError(f"{id}: a value of {big:g} is no measurement")
-    seeds = list(range(len(a))) if seeds is None else [int(s) for s in seeds]
-    if len(seeds) != len(a):
-        raise ValueError(f"{id}: {len(seeds)} seeds for {len(a)} values")
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"{id}: seeds {seeds} repeat one. Fix: a seed is one replication")
-    return a, b, seeds
 
 # %% ../nbs/foundations/18_claims.ipynb #c503b357
 def finite(v):
@@ -334,35 +333,45 @@ def measure(
     chance:float|None=None, ceiling:float=np.inf, # our system must work before it is compared: see `trials.alive`
     ) -> list[Claim]:
     "Claims measured on a table of trials, each shown as a card."
-    from recbook.trials import alive, same_units, values
+    from recbook.trials import alive
     out = []
     for c in map(find_claim, [ids] if isinstance(ids, str) else ids):
         col = y or c.get("column") or c["metric"]
-        mine, them = c["ours"], opponent(df, c, col, dataset)
-        part = df[df.dataset == dataset]
-        both = part if "threshold" in c else same_units(part, mine, them, col)
-        a = values(both, mine, col)
-        b = c["threshold"] if "threshold" in c else values(both, them, col)
-        caveats = [caveats_of(part, mine), [] if "threshold" in c else caveats_of(part, them)]
+        a, b, known = compared(df, c, col, dataset)
         if chance is not None and not alive(a, chance, ceiling, strict=False):
-            caveats[0].append("not alive")
-        if np.ndim(a) != np.ndim(b) and "threshold" not in c:
-            a, b = (x.reshape(len(x), -1).mean(1) for x in (a, b))
-        out.append(
-            claim(
-                c["id"],
-                a,
-                b,
-                label or dataset,
-                sorted(part.seed.unique()),
-                systems=[mine, named(c, them)],
-                caveats=caveats,
-                settings=[setting_of(part, m) for m in (mine, them)],
-                shares=part.shares.iloc[0],
-                **rival_of(part, c, mine, them, col, dataset),
-            )
-        )
+            known["caveats"][0].append("not alive")
+        out.append(claim(c["id"], *alike(a, b), label or dataset, **known))
     return out
+
+# %% ../nbs/foundations/18_claims.ipynb #c1b0455b
+def compared(df, c, col, dataset):
+    "Values of a claim's two systems, and what else its record should say."
+    them, part = opponent(df, c, col, dataset), df[df.dataset == dataset]
+    rival = rival_of(part, c, c["ours"], them, col, dataset)
+    return *both_values(part, c, them, col), known_of(part, c, them) | rival
+
+def alike(a, b):
+    "Two systems' values; means of the seeds where only one has users."
+    return (seed_means(a), seed_means(b)) if np.ndim(b) not in (0, np.ndim(a)) else (a, b)
+
+# %% ../nbs/foundations/18_claims.ipynb #faa0ccd9
+def both_values(part, c, them, col):
+    "Values of a claim's two systems in the units they share; a threshold is a number."
+    from recbook.trials import same_units, values
+    if "threshold" in c:
+        return values(part, c["ours"], col), c["threshold"]
+    both = same_units(part, c["ours"], them, col)
+    return values(both, c["ours"], col), values(both, them, col)
+
+def known_of(part, c, them):
+    "What the table says about a claim's systems beside their values."
+    return dict(
+        seeds=sorted(part.seed.unique()),
+        systems=[c["ours"], named(c, them)],
+        caveats=[caveats_of(part, c["ours"]), [] if "threshold" in c else caveats_of(part, them)],
+        settings=[setting_of(part, m) for m in (c["ours"], them)],
+        shares=part.shares.iloc[0],
+    )
 
 # %% ../nbs/foundations/18_claims.ipynb #352e9d67
 def opponent(df, c, col, dataset):
@@ -396,33 +405,27 @@ def rival_of(part, c, mine, them, col, dataset):
     """How our system stands to the strongest simple rival of the table; nothing where there is none or the claim is
     about something else."""
     from recbook.trials import best_rival, same_units, values
-
-    if (
-        c.get("rivals") is False
-        or c.get("direction") == "equal"
-        or "threshold" in c
-        or not (part[part.role == "rival"][col].notna()).any()
-    ):
+    if not names_rivals(c) or not part[part.role == "rival"][col].notna().any():
         return {}
-    lower = c.get("direction") == "lower"
-    name = best_rival(part, col, dataset, lower=lower)
+    way = c.get("direction", "higher")
+    name = best_rival(part, col, dataset, lower=way == "lower")
     if name in (them, mine):
         return {}
     both = same_units(part, mine, name, col)
-    d = [values(both, m, col) for m in (mine, name)]
-    d = [x.reshape(len(x), -1).mean(1) for x in d] if d[0].shape != d[1].shape else d
-    effect, lo, hi, _ = paired_interval(d[0] - d[1])
-    v = verdict(lo, hi, "lower" if lower else "higher", 0., c.get("smallest"))
+    a, b = (values(both, m, col) for m in (mine, name))
+    d = a - b if a.shape == b.shape else seed_means(a) - seed_means(b)
+    return dict(against_rival=standing(name, d, way, c.get("smallest")))
+
+# %% ../nbs/foundations/18_claims.ipynb #5e6c0242
+def names_rivals(c): return c.get("rivals") is not False and c.get("direction") != "equal" and "threshold" not in c
+
+def standing(name, d, direction, smallest):
+    "What the differences `d` to a rival say, in numbers and words."
+    effect, lo, hi, _ = paired_interval(d)
+    v = verdict(lo, hi, direction, 0., smallest)
     words = dict(supported="better than", refuted="worse than").get(v, "not shown to be better than")
-    return dict(
-        against_rival=dict(
-            name=name,
-            effect=effect,
-            ci=[finite(lo), finite(hi)],
-            verdict=v,
-            text=f"{words} the strongest simple rival, {name} ({effect:+.4f})",
-        )
-    )
+    text = f"{words} the strongest simple rival, {name} ({effect:+.4f})"
+    return dict(name=name, effect=effect, ci=[finite(lo), finite(hi)], verdict=v, text=text)
 
 # %% ../nbs/foundations/18_claims.ipynb #b365ed66
 def holm(
@@ -436,63 +439,45 @@ def holm(
     return adj
 
 # %% ../nbs/foundations/18_claims.ipynb #135e7e55
-COLUMNS = [
-    "claim",
-    "statement",
-    "dataset",
-    "metric",
-    "ours",
-    "theirs",
-    "wanted",
-    "effect",
-    "low",
-    "high",
-    "detectable",
-    "seeds",
-    "holm",
-    "verdict",
-    "notes",
-    "paper",
-]
+COLUMNS = [*"claim statement dataset metric ours theirs wanted effect low high detectable".split(),
+           *"seeds holm verdict notes paper".split()]
 
 # %% ../nbs/foundations/18_claims.ipynb #4e59b18a
 def ledger(
     records, # claim records
     ) -> pd.DataFrame: # one row a claim
     "Claims as a table. `holm` is the p value adjusted over all rows; a verdict with a star does not survive it."
-    rows = [
-        dict(
-            claim=r["id"],
-            statement=r["statement"],
-            dataset=r["dataset"],
-            metric=r["metric"],
-            ours=side(r, 0),
-            theirs=side(r, 1),
-            wanted=wanted(r),
-            effect=r["effect"],
-            low=r["ci"][0],
-            high=r["ci"][1],
-            detectable=r.get("detectable"),
-            seeds=len(r["seeds"]),
-            holm=r["p"],
-            verdict=label(r),
-            notes="; ".join(notes(r)),
-            paper=said(r),
-        )
-        for r in records
-    ]
-    df = pd.DataFrame(rows, columns=COLUMNS)
+    df = pd.DataFrame(map(ledger_row, records), columns=COLUMNS)
     df["holm"] = holm(df.holm.astype(float))
-    fixed = [
-        r.get("direction") == "equal"
-        or r.get("margin", 0) != 0
-        or r["verdict"] in ("inconclusive", "negligible", "exact")
-        for r in records
-    ]
-    df["verdict"] = np.where(
-        (df.holm > 0.05) & ~np.array(fixed, bool), df.verdict + "*", df.verdict
-    )  # where the p value tests this very statement
+    starred = (df.holm > .05) & np.array([p_tests(r) for r in records], bool)
+    df["verdict"] = np.where(starred, df.verdict + "*", df.verdict)
     return df
+
+# %% ../nbs/foundations/18_claims.ipynb #0ccff672
+def ledger_row(r):
+    return dict(
+        claim=r["id"],
+        statement=r["statement"],
+        dataset=r["dataset"],
+        metric=r["metric"],
+        ours=side(r, 0),
+        theirs=side(r, 1),
+        wanted=wanted(r),
+        effect=r["effect"],
+        low=r["ci"][0],
+        high=r["ci"][1],
+        detectable=r.get("detectable"),
+        seeds=len(r["seeds"]),
+        holm=r["p"],
+        verdict=label(r),
+        notes="; ".join(notes(r)),
+        paper=said(r),
+    )
+
+def p_tests(r):
+    "Does the record's p value test its very statement?"
+    plain = r.get("direction") != "equal" and r.get("margin", 0) == 0
+    return plain and r["verdict"] not in ("inconclusive", "negligible", "exact")
 
 # %% ../nbs/foundations/18_claims.ipynb #1e74f147
 def side(r, k):
@@ -559,17 +544,11 @@ def levels() -> pd.DataFrame: # one row a paper: name, area, level, number of cl
     "Every paper of the book on the ladder."
     runs = results()
     done, recs = {r["area"] for r in runs}, [c for r in runs for c in r["claims"]]
-    rows = []
-    for p in papers().values():
-        mine = [r for r in recs if r["paper"] == p["id"]]
-        count = {v: sum(r["verdict"] == v for r in mine) for v in MARKS}
-        rows.append(
-            dict(
-                paper=p["name"],
-                id=p["id"],
-                area=p["area"],
-                level=level(mine, p["area"] in done and bool(p.get("claim"))),
-                **count,
-            )
-        )
-    return pd.DataFrame(rows)
+    return pd.DataFrame([place_of(p, recs, p["area"] in done) for p in papers().values()])
+
+# %% ../nbs/foundations/18_claims.ipynb #c12b43bd
+def place_of(p, records, ran):
+    "A paper's row of `levels`."
+    mine = [r for r in records if r["paper"] == p["id"]]
+    count = {v: sum(r["verdict"] == v for r in mine) for v in MARKS}
+    return dict(paper=p["name"], id=p["id"], area=p["area"], level=level(mine, ran and bool(p.get("claim"))), **count)

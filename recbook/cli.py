@@ -93,22 +93,24 @@ def claims_table(
     title:str|None=None # above the table
 ) -> Table: # one row per claim
     "Claims with both systems, the effect, its interval, the paper's number and the verdict."
-    def row(c):
-        ours, theirs = (list(c.get("systems") or []) + ["ours", "theirs"])[:2]
-        ci, v = c.get("ci") or [None, None], str(c.get("verdict")) + " (provisional)" * bool(c.get("provisional"))
-        return [
-            escape(c["id"]),
-            escape(str(c.get("statement", ""))),
-            escape(f"{c.get('metric', '')} on {c.get('dataset', '')}"),
-            escape(f"{ours} {number(c.get('ours'))}"),
-            escape(f"{theirs} {number(c.get('theirs'))}"),
-            number(c.get("effect")),
-            escape(f"[{number(ci[0])}, {number(ci[1])}]"),
-            escape(_reported(c)),
-            coloured(v),
-        ]
     cols = ["claim", "statement", "measured", "ours", "against", "effect", "95 % CI", "paper", "verdict"]
-    return table(cols, map(row, claims), title, markup=True)
+    return table(cols, map(_claim_row, claims), title, markup=True)
+
+# %% ../nbs/workshop/06_cli.ipynb #a0b01c39
+def _claim_row(c):
+    ours, theirs = (list(c.get("systems") or []) + ["ours", "theirs"])[:2]
+    ci, v = c.get("ci") or [None, None], str(c.get("verdict")) + " (provisional)" * bool(c.get("provisional"))
+    return [
+        escape(c["id"]),
+        escape(str(c.get("statement", ""))),
+        escape(f"{c.get('metric', '')} on {c.get('dataset', '')}"),
+        escape(f"{ours} {number(c.get('ours'))}"),
+        escape(f"{theirs} {number(c.get('theirs'))}"),
+        number(c.get("effect")),
+        escape(f"[{number(ci[0])}, {number(ci[1])}]"),
+        escape(_reported(c)),
+        coloured(v),
+    ]
 
 # %% ../nbs/workshop/06_cli.ipynb #039d316c
 def failure_panel(
@@ -265,22 +267,13 @@ def claims_(areas: Areas = None, profile: Annotated[str | None, typer.Option(hel
         if profile not in (None, *known):
             raise unknown("profile", profile, sorted(known))
         found = [r for r in results(profile, root, warn) if r["area"] in chosen and r["claims"]]
-    rows = [
-        x
-        for r in found
-        for x in ledger(r["claims"])
-        .assign(area=r["area"], profile=r["profile"], stale=r["stale"])
-        .to_dict("records")
-    ]
+    tables = [ledger(r["claims"]).assign(**{k: r[k] for k in ("area", "profile", "stale")}) for r in found]
+    rows = [x for t in tables for x in t.to_dict("records")]
     if not rows:
         console().print("No published claims yet: recbook run AREA --save makes some.")
         return
-    console().print(
-        score_table(rows),
-        "",
-        counts([bare_verdict(r["verdict"]) for r in rows]) + f"; {len(rows)} in all",
-        highlight=False,
-    )
+    count = counts([bare_verdict(r["verdict"]) for r in rows]) + f"; {len(rows)} in all"
+    console().print(score_table(rows), "", count, highlight=False)
 
 # %% ../nbs/workshop/06_cli.ipynb #31c13718
 def score_table(
@@ -288,29 +281,15 @@ def score_table(
 ) -> Table:  # one row per claim, data set and profile
     """The scoreboard; a star marks a verdict that does not survive Holm's correction, `stale` one whose code has
     changed since."""
-    def row(r):
-        what = [escape(str(r[k])) for k in ("area", "profile", "claim", "metric", "dataset", "ours", "theirs")]
-        ci = escape(f"[{number(r['low'])}, {number(r['high'])}]")
-        end = [str(r["seeds"]), escape(r["notes"] or "–"), escape(r["paper"] or "–")]
-        return [*what, number(r["effect"]), ci, *end, coloured(r["verdict"]), "stale" if r["stale"] else ""]
+    cols = ["area", "profile", "claim", "metric", "data", "ours", "against", "effect", "95 % CI", "seeds", "notes"]
+    return table([*cols, "paper", "verdict", ""], map(_score_row, rows), markup=True)
 
-    cols = [
-        "area",
-        "profile",
-        "claim",
-        "metric",
-        "data",
-        "ours",
-        "against",
-        "effect",
-        "95 % CI",
-        "seeds",
-        "notes",
-        "paper",
-        "verdict",
-        "",
-    ]
-    return table(cols, map(row, rows), markup=True)
+# %% ../nbs/workshop/06_cli.ipynb #60b3ea3d
+def _score_row(r):
+    what = [escape(str(r[k])) for k in ("area", "profile", "claim", "metric", "dataset", "ours", "theirs")]
+    ci = escape(f"[{number(r['low'])}, {number(r['high'])}]")
+    end = [str(r["seeds"]), escape(r["notes"] or "–"), escape(r["paper"] or "–")]
+    return [*what, number(r["effect"]), ci, *end, coloured(r["verdict"]), "stale" if r["stale"] else ""]
 
 # %% ../nbs/workshop/06_cli.ipynb #b2a7fb5c
 data_app = typer.Typer(no_args_is_help=True, help="The data sets: list, get, verify.")

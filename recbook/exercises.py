@@ -15,9 +15,10 @@ from .world import CUES, World, review_text
 
 # %% auto #0
 __all__ = ['HELD_OUT', 'VALUES', 'WORDS', 'LETTERS', 'THINGS', 'PLAIN', 'EXERCISES', 'MEANS', 'Shelf', 'pick', 'options', 'among',
-           'Exercise', 'exercise', 'describe', 'title_of', 'about', 'question', 'yesno', 'again', 'lookup', 'told',
-           'rule', 'meaning', 'same', 'place', 'letters', 'which', 'visit', 'listed', 'taste', 'choose', 'following',
-           'profile', 'review', 'Progress', 'note', 'shelf_of', 'documents', 'book_tokenizer', 'encoded']
+           'Exercise', 'exercise', 'describe', 'title_of', 'about', 'question', 'yesno', 'different', 'having', 'again',
+           'lookup', 'told', 'rule', 'meaning', 'same', 'place', 'letters', 'which', 'visit', 'listed', 'taste',
+           'choose', 'following', 'profile', 'review', 'Progress', 'note', 'shelf_of', 'one_document', 'documents',
+           'book_tokenizer', 'counted', 'encoded']
 
 # %% ../nbs/foundations/21_exercises.ipynb #f7a24e51
 HELD_OUT = 1000 # Worlds with a smaller seed are never read in training
@@ -25,6 +26,8 @@ VALUES = {v: a for a, vs in CUES.items() for v in vs} # value -> attribute
 WORDS = [w for vs in CUES.values() for ws in vs.values() for w in ws] # the words of titles
 LETTERS = "ABCDEFGHIJKLMNOPQRST"
 THINGS = [*WORDS, *VALUES, *LETTERS, *"0123456789", "yes", "no"]
+
+# %% ../nbs/foundations/21_exercises.ipynb #d247c0ad
 PLAIN = """a about age all also am an and answer any are as assistant at bad based be because been best
 better between book books both bought but buy by can candidate candidates category choose click clicked
 could customer did dislike disliked dislikes do does each enjoy enjoyed false female film films first
@@ -63,6 +66,7 @@ def options(xs):
     "A) first B) second ..."
     return " ".join(f"{l}) {x}" for l, x in zip(LETTERS, xs))
 
+# %% ../nbs/foundations/21_exercises.ipynb #a4d43d5f
 def among(rng, x, others):
     "The others with x at a random place, and the place."
     k = int(rng.integers(len(others)+1))
@@ -97,6 +101,7 @@ def describe(s, rng, n):
     r = pick(rng, s.rows)
     return [(f"{r['title']}:", .1), (f" {r['description']}", 3/17)]
 
+# %% ../nbs/foundations/21_exercises.ipynb #1ebffbed
 @exercise(1.5, mark=0)
 def title_of(s, rng, n):
     "A title for given attributes; six words would do at each place."
@@ -104,7 +109,7 @@ def title_of(s, rng, n):
     asked = ", ".join(r[a] for a in ("mood", "genre", "setting", "era"))
     return [(f"Title of an item that is {asked}:", .1), (f" {r['title']}", 3/7)]
 
-# %% ../nbs/foundations/21_exercises.ipynb #1ebffbed
+# %% ../nbs/foundations/21_exercises.ipynb #abeacd0e
 def about(rng, r):
     "An item by its title or, one time in four, by its description."
     return r["title"] if rng.random() < .75 else r["description"][:-1]
@@ -115,6 +120,7 @@ def question(s, rng, n):
     r, a = pick(rng, s.rows), pick(rng, list(CUES))
     return [(f"Question: what is the {a} of {about(rng, r)}? Answer:", .1), (f" {r[a]}", 3)]
 
+# %% ../nbs/foundations/21_exercises.ipynb #ea19bf3f
 @exercise(3, needs=("question", "same"))
 def yesno(s, rng, n):
     "Is it so?"
@@ -123,25 +129,36 @@ def yesno(s, rng, n):
     return [(f"Question: is the {a} of {about(rng, r)} {v}? Answer:", .1), (" yes" if v == r[a] else " no", 3)]
 
 # %% ../nbs/foundations/21_exercises.ipynb #606362e5
+def different(rng, n):
+    "n different words."
+    return [THINGS[k] for k in rng.permutation(len(THINGS))[:n]]
+
+def having(s, rng, v, n_yes, n_no):
+    "Items that have the value v, and items that have not."
+    has = lambda r: r[VALUES[v]] == v
+    return s.some(rng, n_yes, has), s.some(rng, n_no, lambda r: not has(r))
+
+# %% ../nbs/foundations/21_exercises.ipynb #bf81d454
 @exercise(4, 4, 16)
 def again(s, rng, n):
     "n words; then four times one of them, and which two came behind it. No place gives the answer away."
-    xs, c = [THINGS[k] for k in rng.permutation(len(THINGS))[:n]], pick(rng, ["", ":", ";"])
+    xs, c = different(rng, n), pick(rng, ["", ":", ";"])
     out = [(f"Words: {f'{c} '.join(xs)}.", .02)]
     for k in rng.integers(n-2, size=4):
         out += [(f" Again: {xs[k]}", 0)] + [p for x in xs[k+1:k+3] for p in ((c, 0), (f" {x}", 3/8)) if p[0]]
     return out
 
+# %% ../nbs/foundations/21_exercises.ipynb #1a46aeeb
 @exercise(5, 2, 12)
 def lookup(s, rng, n):
     "n pairs of words, with or without a colon, then each of them asked again."
-    keys = [THINGS[k] for k in rng.permutation(len(THINGS))[:n]]
+    keys = different(rng, n)
     values, c = [pick(rng, THINGS) for _ in keys], pick(rng, [":", ""])
     asked = np.concatenate([rng.permutation(n) for _ in range(-(-6//n))])[:max(6, n)]
     out = [("; ".join(f"{k}{c} {v}" for k, v in zip(keys, values)) + ".", .02)]
     return out + [x for k in asked for x in ((f" {keys[k]}{c}", 0), (f" {values[k]}", 3/len(asked)))]
 
-# %% ../nbs/foundations/21_exercises.ipynb #bf81d454
+# %% ../nbs/foundations/21_exercises.ipynb #28afea22
 @exercise(2, 1, 6, needs=("lookup", "question"), mark=.85)
 def told(s, rng, n):
     "n facts about items, true or not; three questions of four are about them, the others about another item."
@@ -153,12 +170,12 @@ def told(s, rng, n):
     answer = said[k] if k < n else rows[k][a]
     return [(f"{facts} Question: what is the {a} of {rows[k]['title']}? Answer:", .02), (f" {answer}", 3)]
 
+# %% ../nbs/foundations/21_exercises.ipynb #63c625ef
 @exercise(1.5, 2, 6, needs=("lookup", "yesno"), mark=.75)
 def rule(s, rng, n):
     "2n titles with labels: yes where they have a value that is not said."
     v = pick(rng, list(VALUES))
-    has = lambda r: r[VALUES[v]] == v
-    yes, no = s.some(rng, 2*n, has), s.some(rng, 2*n, lambda r: not has(r))
+    yes, no = having(s, rng, v, 2*n, 2*n)
     if not yes:
         return rule(s, rng, n)
     out = [("Labels.", 0)]
@@ -174,6 +191,7 @@ def meaning(rng, v):
     "The value itself or one of its cues."
     return v if rng.random() < .5 else pick(rng, CUES[VALUES[v]][v])
 
+# %% ../nbs/foundations/21_exercises.ipynb #41220241
 @exercise(3, 1, 6)
 def same(s, rng, n):
     "Two words n times: do they mean the same value?"
@@ -184,6 +202,7 @@ def same(s, rng, n):
         out += [(f" {meaning(rng, v)} {u}:", 0), (" yes" if y else " no", 3/n), (".", 0)]
     return out
 
+# %% ../nbs/foundations/21_exercises.ipynb #505f06bf
 @exercise(4, 2, 20, needs=("again",))
 def place(s, rng, n):
     "n values with letters, then the letters of four of them, asked by the value or a cue."
@@ -203,12 +222,12 @@ def letters(s, rng, n):
     text = f"Question: what is the {a} of {about(rng, r)}? {options(xs)} Answer:"
     return [(text, .1), (f" {LETTERS[k]}", 3)]
 
+# %% ../nbs/foundations/21_exercises.ipynb #b9d11e45
 @exercise(3, 2, 20, needs=("letters",))
 def which(s, rng, n):
     "The letter of the only one of n titles that has a value."
     v = pick(rng, list(VALUES))
-    has = lambda r: r[VALUES[v]] == v
-    yes, no = s.some(rng, 1, has), s.some(rng, n-1, lambda r: not has(r))
+    yes, no = having(s, rng, v, 1, n-1)
     if not yes:
         return which(s, rng, n)
     xs, k = among(rng, yes[0]["title"], [r["title"] for r in no])
@@ -223,11 +242,12 @@ def visit(s, rng):
     liked = rng.random(len(p)) < p[order]
     return [s.rows[k] for k in order[liked]], [s.rows[k] for k in order[~liked]]
 
+# %% ../nbs/foundations/21_exercises.ipynb #6db59b71
 def listed(rows):
     "Titles with semicolons."
     return "; ".join(r["title"] for r in rows)
 
-# %% ../nbs/foundations/21_exercises.ipynb #6db59b71
+# %% ../nbs/foundations/21_exercises.ipynb #d26c6fe9
 @exercise(1.5, 1, 8, needs=("rule",), mark=0)
 def taste(s, rng, n):
     "Will a user like an item, given up to n liked and disliked ones?"
@@ -239,6 +259,7 @@ def taste(s, rng, n):
     text = f"Liked: {listed(good[:n])}." + (f" Disliked: {listed(bad[:m])}." if m else "")
     return [(f"{text} Question: will {asked} be liked? Answer:", .05), (" yes" if y else " no", 3)]
 
+# %% ../nbs/foundations/21_exercises.ipynb #0ef550d1
 @exercise(.7, 2, 12, needs=("which", "taste"), mark=0)
 def choose(s, rng, n):
     "The letter of the only one of n titles that a user liked, given some that he liked."
@@ -250,6 +271,7 @@ def choose(s, rng, n):
     text = f"Liked: {listed(good[:h])}. Question: which will be liked? {options(xs)} Answer:"
     return [(text, .05), (f" {LETTERS[k]}", 3)]
 
+# %% ../nbs/foundations/21_exercises.ipynb #5e64b676
 @exercise(1, 1, 8, needs=("describe",), mark=0)
 def following(s, rng, n):
     "The next title of a history of n."
@@ -258,7 +280,7 @@ def following(s, rng, n):
         return following(s, rng, n)
     return [(f"Read: {listed(good[:n])}. Next:", .1), (f" {good[n]['title']}", 3/7)]
 
-# %% ../nbs/foundations/21_exercises.ipynb #d26c6fe9
+# %% ../nbs/foundations/21_exercises.ipynb #98a1c65d
 @exercise(1, 1, 4, needs=("question", "lookup"), mark=.85)
 def profile(s, rng, n):
     "Two values, each shared by n of the 2n items of a history, in the order of the alphabet."
@@ -269,6 +291,7 @@ def profile(s, rng, n):
     rows = [sum(rows, [])[k] for k in rng.permutation(2*n)]
     return [(f"Read: {listed(rows)}. Profile: likes", .05), (f" {v} and {u}.", .75)]
 
+# %% ../nbs/foundations/21_exercises.ipynb #4dc70424
 @exercise(1)
 def review(s, rng, n):
     "A review and its stars."
@@ -311,7 +334,15 @@ def shelf_of(seed):
     "The shelf of that World, kept for some steps."
     return Shelf(seed)
 
+# %% ../nbs/foundations/21_exercises.ipynb #b1fd3e83
+def one_document(s, rng, p, names, shares):
+    "One of the open exercises, half of the time at its highest difficulty: (exercise, difficulty, pieces)."
+    name = rng.choice(names, p=np.array(shares)/sum(shares))
+    e, top = EXERCISES[name], p.level[name]
+    n = top if rng.random() < .5 else int(rng.integers(e.first, top+1))
+    return str(name), n, e.make(s, rng, n)
 
+# %% ../nbs/foundations/21_exercises.ipynb #2d8982b5
 def documents(
     step:int, p:Progress,
     tokens:int=2500, # to spend
@@ -320,11 +351,8 @@ def documents(
     s, rng, out = shelf_of(HELD_OUT + step), np.random.default_rng([7, step]), []
     names, shares = zip(*p.open().items())
     while tokens > 0:
-        name = rng.choice(names, p=np.array(shares)/sum(shares))
-        e, top = EXERCISES[name], p.level[name]
-        n = top if rng.random() < .5 else int(rng.integers(e.first, top+1))
-        out.append((str(name), n, d := e.make(s, rng, n)))
-        tokens -= 1.25*sum(len(x.split()) for x, _ in d) + 2
+        out.append(one_document(s, rng, p, names, shares))
+        tokens -= 1.25*sum(len(x.split()) for x, _ in out[-1][2]) + 2
     return sorted(out, key=lambda d: sum(len(x) for x, _ in d[2]))
 
 # %% ../nbs/foundations/21_exercises.ipynb #1d31fa2e
@@ -337,6 +365,11 @@ def book_tokenizer(n_steps:int=100):
     return nano_tokenizer([*docs, *words*30], 2048)
 
 # %% ../nbs/foundations/21_exercises.ipynb #79d3e876
+def counted(w, boost):
+    "The weight of a token in this document, and whether it belongs to an answer."
+    return w if w >= .15 else w*boost, w >= .15
+
+# %% ../nbs/foundations/21_exercises.ipynb #97408125
 def encoded(
     tok, docs:list[tuple],
     rng, # decides in which documents the questions count
@@ -346,9 +379,8 @@ def encoded(
     pieces = iter(tok([x for *_, d in docs for x, _ in d], add_special_tokens=False).input_ids)
     rows = []
     for *_, d in docs:
-        boost, row = 4.*(rng.random() < .25), [(tok.bos_token_id, 0., False)]
-        for _, w in d:
-            row += [(i, w if w >= .15 else w*boost, w >= .15) for i in next(pieces)]
-        rows.append(row + [(tok.eos_token_id, .2, False)])
+        boost = 4.*(rng.random() < .25)
+        row = [(i, *counted(w, boost)) for _, w in d for i in next(pieces)]
+        rows.append([(tok.bos_token_id, 0., False), *row, (tok.eos_token_id, .2, False)])
     filled = [r + [(tok.pad_token_id, 0., False)]*(max(map(len, rows)) - len(r)) for r in rows]
     return tuple(torch.tensor([[x[k] for x in r] for r in filled]) for k in range(3))

@@ -10,66 +10,24 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from typing import NamedTuple
-import numpy as np, pandas as pd, torch
+import numpy as np, torch
 from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from .data import whole_number
-from .training import eval_mode
+from .training import add_, agreement, eval_mode, flatten, leave_one_out, params_of, removal_curve, unflatten
+_all_ = ["add_", "agreement", "flatten", "leave_one_out", "params_of", "removal_curve", "unflatten"] # also found here
 
 # %% auto #0
-__all__ = ['params_of', 'flatten', 'unflatten', 'add_', 'OwnRows', 'as_function', 'chosen', 'grad_of', 'differentiable',
-           'per_sample_grads', 'Bound', 'hvp', 'dense', 'ggn_vp', 'solve', 'Task', 'row_losses', 'ggn_products',
-           'ggn_matrix', 'check_damping', 'tenth_of_mean', 'blocks', 'solved', 'solve_curvature', 'curvature_product',
-           'linear_layers', 'is_linear', 'pseudo_losses', 'watched', 'layer_grads', 'weight_grads', 'leave_one_out',
-           'removal_curve', 'check_removal', 'agreement']
-
-# %% ../nbs/foundations/09_gradients.ipynb #787b3faf
-def params_of(
-    model:nn.Module,
-    names:Sequence[str]|Callable|None=None, # names, a rule name -> bool, or None: all that require a gradient
-    ) -> dict[str, nn.Parameter]: # in the order of the model
-    "The parameters that a question is about."
-    have = dict(model.named_parameters())
-    if names is None:
-        keep = {k for k, p in have.items() if p.requires_grad}
-    elif callable(names):
-        keep = {k for k in have if names(k)}
-    else:
-        keep = set(names)
-        if missing := sorted(keep - set(have)):
-            raise ValueError(f"no parameters {missing}: the model has {list(have)[:8]}, ...")
-    if not keep:
-        raise ValueError("no parameters chosen: none requires a gradient or none fits the rule")
-    return {k: p for k, p in have.items() if k in keep}
-
-# %% ../nbs/foundations/09_gradients.ipynb #9f6cd98e
-def flatten(params:dict[str, Tensor]) -> Tensor: # (p,)
-    "All coordinates in one vector."
-    return torch.cat([v.reshape(-1) for v in params.values()])
-
-# %% ../nbs/foundations/09_gradients.ipynb #693289df
-def unflatten(
-    v:Tensor, # (p,) or (n, p)
-    params:dict[str, Tensor], # shapes and order
-    ) -> dict[str, Tensor]: # views of v; with n in front of each shape if v has two dimensions
-    "The inverse of `flatten`."
-    if v.shape[-1] != (p := sum(x.numel() for x in params.values())):
-        raise ValueError(f"a vector of {v.shape[-1]} for {p} parameters")
-    parts = v.split([x.numel() for x in params.values()], -1)
-    return {k: part.reshape(*v.shape[:-1], *x.shape) for (k, x), part in zip(params.items(), parts)}
-
-# %% ../nbs/foundations/09_gradients.ipynb #bcee8aa4
-def add_(
-    params:dict[str, nn.Parameter],
-    delta:Tensor, # (p,)
-    scale:float=1.):
-    "Move the parameters in place: theta <- theta + scale*delta."
-    with torch.no_grad():
-        for p, d in zip(params.values(), unflatten(delta, params).values()):
-            p.add_(d, alpha=scale)
+__all__ = ['OwnRows', 'as_function', 'chosen', 'grad_of', 'differentiable', 'per_sample_grads', 'side_by_side', 'n_rows',
+           'detached', 'flat_rows', 'Bound', 'hvp', 'dense', 'ggn_vp', 'jacobian_vp', 'head_hvp', 'solve', 'definite',
+           'check_system', 'check_solution', 'Task', 'row_losses', 'ggn_products', 'softmax_curvature', 'ggn_matrix',
+           'check_damping', 'tenth_of_mean', 'blocks', 'solved', 'solve_curvature', 'solved_by_products',
+           'solved_densely', 'curvature_product', 'linear_layers', 'untied', 'is_linear', 'pseudo_losses',
+           'every_label', 'believed_labels', 'watched', 'layer_grads', 'output_grads', 'in_tokens', 'with_one',
+           'weight_grads', 'add_', 'agreement', 'flatten', 'leave_one_out', 'params_of', 'removal_curve', 'unflatten']
 
 # %% ../nbs/foundations/09_gradients.ipynb #4d4124fa
 class OwnRows(TorchFunctionMode):
@@ -143,17 +101,32 @@ def per_sample_grads(
     "The gradient of every row's own loss."
     params, batch = chosen(model, params), tuple(batch)
     whole_number("chunk_size", chunk_size)
+    n = n_rows(batch)
+    if vectorize:
+        return flat_rows(side_by_side(model, loss, batch, params, chunk_size), params, n)
+    return torch.stack([grad_of(model, loss, tuple(b[i:i+1] for b in batch), params).detach() for i in range(n)])
+
+# %% ../nbs/foundations/09_gradients.ipynb #9cd7901b
+def side_by_side(model, loss, batch, params, chunk_size):
+    "The rows' gradients by name, with torch.func."
+    one = lambda th, row: loss(Bound(model, th), tuple(x[None] for x in row))
+    with as_function(model), sdpa_kernel(SDPBackend.MATH):
+        # if anything is random at all, `as_function` says so
+        return vmap(grad(one), (None, 0), chunk_size=chunk_size, randomness="different")(detached(params), batch)
+
+# %% ../nbs/foundations/09_gradients.ipynb #6967a538
+def n_rows(batch):
+    "How many rows the tensors of a batch have."
     if len(lens := {len(b) for b in batch}) != 1:
         raise ValueError(f"tensors of {sorted(lens)} rows: rows must correspond")
     if not (n := lens.pop()):
         raise ValueError("an empty batch has no gradients")
-    if not vectorize:
-        return torch.stack([grad_of(model, loss, tuple(b[i:i+1] for b in batch), params).detach() for i in range(n)])
-    theta = {k: p.detach() for k, p in params.items()}
-    one = lambda th, row: loss(Bound(model, th), tuple(x[None] for x in row))
-    with as_function(model), sdpa_kernel(SDPBackend.MATH):
-        # if anything is random at all, `as_function` says so
-        g = vmap(grad(one), (None, 0), chunk_size=chunk_size, randomness="different")(theta, batch)
+    return n
+
+def detached(params): return {k: p.detach() for k, p in params.items()}
+
+def flat_rows(g, params, n):
+    "Gradients by name, n of each, as (n, p)."
     return torch.cat([g[k].reshape(n, -1) for k in params], 1).detach()
 
 # %% ../nbs/foundations/09_gradients.ipynb #45d0ad16
@@ -198,17 +171,24 @@ def ggn_vp(
     ) -> Tensor: # (p,)
     "Generalised Gauss-Newton matrix of head(outputs) times a vector (Schraudolph 2002)."
     params = chosen(model, params)
-    leaves = list(params.values())
     with as_function(model), differentiable(params):
         y = outputs(model, batch)
-        u = torch.zeros_like(y, requires_grad=True)
-        Jtu = torch.autograd.grad(y, leaves, u, create_graph=True, materialize_grads=True)
-        Jv = torch.autograd.grad(flatten(dict(zip(params, Jtu))) @ v, u, retain_graph=True)[0]
-        z = y.detach().requires_grad_(True)
-        gz = torch.autograd.grad(head(z, batch), z, create_graph=True)[0]
-        HJv = torch.autograd.grad((gz*Jv.detach()).sum(), z, materialize_grads=True)[0]
-        out = torch.autograd.grad(y, leaves, HJv, materialize_grads=True)
+        HJv = head_hvp(head, y, batch, jacobian_vp(y, params, v))
+        out = torch.autograd.grad(y, list(params.values()), HJv, materialize_grads=True)
     return flatten(dict(zip(params, out))).detach()
+
+# %% ../nbs/foundations/09_gradients.ipynb #2c872ae5
+def jacobian_vp(y, params, v):
+    "J v, for outputs y computed from `params`."
+    u = torch.zeros_like(y, requires_grad=True)
+    Jtu = torch.autograd.grad(y, list(params.values()), u, create_graph=True, materialize_grads=True)
+    return torch.autograd.grad(flatten(dict(zip(params, Jtu))) @ v, u, retain_graph=True)[0].detach()
+
+def head_hvp(head, y, batch, u):
+    "Hessian of the head in the outputs times u."
+    z = y.detach().requires_grad_(True)
+    gz = torch.autograd.grad(head(z, batch), z, create_graph=True)[0]
+    return torch.autograd.grad((gz*u).sum(), z, materialize_grads=True)[0]
 
 # %% ../nbs/foundations/09_gradients.ipynb #d618a97b
 def solve(
@@ -219,29 +199,42 @@ def solve(
     maxiter:int|None=None, # default 10*p
     ) -> Tensor: # (p,)
     "x with (A + damping*I) x = b by conjugate gradients, for A given as products."
+    check_system(b, damping)
+    if not (size := b.abs().max().item()):
+        return torch.zeros_like(b)
+    product = definite(matvec, b, damping)
+    rhs = b.detach().cpu().numpy().astype(float)/size # of size 1, so that no limit below is absolute
+    x, info = cg(LinearOperator((len(b), len(b)), product, dtype=float), rhs, rtol=tol, atol=0., maxiter=maxiter)
+    check_solution(product, x, rhs, tol, info)
+    return torch.as_tensor(x*size).to(b)
+
+# %% ../nbs/foundations/09_gradients.ipynb #17897591
+def definite(matvec, like, damping):
+    "The damped product for numpy; one that shows a matrix that is not positive definite is refused."
+    def product(x):
+        x = x.ravel()
+        Ax = matvec(torch.as_tensor(x).to(like)).detach().cpu().numpy().astype(float) + damping*x
+        if not np.isfinite(Ax).all():
+            raise FloatingPointError("the product with the matrix is not finite: raise the damping or use float64")
+        if (curve := x @ Ax) < -1e-9*(np.linalg.norm(x)*np.linalg.norm(Ax)):
+            raise ValueError(f"negative curvature {curve:.3g}: the matrix plus {damping=:g} is not positive definite; "
+            "raise the damping or use the Gauss-Newton matrix")
+        return Ax
+    return product
+
+# %% ../nbs/foundations/09_gradients.ipynb #e70a3c27
+def check_system(b, damping):
     if not damping >= 0:
         raise ValueError(f"damping={damping}: must not be negative")
     if not torch.isfinite(b).all():
         raise ValueError("the right-hand side is not finite")
-    if not (size := b.abs().max().item()):
-        return torch.zeros_like(b)
-    as_tensor = lambda a: torch.as_tensor(a, dtype=b.dtype, device=b.device)
-    def product(x):
-        Ax = matvec(as_tensor(x.ravel())).detach().cpu().numpy().astype(float) + damping*x.ravel()
-        if not np.isfinite(Ax).all():
-            raise FloatingPointError("the product with the matrix is not finite: raise the damping or use float64")
-        if (curve := x.ravel() @ Ax) < -1e-9*(np.linalg.norm(x)*np.linalg.norm(Ax)):
-            raise ValueError(f"negative curvature {curve:.3g}: the matrix plus {damping=:g} is not positive definite; "
-            "raise the damping or use the Gauss-Newton matrix")
-        return Ax
-    rhs = b.detach().cpu().numpy().astype(float)/size # of size 1, so that no limit below is absolute
-    x, info = cg(LinearOperator((len(b), len(b)), product, dtype=float), rhs, rtol=tol, atol=0., maxiter=maxiter)
+
+def check_solution(product, x, rhs, tol, info):
     if info > 0:
         raise RuntimeError(f"no solution to tol={tol:g} within {info} iterations: raise maxiter, tol or the damping")
     if (left := np.linalg.norm(product(x) - rhs)/np.linalg.norm(rhs)) > max(1e-2, 100*tol):
         raise RuntimeError(f"the solution is off by {left:.1e} of the right-hand side: "
         "the matrix is too ill-conditioned; raise the damping or use float64")
-    return as_tensor(x*size)
 
 # %% ../nbs/foundations/09_gradients.ipynb #15689e88
 class Task(NamedTuple):
@@ -271,15 +264,20 @@ def ggn_products(
     V:Tensor, # (q, p)
     ) -> Tensor: # (q, p)
     "Gauss-Newton matrix of one batch times many vectors: J, then the softmax's own curvature, then J^T."
-    theta = {k: p.detach() for k, p in params.items()}
+    theta = detached(params)
     f = lambda th: task.outputs(Bound(model, th), batch)
     with as_function(model):
         y, pull = vjp(f, theta)
         u = vmap(lambda v: jvp(f, (theta,), (unflatten(v, params),))[1])(V)
     if task.kind == "classes":
-        p = y.softmax(-1)
-        u = (p*u - p*(p*u).sum(-1, keepdim=True))*(task.targets(batch) >= 0)[..., None]
-    return torch.cat([g.reshape(len(V), -1) for g in vmap(pull)(u)[0].values()], 1).detach()/len(batch[0])
+        u = softmax_curvature(y, u, task.targets(batch))
+    return flat_rows(vmap(pull)(u)[0], params, len(V))/len(batch[0])
+
+# %% ../nbs/foundations/09_gradients.ipynb #309020cd
+def softmax_curvature(y, u, t):
+    "(diag(p) - p p^T) u for p = softmax(y), where t counts."
+    p = y.softmax(-1)
+    return (p*u - p*(p*u).sum(-1, keepdim=True))*(t >= 0)[..., None]
 
 # %% ../nbs/foundations/09_gradients.ipynb #04a94710
 def ggn_matrix(model:nn.Module, task:Task, batch, params:dict[str, nn.Parameter]) -> Tensor: # (p, p)
@@ -336,13 +334,20 @@ def solve_curvature(
         damping = 0.
     product = curvature_product(model, task, train, params, second)
     if method != "block" and p > (dense_below//2 if second else dense_below):
-        lam = tenth_of_mean(product, p, B) if damping is None else damping
-        return torch.stack([solve(product, b, lam) for b in B])
+        return solved_by_products(product, damping, B)
     C = dense(product, B[0]) if second else ggn_matrix(model, task, train, params)
-    if method == "block":
-        C = C*blocks(params)
+    return solved_densely(C*blocks(params) if method == "block" else C, damping, B)
+
+# %% ../nbs/foundations/09_gradients.ipynb #d34b87a1
+def solved_by_products(product, damping, B):
+    "`solve` for each row of B."
+    lam = tenth_of_mean(product, B.shape[1], B) if damping is None else damping
+    return torch.stack([solve(product, b, lam) for b in B])
+
+def solved_densely(C, damping, B):
+    "`solved` with the damped, symmetric C."
     lam = .1*C.diagonal().mean() if damping is None else damping
-    return solved((C + C.T)/2 + lam*torch.eye(p).to(C), B)
+    return solved((C + C.T)/2 + lam*torch.eye(len(C)).to(C), B)
 
 # %% ../nbs/foundations/09_gradients.ipynb #9556101e
 def curvature_product(model, task, train, params, second):
@@ -359,9 +364,8 @@ def linear_layers(
     ) -> dict[str, nn.Module]:
     "The linear layers asked about; unnamed, those whose weight is theirs alone (a tied head is also an embedding)."
     have = {k: m for k, m in model.named_modules() if is_linear(m)}
-    shared = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     if modules is None:
-        modules = [k for k, m in have.items() if shared[id(m.weight)] == 1]
+        modules = untied(model, have)
     elif callable(modules):
         modules = [k for k in have if modules(k)]
     if missing := sorted(set(modules) - set(have)):
@@ -369,6 +373,12 @@ def linear_layers(
     if not modules:
         raise ValueError("no linear layer chosen: methods 'ggn' and 'hessian' take any parameters")
     return {k: have[k] for k in have if k in set(modules)}
+
+# %% ../nbs/foundations/09_gradients.ipynb #44e63f45
+def untied(model, layers):
+    "Those whose weight no other module has."
+    shared = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    return [k for k, m in layers.items() if shared[id(m.weight)] == 1]
 
 # %% ../nbs/foundations/09_gradients.ipynb #12fb309b
 def is_linear(module):
@@ -384,21 +394,31 @@ def pseudo_losses(
     generator:torch.Generator|None=None,
     ): # yields (n,) losses
     "Losses whose gradients' outer products sum to the Gauss-Newton matrix on average."
-    z, shape = y.detach(), t.shape if kind == "squares" else y.shape[:-1]
     if labels == "data":
         yield row_losses(y, t, kind)
-    elif labels == "model" and kind == "squares":
-        yield row_losses(y, z.reshape(shape) + torch.randn(shape, generator=generator).to(z), kind)
     elif labels == "model":
-        flat = z.softmax(-1).reshape(-1, z.shape[-1]).cpu()
-        draw = torch.multinomial(flat, 1, generator=generator).view(shape).to(t.device)
-        yield row_losses(y, torch.where(t >= 0, draw, -100), kind)
-    elif labels == "exact" and kind == "squares":
-        yield from y.reshape(len(y), -1).unbind(1)
-    elif labels == "exact" and y.ndim == 2:
-        yield from (p.sqrt()*row_losses(y, torch.full_like(t, c)) for c, p in enumerate(z.softmax(-1).unbind(1)))
+        yield row_losses(y, believed_labels(y.detach(), t, kind, generator), kind)
+    elif labels == "exact" and (kind == "squares" or y.ndim == 2):
+        yield from every_label(y, t, kind)
     else:
         raise ValueError(f"labels={labels!r}: must be 'model' or 'data', or 'exact' for outputs without tokens")
+
+# %% ../nbs/foundations/09_gradients.ipynb #8ff2e625
+def every_label(y, t, kind):
+    "Losses under every label, weighted."
+    if kind == "squares":
+        yield from y.reshape(len(y), -1).unbind(1)
+    else:
+        for c, p in enumerate(y.detach().softmax(-1).unbind(1)):
+            yield p.sqrt()*row_losses(y, torch.full_like(t, c))
+
+def believed_labels(z, t, kind, generator):
+    "Targets drawn from the prediction z, where t counts."
+    if kind == "squares":
+        return z.reshape(t.shape) + torch.randn(t.shape, generator=generator).to(z)
+    flat = z.softmax(-1).reshape(-1, z.shape[-1]).cpu()
+    draw = torch.multinomial(flat, 1, generator=generator).view(z.shape[:-1]).to(t.device)
+    return torch.where(t >= 0, draw, -100)
 
 # %% ../nbs/foundations/09_gradients.ipynb #c2577b6f
 @contextmanager
@@ -433,65 +453,26 @@ def layer_grads(
     seen, n = {}, len(batch[0])
     with watched(layers, n, seen), as_function(model), torch.enable_grad():
         y = task.outputs(model, batch)
-    tokens = lambda x: x.reshape(n, -1, x.shape[-1])
-    with_one = lambda k, x: x if layers[k].bias is None else torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1)
-    a = {k: tokens(with_one(k, x)) for k, (x, _) in seen.items()}
+    a = {k: in_tokens(with_one(layers[k], x), n) for k, (x, _) in seen.items()}
     with torch.enable_grad():
         for l in pseudo_losses(y, task.targets(batch), task.kind, labels, generator):
-            s = torch.autograd.grad(l.sum(), [o for _, o in seen.values()], retain_graph=True)
-            yield {k: (a[k], tokens(d)) for k, d in zip(seen, s)}
+            yield {k: (a[k], s) for k, s in output_grads(l, seen, n)}
+
+# %% ../nbs/foundations/09_gradients.ipynb #9b025e0a
+def output_grads(losses, seen, n):
+    "Each layer's name and what comes back to its output."
+    s = torch.autograd.grad(losses.sum(), [o for _, o in seen.values()], retain_graph=True)
+    return [(k, in_tokens(d, n)) for k, d in zip(seen, s)]
+
+# %% ../nbs/foundations/09_gradients.ipynb #3c3d306c
+def in_tokens(x, n): return x.reshape(n, -1, x.shape[-1])
+
+def with_one(layer, x):
+    "A layer's inputs, a 1 appended where it has a bias."
+    return x if layer.bias is None else torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1)
 
 # %% ../nbs/foundations/09_gradients.ipynb #befa8b0a
 def weight_grads(pair):
     "Gradient of each row for the weight (bias as last column) of one layer, (n, d_out, d_in)."
     a, s = pair
     return s.transpose(1, 2) @ a
-
-# %% ../nbs/foundations/09_gradients.ipynb #f3aa3b42
-def leave_one_out(
-    retrain:Callable, # (n,) bool, rows to keep -> (q,) losses of the queries
-    n:int, # rows
-    which=None, # rows to leave out, default all
-    ) -> np.ndarray: # (len(which), q)
-    "Train once without each row: how much higher each query's loss is then."
-    before, rows = np.asarray(retrain(np.ones(n, bool))), np.arange(n) if which is None else np.asarray(which)
-    return np.stack([np.asarray(retrain(np.arange(n) != i)) - before for i in rows])
-
-# %% ../nbs/foundations/09_gradients.ipynb #6a883f2f
-def removal_curve(
-    scores, # (n, q)
-    retrain:Callable, # as in `leave_one_out`
-    ks:Sequence[int], # how many of the most helpful rows to remove
-    ) -> pd.DataFrame: # query, k, rise of the query's loss
-    "Remove the k most helpful rows of each query, retrain, and see how much its loss rises."
-    scores = np.asarray(scores)
-    n, q = scores.shape
-    check_removal(scores, ks)
-    before = np.asarray(retrain(np.ones(n, bool)))
-    place = np.argsort(np.argsort(-scores, axis=0, kind="stable"), axis=0)
-    rise = lambda j, k: float(retrain(place[:, j] >= k)[j] - before[j])
-    return pd.DataFrame([dict(query=j, k=k, rise=rise(j, k)) for j in range(q) for k in ks])
-
-# %% ../nbs/foundations/09_gradients.ipynb #5422b91b
-def check_removal(scores, ks):
-    if not np.isfinite(scores).all():
-        raise ValueError(f"{(~np.isfinite(scores)).sum()} scores are not finite: they have no place in a ranking")
-    if min(map(int, ks), default=0) < 1:
-        raise ValueError(f"ks={list(ks)}: how many rows to remove, each 1 or more")
-    if max(ks) >= len(scores):
-        raise ValueError(f"k={max(ks)}: there are only {len(scores)} rows")
-
-# %% ../nbs/foundations/09_gradients.ipynb #2cba15dd
-def agreement(
-    scores, truth, # (n, q) each
-    kind:str="pearson", # or "spearman"
-    ) -> np.ndarray: # (q,)
-    "Correlation of scores with what really happened, one value a query."
-    S, R = np.asarray(scores, float), np.asarray(truth, float)
-    if S.shape != R.shape:
-        raise ValueError(f"scores {S.shape} and truth {R.shape} must be the same rows and queries")
-    if kind == "spearman":
-        from scipy.stats import rankdata
-        S, R = rankdata(S, axis=0), rankdata(R, axis=0)
-    S, R = S - S.mean(0), R - R.mean(0)
-    return (S*R).sum(0)/np.maximum(np.linalg.norm(S, axis=0)*np.linalg.norm(R, axis=0), 1e-300)

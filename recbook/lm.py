@@ -15,19 +15,21 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers import ModernBertConfig, ModernBertForMaskedLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from .data import at_hand, cache_dir, read_json, root
+from .data import at_hand, cache_dir, read_json, root, whole_number
+from .training import pretrain
 from .world import World
+_all_ = ["pretrain"] # also found here
 
 # %% auto #0
-__all__ = ['RECIPE', 'CAUSAL', 'MASKED', 'LEAST', 'nano_tokenizer', 'doc_batches', 'next_token_loss', 'facts_first', 'pretrain',
-           'cached', 'digests', 'whole', 'rebuild', 'sweep', 'cannot_write', 'corpus_of', 'safely', 'has_code',
-           'only_safetensors', 'unreachable', 'nano_lm', 'came_with_the_book', 'shipped', 'reading_plan', 'read_causal',
-           'colon', 'blank_causal', 'mark_ids', 'read', 'read_on', 'mask_tokens', 'nano_mlm', 'read_masked',
-           'blank_masked', 'weights_mark', 'load_lm']
+__all__ = ['RECIPE', 'CAUSAL', 'MASKED', 'LEAST', 'nano_tokenizer', 'byte_pairs', 'sorted_chunks', 'doc_batches',
+           'next_token_loss', 'facts_first', 'cached', 'digests', 'whole', 'rebuild', 'sweep', 'cannot_write',
+           'corpus_of', 'safely', 'has_code', 'only_safetensors', 'unreachable', 'nano_lm', 'came_with_the_book',
+           'shipped', 'reading_plan', 'check_rate', 'read_causal', 'colon', 'blank_causal', 'mark_ids', 'read',
+           'read_on', 'read_more', 'keep', 'mask_tokens', 'nano_mlm', 'read_masked', 'blank_masked', 'weights_mark',
+           'load_lm', 'pretrain']
 
 # %% ../nbs/foundations/11_lm.ipynb #f4a2e5a7
 def nano_tokenizer(
@@ -36,32 +38,35 @@ def nano_tokenizer(
     ) -> PreTrainedTokenizerFast:
     """Byte-level BPE trained on `texts`: puts `<bos>` in front, pads left, reads any text; letters and digits are
     single tokens."""
-    marks, byte = ["<pad>", "<bos>", "<eos>", "<unk>", "<mask>"], pre_tokenizers.ByteLevel
-    if vocab_size < (least := len(marks) + 256 + 40):
-        raise ValueError(f"vocab_size={vocab_size}: must be at least {least}, for bytes, letters and digits")
+    marks = {f"{k}_token": f"<{k}>" for k in ("pad", "bos", "eos", "unk", "mask")}
+    if vocab_size < 301:
+        raise ValueError(f"vocab_size={vocab_size}: must be at least 301, for marks, bytes, letters and digits")
     answers = ["".join(f" {c}" for c in [*"ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", "yes", "no"])]
-    t = Tokenizer(models.BPE())
+    t = byte_pairs([*texts, *answers*max(50, len(texts)//10)], vocab_size, [*marks.values()])
+    t.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B:1", special_tokens=[("<bos>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=t, **marks, padding_side="left", clean_up_tokenization_spaces=False
+    )
+
+# %% ../nbs/foundations/11_lm.ipynb #932ca700
+def byte_pairs(texts, vocab_size, marks):
+    "BPE over bytes, learnt from the texts; the marks are its first tokens."
+    t, byte = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel
     t.pre_tokenizer, t.decoder = byte(add_prefix_space=False), decoders.ByteLevel()
     learn = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=marks, initial_alphabet=byte.alphabet(), show_progress=False
     )
-    t.train_from_iterator([*texts, *answers*max(50, len(texts)//10)], learn)
-    t.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A $B:1", special_tokens=[("<bos>", 1)]
-    )
-    pad, bos, eos, unk, mask = marks
-    return PreTrainedTokenizerFast(
-        tokenizer_object=t,
-        pad_token=pad,
-        bos_token=bos,
-        eos_token=eos,
-        unk_token=unk,
-        mask_token=mask,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
+    t.train_from_iterator(texts, learn)
+    return t
 
 # %% ../nbs/foundations/11_lm.ipynb #8078a6f8
+def sorted_chunks(xs, size, key):
+    "The numbers xs, each stretch of `size` sorted by itself."
+    return np.concatenate([sorted(xs[k:k+size], key=key) for k in range(0, len(xs), size)])
+
+# %% ../nbs/foundations/11_lm.ipynb #8867e799
 def doc_batches(
     ids:list[list[int]], # token ids, one list a document
     rows:int, # documents in a batch
@@ -70,10 +75,7 @@ def doc_batches(
     "Endless batches (rows, longest) of documents of similar length, in a new order on each pass."
     rows, chunk = min(rows, len(ids)), 20*rows
     while True:
-        order = rng.permutation(len(ids))
-        order = np.concatenate(
-            [sorted(order[k : k + chunk], key=lambda d: len(ids[d])) for k in range(0, len(order), chunk)]
-        )
+        order = sorted_chunks(rng.permutation(len(ids)), chunk, lambda d: len(ids[d]))
         batches = [order[k:k+rows] for k in range(0, len(order)-rows+1, rows)]
         for k in rng.permutation(len(batches)):
             docs = [torch.tensor(ids[d]) for d in batches[k]]
@@ -102,30 +104,6 @@ def facts_first(
     everything."""
     facts = [x for d, x in zip(docs, ids) if " A) " not in d and not d.endswith((" yes", " no"))]
     return chain(islice(doc_batches(facts or ids, rows, pad, rng), steps), doc_batches(ids, rows, pad, rng))
-
-# %% ../nbs/foundations/11_lm.ipynb #7e055206
-def pretrain(
-    model:PreTrainedModel,
-    loss:Callable, # batch of ids -> scalar
-    batches, # endless iterator of ids (rows, length)
-    steps:int, lr:float,
-    desc:str="pre-training") -> list[float]: # loss of each step
-    "Train `model` in place with AdamW and a one-cycle learning rate."
-    opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=(.9, .98), weight_decay=.05)
-    plan = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=.1)
-    history = []
-    model.train()
-    for _, ids in zip(
-        tqdm(range(steps), desc=desc, leave=False, disable=bool(os.environ.get("TQDM_DISABLE"))), batches
-    ):
-        l = loss(ids)
-        opt.zero_grad()
-        l.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.)
-        opt.step()
-        plan.step()
-        history.append(l.item())
-    return history
 
 # %% ../nbs/foundations/11_lm.ipynb #3b475e23
 RECIPE = 1 # raise it when a change of this code changes the weights
@@ -339,15 +317,15 @@ def reading_plan(wide, usual, size):
     s = usual | size
     if s["intermediate_size"] is None:
         s["intermediate_size"] = int(s["hidden_size"]*wide) if isinstance(s["hidden_size"], int) else 1
-    for name, least in LEAST.items():
-        if isinstance(s[name], bool) or not isinstance(s[name], (int, np.integer)) or s[name] < least:
-            raise ValueError(f"{name}={s[name]!r}: must be a whole number, at least {least}")
-        s[name] = int(s[name])
+    s |= {name: whole_number(name, s[name], least) for name, least in LEAST.items()}
     if s["hidden_size"] % (2*max(1, s["hidden_size"]//32)):
         raise ValueError(f"hidden_size={s['hidden_size']}: must be a multiple of 32, or an even number below 64")
-    if isinstance(s["lr"], bool) or not isinstance(s["lr"], (int, float)) or not 0 < s["lr"] < np.inf:
-        raise ValueError(f"lr={s['lr']!r}: must be a positive number")
+    check_rate(s["lr"])
     return s
+
+def check_rate(lr):
+    if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not 0 < lr < np.inf:
+        raise ValueError(f"lr={lr!r}: must be a positive number")
 
 # %% ../nbs/foundations/11_lm.ipynb #20f76475
 def read_causal(
@@ -391,8 +369,7 @@ def read(docs, to, build, facts, steps, seed, vocab_size, max_length, lr, batch_
         t = process_time()
         batches = facts_first(docs, ids, batch_size, tok.pad_token_id, facts, np.random.default_rng(seed))
         history = pretrain(model, loss, batches, steps, lr)
-    model.save_pretrained(to)
-    tok.save_pretrained(to)
+    keep(to, model, tok)
     (to/"history.json").write_text(json.dumps(dict(loss=history, cpu_s=process_time() - t)))
 
 # %% ../nbs/foundations/11_lm.ipynb #3350a0c5
@@ -404,18 +381,25 @@ def read_on(
     docs = corpus_of(None, texts)
     whose = hashlib.sha256((shipped(name)/"model.safetensors").read_bytes()).hexdigest()
     s = dict(of=whose, steps=steps, lr=lr, batch_size=batch_size, seed=seed)
-    def build(to):
-        model, tok = nano_lm(name=name)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            ids = tok([d + tok.eos_token for d in docs]).input_ids
-            batches = doc_batches(ids, batch_size, tok.pad_token_id, np.random.default_rng(seed))
-            loss = lambda x: next_token_loss(model(x).logits, x, tok.pad_token_id, colon(tok))
-            pretrain(model, loss, batches, steps, lr)
-        model.save_pretrained(to)
-        tok.save_pretrained(to)
+    build = lambda to: keep(to, *read_more(*nano_lm(name=name), docs, steps, lr, batch_size, seed))
     folder = cached("on", docs, s, build)
     return safely(LlamaForCausalLM, folder).eval(), safely(AutoTokenizer, folder)
+
+# %% ../nbs/foundations/11_lm.ipynb #7c1531d3
+def read_more(model, tok, docs, steps, lr, batch_size, seed):
+    "The model after reading `docs`, and its tokenizer; the caller's random state stays as it was."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        ids = tok([d + tok.eos_token for d in docs]).input_ids
+        batches = doc_batches(ids, batch_size, tok.pad_token_id, np.random.default_rng(seed))
+        loss = lambda x: next_token_loss(model(x).logits, x, tok.pad_token_id, colon(tok))
+        pretrain(model, loss, batches, steps, lr)
+    return model, tok
+
+def keep(to, *parts):
+    "Save model and tokenizer in a folder."
+    for part in parts:
+        part.save_pretrained(to)
 
 # %% ../nbs/foundations/11_lm.ipynb #b50efcf2
 def mask_tokens(

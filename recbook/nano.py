@@ -23,10 +23,11 @@ from .text import text_vectors
 from .world import CUES, World
 
 # %% auto #0
-__all__ = ['MODELS', 'causal_part', 'autocast', 'masked_part', 'match', 'step_of', 'mark', 'optimizers', 'pace', 'look_back',
-           'Training', 'advance', 'checkpoint', 'resume', 'train', 'line', 'publish', 'asked', 'closed', 'ece',
-           'one_attribute', 'every_order', 'exam_closed', 'orders', 'ruled', 'said_by', 'exam_open', 'exam_taste',
-           'best_guess', 'exam_vectors', 'examine', 'shipped_marks']
+__all__ = ['MODELS', 'causal_part', 'autocast', 'masked_part', 'mean_vectors', 'match', 'in_parts', 'step_of', 'mark',
+           'optimizers', 'pace', 'turned', 'look_back', 'blank', 'Training', 'advance', 'title_match', 'move',
+           'checkpoint', 'resume', 'taken_up', 'train', 'line', 'publish', 'asked', 'closed', 'ece', 'one_attribute',
+           'every_order', 'exam_closed', 'on_titles', 'on_what_stands_before', 'orders', 'ruled', 'said_by',
+           'exam_open', 'exam_taste', 'best_guess', 'exam_vectors', 'examine', 'shipped_marks']
 
 # %% ../nbs/foundations/22_nano.ipynb #8de1286c
 def causal_part(model, tok, ids, weight, answer, rng):
@@ -36,7 +37,7 @@ def causal_part(model, tok, ids, weight, answer, rng):
     on = weight[:, 1:] > 0
     return model.lm_head(h[on].float()), ids[:, 1:][on], weight[:, 1:][on], on, answer[:, 1:]
 
-
+# %% ../nbs/foundations/22_nano.ipynb #4d254009
 def autocast(model):
     "bfloat16 in the body, where the machine computes with it."
     return torch.autocast(model.device.type, torch.bfloat16)
@@ -44,9 +45,8 @@ def autocast(model):
 # %% ../nbs/foundations/22_nano.ipynb #d3e65a5e
 def masked_part(model, tok, ids, weight, answer, rng):
     "As `causal_part`; answers are hidden, and in half of the documents 15 % of the other tokens."
-    special = torch.isin(ids, torch.tensor(tok.all_special_ids))
     some = torch.tensor((rng.random(ids.shape) < .15) & (rng.random((len(ids), 1)) < .5))
-    hide = (answer | some) & ~special
+    hide = (answer | some) & ~torch.isin(ids, torch.tensor(tok.all_special_ids))
     seen = ids.masked_fill(hide, tok.mask_token_id)
     with autocast(model):
         h = model.model(seen, attention_mask=(ids != tok.pad_token_id).long()).last_hidden_state
@@ -54,23 +54,31 @@ def masked_part(model, tok, ids, weight, answer, rng):
     return z, ids[hide], weight[hide].clamp(min=.1), hide, answer
 
 # %% ../nbs/foundations/22_nano.ipynb #1b335346
-def match(model, tok, titles, texts, temperature=.05):
-    "Each title must find its own description among those of the batch (InfoNCE over mean vectors)."
-    vs = []
-    for x in (titles, texts):
-        x = tok(x, padding=True, return_tensors="pt", padding_side="right")
-        with autocast(model):
-            h = model.model(x.input_ids, attention_mask=x.attention_mask).last_hidden_state.float()
-        m = x.attention_mask[..., None]
-        vs.append(F.normalize((h*m).sum(1)/m.sum(1), dim=1))
-    z = vs[0] @ vs[1].T/temperature
-    return F.cross_entropy(z, torch.arange(len(z)))/2 + F.cross_entropy(z.T, torch.arange(len(z)))/2
+def mean_vectors(model, tok, texts):
+    "Mean of each text's last states, of length 1."
+    x = tok(texts, padding=True, return_tensors="pt", padding_side="right")
+    with autocast(model):
+        h = model.model(x.input_ids, attention_mask=x.attention_mask).last_hidden_state.float()
+    m = x.attention_mask[..., None]
+    return F.normalize((h*m).sum(1)/m.sum(1), dim=1)
 
 # %% ../nbs/foundations/22_nano.ipynb #06ad2bed
+def match(model, tok, titles, texts, temperature=.05):
+    "Each title must find its own description among those of the batch (InfoNCE over mean vectors)."
+    a, b = (mean_vectors(model, tok, x) for x in (titles, texts))
+    z = a @ b.T/temperature
+    return F.cross_entropy(z, torch.arange(len(z)))/2 + F.cross_entropy(z.T, torch.arange(len(z)))/2
+
+# %% ../nbs/foundations/22_nano.ipynb #3993e9ed
+def in_parts(tok, docs, rng):
+    "Sorted documents in three parts: (documents, rows)."
+    cuts = [0, len(docs)//2, len(docs)*4//5, len(docs)]
+    return [(docs[a:b], encoded(tok, docs[a:b], rng)) for a, b in zip(cuts, cuts[1:]) if b > a]
+
+# %% ../nbs/foundations/22_nano.ipynb #8b60ce02
 def step_of(model, tok, part, docs, rng, p:Progress|None=None):
     "Gradients of a step, in three parts of similar lengths; the loss. Accuracies go to `p`."
-    cuts, total = [0, len(docs)//2, len(docs)*4//5, len(docs)], 0.
-    rows = [(docs[a:b], encoded(tok, docs[a:b], rng)) for a, b in zip(cuts, cuts[1:]) if b > a]
+    rows, total = in_parts(tok, docs, rng), 0.
     Z = sum(float(w.sum()) for _, (_, w, _) in rows)
     for some, x in rows:
         z, y, w, on, answer = part(model, tok, *x, rng)
@@ -81,7 +89,7 @@ def step_of(model, tok, part, docs, rng, p:Progress|None=None):
             mark(p, some, on, answer, z.argmax(1) == y)
     return total
 
-
+# %% ../nbs/foundations/22_nano.ipynb #977ff29e
 def mark(p, docs, on, answer, hits):
     "Note the share of right answer tokens of each document that has its exercise's highest difficulty."
     right = torch.zeros(on.shape).masked_scatter(on, hits.float())
@@ -89,7 +97,7 @@ def mark(p, docs, on, answer, hits):
         if n == p.level[name] and a.any():
             note(p, name, float(r[a].mean()))
 
-# %% ../nbs/foundations/22_nano.ipynb #977ff29e
+# %% ../nbs/foundations/22_nano.ipynb #1794bfde
 def optimizers(model, lr=.0015, muon_lr=.01):
     "Muon for the matrices of the body, AdamW for embeddings and norms."
     body = [q for k, q in model.named_parameters() if q.ndim == 2 and "embed" not in k and "decoder" not in k]
@@ -98,12 +106,17 @@ def optimizers(model, lr=.0015, muon_lr=.01):
     return [torch.optim.Muon(body, lr=muon_lr, weight_decay=.05, adjust_lr_fn="original"),
             torch.optim.AdamW(rest, lr=lr, betas=(.9, .95), weight_decay=.01)]
 
-
+# %% ../nbs/foundations/22_nano.ipynb #77b3eec3
 def pace(step, steps):
     "Share of the learning rate: up over 100 steps, down over the last quarter."
     return min(1, (step+1)/100, 4*(1 - step/steps))
 
 # %% ../nbs/foundations/22_nano.ipynb #67be70d1
+def turned(angle):
+    "Unit vectors at these angles, (2, n)."
+    return torch.stack([angle.cos(), angle.sin()])
+
+# %% ../nbs/foundations/22_nano.ipynb #9163322c
 @torch.no_grad()
 def look_back(model, steps=(1, 2), parts=6, a=6.):
     "Start a Llama with biases so that head h of its first layer attends to the token steps[h] places before."
@@ -112,7 +125,7 @@ def look_back(model, steps=(1, 2), parts=6, a=6.):
     for h, back in enumerate(steps[:model.config.num_attention_heads]):
         q, k = torch.zeros(2, 2, half)
         q[0, :parts] = a
-        k[:, :parts] = a*torch.stack([(theta*back).cos(), (theta*back).sin()])
+        k[:, :parts] = a*turned(theta*back)
         rows = slice(h*own.head_dim, (h+1)*own.head_dim)
         for p, bias in ((own.q_proj, q), (own.k_proj, k)):
             p.weight[rows] = 0
@@ -127,6 +140,15 @@ MODELS = {
 }
 
 # %% ../nbs/foundations/22_nano.ipynb #a33f704c
+def blank(kind, tok, hidden_size, n_layers, intermediate_size):
+    "An untrained model that reads 1024 tokens; a causal one looks back."
+    shape = (tok, hidden_size, n_layers, intermediate_size, 1024)
+    if kind == "masked":
+        return blank_masked(*shape)
+    look_back(model := blank_causal(*shape, attention_bias=True))
+    return model
+
+# %% ../nbs/foundations/22_nano.ipynb #008400a8
 class Training:
     "A model on its way through the curriculum."
     def __init__(self, kind, hidden_size, n_layers, intermediate_size, steps, seed=0):
@@ -137,14 +159,11 @@ class Training:
         self.tok, self.step, self.log, self.progress = book_tokenizer(), 0, [], Progress()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            shape = (self.tok, hidden_size, n_layers, intermediate_size, 1024)
-            if kind == "causal":
-                look_back(m := blank_causal(*shape, attention_bias=True))
-            self.model = m if kind == "causal" else blank_masked(*shape)
+            self.model = blank(kind, self.tok, hidden_size, n_layers, intermediate_size)
         self.opts = optimizers(self.model)
         self.rates = [[g["lr"] for g in o.param_groups] for o in self.opts]
 
-# %% ../nbs/foundations/22_nano.ipynb #008400a8
+# %% ../nbs/foundations/22_nano.ipynb #8b9cb0a2
 def advance(t:Training):
     "One step."
     rng, masked = np.random.default_rng([8, t.step, t.how["seed"]]), t.how["kind"] == "masked"
@@ -152,18 +171,28 @@ def advance(t:Training):
     docs = documents(t.step, t.progress)
     loss = step_of(t.model, t.tok, masked_part if masked else causal_part, docs, rng, t.progress)
     if masked and t.step % 2:
-        rows = shelf_of(HELD_OUT + t.step).some(rng, 32)
-        (.3*match(t.model, t.tok, [r["title"] for r in rows], [r["description"] for r in rows])).backward()
+        (.3*title_match(t, rng)).backward()
     nn.utils.clip_grad_norm_(t.model.parameters(), 1.)
+    move(t)
+    t.step += 1
+    return loss
+
+# %% ../nbs/foundations/22_nano.ipynb #5086366f
+def title_match(t, rng):
+    "Loss of titles that look for their descriptions, 32 items of the step's World."
+    rows = shelf_of(HELD_OUT + t.step).some(rng, 32)
+    return match(t.model, t.tok, [r["title"] for r in rows], [r["description"] for r in rows])
+
+# %% ../nbs/foundations/22_nano.ipynb #f4f34331
+def move(t):
+    "A step of the optimizers at the pace of the moment; gradients are used up."
     for o, rates in zip(t.opts, t.rates):
         for g, lr in zip(o.param_groups, rates):
             g["lr"] = lr*pace(t.step, t.how["steps"])
         o.step()
         o.zero_grad()
-    t.step += 1
-    return loss
 
-# %% ../nbs/foundations/22_nano.ipynb #f4f34331
+# %% ../nbs/foundations/22_nano.ipynb #51c278c2
 def checkpoint(t:Training, file:Path):
     "Write all that going on needs."
     new = file.with_suffix(".new")
@@ -171,7 +200,7 @@ def checkpoint(t:Training, file:Path):
                     opts=[o.state_dict() for o in t.opts]), new)
     os.replace(new, file)
 
-
+# %% ../nbs/foundations/22_nano.ipynb #3dccd1ad
 def resume(t:Training, file:Path):
     "Go on where the checkpoint stands; one of another model is refused."
     s = torch.load(file, weights_only=True)
@@ -184,6 +213,17 @@ def resume(t:Training, file:Path):
         o.load_state_dict(state)
 
 # %% ../nbs/foundations/22_nano.ipynb #50224de3
+def taken_up(name, to, changes):
+    "The training of a model of the book, where the checkpoint in `to` stands if there is one."
+    if name not in MODELS:
+        raise ValueError(f"{name!r}: the models are {', '.join(MODELS)}")
+    to.mkdir(parents=True, exist_ok=True)
+    t, file = Training(**MODELS[name] | changes), to/"checkpoint.pt"
+    if file.exists():
+        resume(t, file)
+    return t
+
+# %% ../nbs/foundations/22_nano.ipynb #4bffc769
 def train(
     name:str, # of `MODELS`
     to:str|Path, # folder: holds the checkpoint, then the model
@@ -191,13 +231,8 @@ def train(
     log_every:int=50,
     **changes) -> Path: # of the settings in `MODELS`, e.g. steps=100
     "Train a model of the book, or go on with it, and save it (float16 safetensors, tokenizer, log, recipe)."
-    if name not in MODELS:
-        raise ValueError(f"{name!r}: the models are {', '.join(MODELS)}")
     to = Path(to)
-    to.mkdir(parents=True, exist_ok=True)
-    t, file = Training(**MODELS[name] | changes), to/"checkpoint.pt"
-    if file.exists():
-        resume(t, file)
+    t, file = taken_up(name, to, changes), to/"checkpoint.pt"
     quiet = bool(os.environ.get("TQDM_DISABLE"))
     bar = tqdm(total=t.how["steps"], initial=t.step, desc=name, disable=quiet)
     while t.step < t.how["steps"]:
@@ -221,7 +256,7 @@ def line(t, loss, cpu_s, every):
     right = {k: round(float(v), 3) for k, v in t.progress.right.items()}
     l.update(step=t.step, level=dict(t.progress.level), right=right)
 
-
+# %% ../nbs/foundations/22_nano.ipynb #38102502
 def publish(t, to):
     "Weights as float16, tokenizer, log and recipe."
     t.model.eval().half().save_pretrained(to)
@@ -250,13 +285,13 @@ def closed(model, tok, P, A, labels):
     z = answer_logits(model, tok, P, [f" {l}" for l in labels]).softmax(1)
     return np.array([f" {labels[k]}" == a for k, a in zip(z.argmax(1), A)]), z.max(1).values.numpy()
 
-
+# %% ../nbs/foundations/22_nano.ipynb #f383a109
 def ece(right, sure, bins=10):
     "Expected calibration error: |share right - mean confidence|, averaged over equal-width bins by their size."
     b = np.minimum((sure*bins).astype(int), bins-1)
     return sum(abs(right[b == k].mean() - sure[b == k].mean())*np.mean(b == k) for k in np.unique(b))
 
-# %% ../nbs/foundations/22_nano.ipynb #f383a109
+# %% ../nbs/foundations/22_nano.ipynb #9161f4a6
 def one_attribute(a):
     "The exercise `question` about one attribute of a title."
     def make(s, rng, n):
@@ -264,7 +299,7 @@ def one_attribute(a):
         return [(f"Question: what is the {a} of {r['title']}? Answer:", 0), (f" {r[a]}", 0)]
     return make
 
-
+# %% ../nbs/foundations/22_nano.ipynb #408b2f5e
 def every_order(s, rng, n):
     "A question with four letters, in all 24 orders of its options."
     r, a = pick(rng, s.rows), pick(rng, list(CUES))
@@ -276,19 +311,28 @@ def every_order(s, rng, n):
 # %% ../nbs/foundations/22_nano.ipynb #d89fd5ce
 def exam_closed(model, tok, worlds, n):
     "Accuracies of closed questions: a dictionary of name -> share right."
-    out = {f"{a} from title": closed(model, tok, *asked(one_attribute(a), worlds, n), list(CUES[a]))[0] for a in CUES}
-    make = lambda name: EXERCISES[name].make
-    out["yes or no"] = closed(model, tok, *asked(make("yesno"), worlds, n), ["yes", "no"])[0]
+    kinds = [*on_titles(worlds, n), *on_what_stands_before(worlds, n)]
+    return {name: float(closed(model, tok, *questions, labels)[0].mean()) for name, questions, labels in kinds}
+
+# %% ../nbs/foundations/22_nano.ipynb #0c71213e
+def on_titles(worlds, n):
+    "Questions about titles: name of the test, prompts and answers, allowed labels."
+    for a in CUES:
+        yield f"{a} from title", asked(one_attribute(a), worlds, n), list(CUES[a])
+    yield "yes or no", asked(EXERCISES["yesno"].make, worlds, n), ["yes", "no"]
     for k in (4, 20):
-        out[f"letters of {k}"] = closed(model, tok, *asked(make("letters"), worlds, n, k), LETTERS[:k])[0]
-        out[f"title among {k}"] = closed(model, tok, *asked(make("which"), worlds, n, k), LETTERS[:k])[0]
-    out["letters in every order"] = closed(model, tok, *orders(worlds, n), LETTERS[:4])[0]
+        yield f"letters of {k}", asked(EXERCISES["letters"].make, worlds, n, k), LETTERS[:k]
+        yield f"title among {k}", asked(EXERCISES["which"].make, worlds, n, k), LETTERS[:k]
+    yield "letters in every order", orders(worlds, n), LETTERS[:4]
+
+# %% ../nbs/foundations/22_nano.ipynb #e1b94e59
+def on_what_stands_before(worlds, n):
+    "Questions whose answer must be read, as `on_titles`."
     for k in (2, 8, 12):
-        out[f"look-up, {k} pairs"] = closed(model, tok, *asked(make("lookup"), worlds, n, k), THINGS)[0]
-    out["told, 4 facts"] = closed(model, tok, *asked(make("told"), worlds, n, 4), list(VALUES))[0]
-    out["rule, 6 examples"] = closed(model, tok, *ruled(worlds, n), ["yes", "no"])[0]
-    out["stars of a review"] = closed(model, tok, *asked(make("review"), worlds, n), "12345")[0]
-    return {k: float(v.mean()) for k, v in out.items()}
+        yield f"look-up, {k} pairs", asked(EXERCISES["lookup"].make, worlds, n, k), THINGS
+    yield "told, 4 facts", asked(EXERCISES["told"].make, worlds, n, 4), list(VALUES)
+    yield "rule, 6 examples", ruled(worlds, n), ["yes", "no"]
+    yield "stars of a review", asked(EXERCISES["review"].make, worlds, n), "12345"
 
 # %% ../nbs/foundations/22_nano.ipynb #b569d0b6
 def orders(worlds, n):
@@ -297,7 +341,7 @@ def orders(worlds, n):
           for _ in range(max(1, n//10)) for q in every_order(s, rng, 4)]
     return [p for p, _ in qs], [a for _, a in qs]
 
-
+# %% ../nbs/foundations/22_nano.ipynb #9579a20c
 def ruled(worlds, n):
     "The last label of six."
     P, A = [], []
@@ -321,10 +365,9 @@ def exam_open(model, tok, worlds, n, catalogue=None):
     "Titles written for given attributes: share well formed and as asked; nats a title above the exact entropy."
     P, A = asked(EXERCISES["title_of"].make, worlds, n)
     made = [t.strip() for t in sampled_texts(model, tok, P, 12, greedy=True)]
-    want = [said_by(a.strip()) for a in A]
+    right = np.mean([said_by(t) == said_by(a.strip()) for t, a in zip(made, A)])
     nats = -float(sequence_logprob(model, tok, P, A).mean())
-    out = {"title with the asked attributes": np.mean([said_by(t) == q for t, q in zip(made, want)]),
-           "nats a title": nats, "entropy of a title": 4*np.log(6)}
+    out = {"title with the asked attributes": right, "nats a title": nats, "entropy of a title": 4*np.log(6)}
     if catalogue is not None:
         out["title of the catalogue"] = np.mean([t in catalogue for t in made])
     return {k: float(v) for k, v in out.items()}
@@ -338,7 +381,7 @@ def exam_taste(model, tok, worlds, n, history=8):
     out = {"will it be liked": right.mean(), "best possible": best, "calibration error": ece(right, sure)}
     return {k: float(v) for k, v in out.items()}
 
-
+# %% ../nbs/foundations/22_nano.ipynb #1fe020ab
 def best_guess(p):
     "Share right where liked and disliked items are asked about equally often: 1/2 + total variation/2, over users."
     like, not_like = p/p.sum(1, keepdims=True), (1-p)/(1-p).sum(1, keepdims=True)

@@ -20,14 +20,16 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from .answers import context_limit, end_mark, prompt_ids, token_columns, whole_model
 from .decode import ItemTrie
 from .lm import cached, load_lm, mark_ids, read
+from .training import without_dropout
 from .world import world_sequences
 
 # %% auto #0
-__all__ = ['history_prompt', 'check_sequences', 'next_item_rows', 'session_rows', 'PairCollator', 'PairTrainer', 'trl_args',
-           'fresh_copy', 'quietly', 'train_with', 'check_fit', 'check_positive', 'check_row', 'check_pairs',
-           'check_knobs', 'Watch', 'without_dropout', 'align', 'pairs_of', 'rows_of', 'sft', 'SDPOTrainer',
-           'SimPOTrainer', 'check_shares', 'dpo_population', 'dpo_optimum', 'descend', 'answers_loss', 'small_llama',
-           'task_lm', 'check_lengths']
+__all__ = ['history_prompt', 'check_sequences', 'next_item_rows', 'split_of', 'session_rows', 'PairCollator', 'PairTrainer',
+           'pair_ids', 'completion_logps', 'trl_args', 'fresh_copy', 'quietly', 'train_with', 'check_fit',
+           'check_positive', 'check_row', 'as_dataset', 'rejected_lists', 'check_pairs', 'check_knobs', 'Watch',
+           'reference_of', 'align', 'pairs_of', 'rows_of', 'labelled_rows', 'sft', 'SDPOTrainer', 'SimPOTrainer',
+           'check_shares', 'dpo_population', 'dpo_optimum', 'descend', 'answers_loss', 'small_llama', 'task_lm',
+           'check_lengths']
 
 # %% ../nbs/foundations/19_preference.ipynb #dd6a07ad
 def history_prompt(titles:Sequence[str]) -> str: # what the user liked, oldest first
@@ -52,9 +54,13 @@ def next_item_rows(
     for u, s in enumerate([int(i) for i in s] for s in sequences):
         for t in range(1, len(s)):
             prompt = history_prompt([titles[i] for i in s[max(0, t-history):t]])
-            part = {len(s)-1: "test", len(s)-2: "valid"}.get(t, "train")
-            rows.append((u, s[t], s[:t], prompt, " " + titles[s[t]], part))
+            rows.append((u, s[t], s[:t], prompt, " " + titles[s[t]], split_of(t, len(s))))
     return pd.DataFrame(rows, columns=["user", "item", "seen", "prompt", "completion", "split"])
+
+# %% ../nbs/foundations/19_preference.ipynb #f9135d3a
+def split_of(t, n):
+    "The split of item t of n."
+    return {n-1: "test", n-2: "valid"}.get(t, "train")
 
 # %% ../nbs/foundations/19_preference.ipynb #8b0a743d
 def session_rows(
@@ -113,12 +119,17 @@ def _prepare_dataset(self:PairTrainer, dataset, tok, args, name):
     many = isinstance(rejected, list) and isinstance(rejected[0], str)
     if not many and not isinstance(dataset[0].get("prompt"), str):
         return DPOTrainer._prepare_dataset(self, dataset, tok, args, name) # chats: trl's own way
-    self.n_rejected, lists = (len(rejected), zip(*dataset["rejected"])) if many else (1, [dataset["rejected"]])
+    self.n_rejected = len(rejected) if many else 1
     if many:
         self.check_lists(args)
+    return Dataset.from_dict({c: dataset[c] for c in self.extra} | pair_ids(tok, dataset, many))
+
+# %% ../nbs/foundations/19_preference.ipynb #76e3e607
+def pair_ids(tok, dataset, many):
+    "Token ids of prompts, chosen and rejected answers; `many` of the latter a row, or one."
+    lists = zip(*dataset["rejected"]) if many else [dataset["rejected"]]
     P, chosen, *ids = token_columns(tok, dataset["prompt"], dataset["chosen"], *lists)
-    columns = dict(prompt_ids=P, chosen_ids=chosen, rejected_ids=[list(r) for r in zip(*ids)] if many else ids[0])
-    return Dataset.from_dict({c: dataset[c] for c in self.extra} | columns)
+    return dict(prompt_ids=P, chosen_ids=chosen, rejected_ids=[list(r) for r in zip(*ids)] if many else ids[0])
 
 # %% ../nbs/foundations/19_preference.ipynb #0b9e9d7a
 @patch
@@ -147,11 +158,16 @@ def parts_of(self:PairTrainer, values, name, B):
     return {name + "w": values[:B], name + "l": rejected}
 
 # %% ../nbs/foundations/19_preference.ipynb #2150fb6f
+def completion_logps(model, inputs, mask):
+    "(rows,) log-probabilities of the tokens in the mask, with trl's fused head."
+    x = {k: inputs[k] for k in ("input_ids", "attention_mask")} | dict(use_cache=False, fused_lm_head=True)
+    return model(**x, labels=inputs["input_ids"].masked_fill(mask == 0, -100)).log_probs.sum(1)
+
+# %% ../nbs/foundations/19_preference.ipynb #f9a8489a
 @patch
 def _compute_loss(self:PairTrainer, model, inputs, return_outputs=False):
     b, mask = SimpleNamespace(**{k: inputs.pop(k) for k in self.extra}), inputs["completion_mask"]
-    x = {k: inputs[k] for k in ("input_ids", "attention_mask")} | dict(use_cache=False, fused_lm_head=True)
-    lp = model(**x, labels=inputs["input_ids"].masked_fill(mask == 0, -100)).log_probs.sum(1)
+    lp = completion_logps(model, inputs, mask)
     all_of = {"": lp, "r": self.reference_logps(model, inputs), "n": mask[:, 1:].sum(1)}
     for name, values in all_of.items():
         vars(b).update(self.parts_of(values, name, len(lp)//(1 + self.n_rejected)))
@@ -242,21 +258,33 @@ def check_row(k, prompt, chosen, rejected, titles):
     if fault:
         raise ValueError(f"row {k} {fault}")
 
-# %% ../nbs/foundations/19_preference.ipynb #d3203062
-def check_pairs(
-    model, tok, pairs, # Dataset or DataFrame: prompt, chosen, rejected (a text, or a list of texts)
-    trie:ItemTrie|None=None) -> Dataset: # every answer must be one of its titles
-    "The pairs as a `Dataset`, after a look at everything that would go wrong silently later."
+# %% ../nbs/foundations/19_preference.ipynb #8ca50395
+def as_dataset(pairs):
+    "The pairs as a `Dataset`; one without rows or one of the three columns is refused."
     data = Dataset.from_pandas(pairs, preserve_index=False) if isinstance(pairs, pd.DataFrame) else pairs
     if missing := {"prompt", "chosen", "rejected"} - set(data.column_names):
         raise ValueError(f"no column(s) {sorted(missing)}; the pairs have {data.column_names}")
     if not len(data):
         raise ValueError("no pairs: nothing to learn from")
+    return data
+
+# %% ../nbs/foundations/19_preference.ipynb #d3203062
+def rejected_lists(data):
+    "What each row rejects, as lists of one length."
+    lists = [r if isinstance(r, list) else [r] for r in data["rejected"]]
+    if len(odd := set(map(len, lists))) > 1 or 0 in odd:
+        raise ValueError(f"rejected lists of lengths {sorted(odd)}: every row needs the same number, at least one")
+    return lists
+
+# %% ../nbs/foundations/19_preference.ipynb #56ddd49a
+def check_pairs(
+    model, tok, pairs, # Dataset or DataFrame: prompt, chosen, rejected (a text, or a list of texts)
+    trie:ItemTrie|None=None) -> Dataset: # every answer must be one of its titles
+    "The pairs as a `Dataset`, after a look at everything that would go wrong silently later."
+    data = as_dataset(pairs)
     end_mark(tok)
     prompts, chosen, titles = list(data["prompt"]), list(data["chosen"]), trie and set(trie.titles)
-    rejected = [r if isinstance(r, list) else [r] for r in data["rejected"]]
-    if len(odd := set(map(len, rejected))) > 1 or 0 in odd:
-        raise ValueError(f"rejected lists of lengths {sorted(odd)}: every row needs the same number, at least one")
+    rejected = rejected_lists(data)
     for k, row in enumerate(zip(prompts, chosen, rejected)):
         check_row(k, *row, titles)
     check_fit(model, *token_columns(tok, prompts, chosen, *zip(*rejected)))
@@ -282,22 +310,12 @@ class Watch(TrainerCallback):
         if state.global_step % self.every == 0:
             self.f(state.global_step, model)
 
-# %% ../nbs/foundations/19_preference.ipynb #1c212a92
-@contextmanager
-def without_dropout(*models, off=True):
-    "Inside the block no module drops anything, not even one that keeps its rate as a number (OPT)."
-    layer, parts = torch.nn.modules.dropout._DropoutNd, [m for model in models for m in model.modules()]*off
-    drops = lambda m, k, v: isinstance(v, float) and ("drop" in k or k == "p" and isinstance(m, layer))
-    rates = [(m, k, v) for m in parts for k, v in vars(m).items() if drops(m, k, v)]
-    try:
-        for m, k, _ in rates:
-            setattr(m, k, 0.)
-        yield
-    finally:
-        for m, k, v in rates:
-            setattr(m, k, v)
-
 # %% ../nbs/foundations/19_preference.ipynb #86ec8b24
+def reference_of(model, Trainer):
+    "A copy to compare with, or None; trl would make its own reference out of an adapter called 'default'."
+    return fresh_copy(model) if Trainer.reference or hasattr(model, "peft_config") else None
+
+# %% ../nbs/foundations/19_preference.ipynb #74042c9a
 def align(
     model, tok, # stay as they are; the model is also the reference
     pairs, # Dataset or DataFrame in trl's preference format: prompt, chosen, rejected, and what `Trainer.extra` names
@@ -310,21 +328,19 @@ def align(
     check_positive(steps=steps, lr=lr, beta=kw["beta"])
     data, new, args = check_pairs(model, tok, pairs), fresh_copy(model), trl_args(DPOConfig, steps, lr, **kw)
     check_knobs(Trainer, knobs, data)
-    adapted = hasattr(model, "peft_config") # trl would make its own reference out of an adapter called "default"
-    ref = fresh_copy(model) if Trainer.reference or adapted else None
+    ref = reference_of(model, Trainer)
     args.precompute_ref_log_probs |= not Trainer.reference # trl then keeps no second model
     watched = [Watch(watch, steps)] if watch else None
     with without_dropout(*filter(None, (new, ref)), off=args.disable_dropout):
         train_with(Trainer, new, data, tok, args, ref_model=ref, callbacks=watched, **knobs)
     return new
 
-# %% ../nbs/foundations/19_preference.ipynb #74042c9a
+# %% ../nbs/foundations/19_preference.ipynb #e9592e52
 def pairs_of(rows:pd.DataFrame, rejected, titles:Sequence[str], **columns) -> pd.DataFrame: # prompt, item; items
     "Preference pairs of next-item rows; where nothing is rejected (-1), or what was chosen, the row is left out."
     table = np.asarray(rejected).reshape(len(rows), -1)
     ok = ((table != rows.item.to_numpy()[:, None]) & (table >= 0)).all(1)
-    texts = [[" " + titles[j] for j in r] for r in table]
-    texts = texts if np.ndim(rejected) == 2 else [r[0] for r in texts]
+    texts = [[" " + titles[j] for j in r] if np.ndim(rejected) == 2 else " " + titles[r[0]] for r in table]
     chosen = [" " + titles[i] for i in rows.item]
     df = pd.DataFrame(dict(prompt=rows.prompt.to_numpy(), chosen=chosen, rejected=texts, **columns))
     return df[ok].reset_index(drop=True)
@@ -339,6 +355,12 @@ def rows_of(rows, *columns): # DataFrame or Dataset
         raise ValueError("no rows: nothing to learn from")
     return rows
 
+# %% ../nbs/foundations/19_preference.ipynb #7fa56a50
+def labelled_rows(P, A):
+    "Prompts with their answers, as trl's trainers read them: only the answers count."
+    ids, labels = [p + a for p, a in zip(P, A)], [[-100]*len(p) + a for p, a in zip(P, A)]
+    return Dataset.from_dict(dict(input_ids=ids, labels=labels))
+
 # %% ../nbs/foundations/19_preference.ipynb #e0d6f309
 def sft(model, tok, rows:pd.DataFrame, steps:int=32, lr:float=5e-4, batch_size:int=32, seed:int=0, **kw):
     "A copy of the model after supervised fine-tuning on the completions of rows (prompt, completion)."
@@ -346,9 +368,7 @@ def sft(model, tok, rows:pd.DataFrame, steps:int=32, lr:float=5e-4, batch_size:i
     check_positive(steps=steps, lr=lr)
     new, (P, A) = fresh_copy(model), token_columns(tok, rows.prompt, rows.completion)
     check_fit(model, P, A)
-    labels = [[-100]*len(p) + a for p, a in zip(P, A)]
-    data = Dataset.from_dict(dict(input_ids=[p + a for p, a in zip(P, A)], labels=labels))
-    train_with(SFTTrainer, new, data, tok, trl_args(SFTConfig, steps, lr, batch_size, seed, **kw))
+    train_with(SFTTrainer, new, labelled_rows(P, A), tok, trl_args(SFTConfig, steps, lr, batch_size, seed, **kw))
     return new
 
 # %% ../nbs/foundations/19_preference.ipynb #58c4f0a4

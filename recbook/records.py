@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['CLAIM', 'VERDICTS', 'PACKAGES', 'harvest', 'numeric', 'unsound', 'records', 'commit', 'edited', 'cores', 'machine',
            'versions', 'true_device', 'package', 'fingerprint', 'other_lm', 'on_the_model', 'origin', 'model_of',
-           'Result']
+           'header', 'outcome', 'claims_of', 'unchanged', 'uninjected', 'Result']
 
 # %% ../nbs/workshop/02_records.ipynb #2f6faa7c
 import hashlib, json, os, platform, re, shutil, subprocess, warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from functools import lru_cache
 from importlib import metadata, util
 from pathlib import Path
-from .book import Chapter, MIME, UsageError, home, read_notebook, source
+from .book import MIME, PARSING, Chapter, UsageError, declared, finite, home, read_notebook, source, walk
 from .data import at_hand, read_json
 
 # %% ../nbs/workshop/02_records.ipynb #070c9613
@@ -261,6 +262,72 @@ def model_of(params):
     if (lm := other_lm(params)) is None:
         return {}
     return dict(model=origin(lm))
+
+# %% ../nbs/workshop/02_records.ipynb #5cc8aa93
+def header(
+    ch:Chapter, # what runs
+    profile:str, # section of settings.ini
+    params:dict, # injected
+    root:Path, # the book's folder
+    code:str="", # what `commit` says
+    threads:int=1 # of the kernel
+) -> dict: # area, profile, commit, started, machine, device, threads, versions, parameters, fingerprint
+    "The part of a record that is known before the chapter runs."
+    from recbook.provenance import notebook_code
+    values = declared(ch.path) | params
+    with PARSING:
+        digest = notebook_code(ch.path)
+    return dict(
+        area=ch.area,
+        profile=profile,
+        commit=code,
+        started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        machine=machine(),
+        device=true_device(str(values.get("device", "auto"))),
+        threads=threads,
+        versions=versions(),
+        parameters=values,
+        fingerprint=fingerprint(ch, params, root),
+        code=digest,
+    ) | model_of(values)
+
+# %% ../nbs/workshop/02_records.ipynb #a8d0a454
+def outcome(claims, seconds):
+    "The part of a record that is known when the chapter has run."
+    sets = {c["dataset"] for c in claims if c.get("dataset")}
+    return dict(wall_s=round(seconds, 1), datasets=sorted(sets), claims=claims)
+
+# %% ../nbs/workshop/02_records.ipynb #3c633814
+def claims_of(
+    nb:dict, # an executed notebook
+    area:str # its chapter; a lesson may show the cards of another area
+) -> list[dict]: # as a record keeps them
+    "The claims that count for this chapter."
+    return walk([c for c in harvest(nb) if c.get("area", area) == area], finite)
+
+# %% ../nbs/workshop/02_records.ipynb #0acfcc6b
+def unchanged(
+    to:Path, # the executed notebook
+    rec:dict, # what a new record would begin with
+    cells:list # of the source notebook
+) -> dict: # the old record; empty when the chapter must run
+    "The record of the last run, if it can be believed and would come out again."
+    old = read_json(to.with_suffix(".json"))
+    if unsound(old) or any(old.get(k) != rec[k] for k in ("area", "profile", "fingerprint", "threads")):
+        return {}
+    if str(old.get("commit")).endswith("+dirty") and not rec["commit"].endswith("+dirty"):
+        return {} # a clean tree does not answer for what an edited one made
+    try:
+        nb = read_notebook(to)
+    except UsageError:
+        return {}
+    whole = [*map(source, uninjected(nb))] == [*map(source, cells)]
+    return old if whole and claims_of(nb, rec["area"]) == old["claims"] else {}
+
+# %% ../nbs/workshop/02_records.ipynb #a04c96c9
+def uninjected(nb):
+    "The cells without the one that papermill adds."
+    return [c for c in nb["cells"] if "injected-parameters" not in c["metadata"].get("tags", [])]
 
 # %% ../nbs/workshop/02_records.ipynb #6d1a0f5d
 @dataclass

@@ -22,8 +22,8 @@ from .training import eval_mode
 
 # %% auto #0
 __all__ = ['apart', 'ended', 'head_of', 'outputs', 'expected_reward', 'fit_pairs', 'soft_ce', 'majority_ce', 'mean_mse',
-           'CrowdTrainer', 'fit_crowd', 'prefers', 'check_cost', 'sinkhorn', 'group_weights', 'scores_of', 'fit_tau',
-           'reward_function', 'grpo']
+           'CrowdTrainer', 'fit_crowd', 'prefers', 'check_cost', 'sinkhorn', 'scaled_plan', 'group_weights',
+           'scores_of', 'fit_tau', 'reward_function', 'grpo']
 
 # %% ../nbs/foundations/20_rewards.ipynb #b7283e55
 def apart(tok):
@@ -137,11 +137,16 @@ def sinkhorn(p:Tensor, q:Tensor, C:Tensor, eps:float=.01, steps:int=200) -> Tens
     check_cost(p, q, C)
     check_positive(eps=eps, steps=steps)
     K, (a, b) = -C/(eps*C.max().clamp(min=1e-12)), (x.clamp(min=1e-12).log() for x in (p, q))
+    return (scaled_plan(K, a, b, steps)*C).sum((1, 2))
+
+# %% ../nbs/foundations/20_rewards.ipynb #f21cee1d
+def scaled_plan(K, a, b, steps):
+    "The plan u + K + v, exponentiated, whose margins have the logarithms a and b: (n, d, k)."
     v = torch.zeros_like(b)
     for _ in range(steps):
         u = a - (K + v[:, None, :]).logsumexp(2)
         v = b - (K + u[:, :, None]).logsumexp(1)
-    return ((u[:, :, None] + K + v[:, None, :]).exp()*C).sum((1, 2))
+    return (u[:, :, None] + K + v[:, None, :]).exp()
 
 # %% ../nbs/foundations/20_rewards.ipynb #18dc0cca
 def group_weights(population, panel) -> np.ndarray: # (G,) shares of the groups, and among the annotators -> (G,)

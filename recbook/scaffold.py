@@ -19,7 +19,7 @@ else:
 
 # %% auto #0
 __all__ = ['REPO', 'BOOK', 'COLAB', 'COUNTED', 'SKELETON', 'TESTS', 'EXAMPLE', 'TITLES', 'badge', 'published', 'scores',
-           'relative', 'spread_out', 'bars_of', 'picture', 'readme', 'front', 'new']
+           'relative', 'relative_bar', 'spread_out', 'bars_of', 'picture', 'scaled', 'readme', 'front', 'new']
 
 # %% ../nbs/workshop/05_scaffold.ipynb #3dd6b0e3
 REPO = "recbook/recbook" # on GitHub
@@ -74,17 +74,17 @@ def relative(
     claims:list[dict] # records
 ) -> list[dict]: # label, effect, low, high (shares of the value compared with, positive = the claim's way), verdict
     "Effects on one scale; claims without an interval or measured against zero are left out."
-    rows = []
-    for c in (c for c in claims if c["verdict"] != "exact"):
-        b, (lo, hi) = abs(sum(c["theirs"])/len(c["theirs"])), c["ci"]
-        if lo is None or hi is None or not b:
-            continue
-        s = -1 if c.get("direction") == "lower" else 1
-        lo, hi = sorted((s*lo/b, s*hi/b))
-        rows.append(
-            dict(label=f"{c['id']}, {c['dataset']}", effect=s * c["effect"] / b, low=lo, high=hi, verdict=c["verdict"])
-        )
-    return rows
+    return [bar for c in claims if c["verdict"] != "exact" for bar in relative_bar(c)]
+
+# %% ../nbs/workshop/05_scaffold.ipynb #2c3cee7c
+def relative_bar(c):
+    "The row of `relative` for a claim, in a list; an empty one without an interval or a scale."
+    b, (lo, hi) = abs(sum(c["theirs"])/len(c["theirs"])), c["ci"]
+    if lo is None or hi is None or not b:
+        return []
+    s = -1 if c.get("direction") == "lower" else 1
+    lo, hi = sorted((s*lo/b, s*hi/b))
+    return [dict(label=f"{c['id']}, {c['dataset']}", effect=s*c["effect"]/b, low=lo, high=hi, verdict=c["verdict"])]
 
 # %% ../nbs/workshop/05_scaffold.ipynb #c19646d4
 def spread_out(records, n):
@@ -123,6 +123,11 @@ def picture(
     ax = plt.figure(figsize=(6.5, 1.2+.2*len(rows))).gca()
     for v in COUNTED:
         bars_of(ax, [(i, r) for i, r in enumerate(rows) if r["verdict"] == v], v)
+    return scaled(ax, rows)
+
+# %% ../nbs/workshop/05_scaffold.ipynb #2fb38313
+def scaled(ax, rows):
+    "`ax` with a symmetric log scale, a line at no effect, names and a legend."
     ax.axvline(0, c="k", lw=.8)
     ax.set(yticks=range(len(rows)), yticklabels=[r["label"] for r in rows])
     ax.set_xlabel("effect relative to the compared system")
@@ -146,6 +151,13 @@ def _links(text):
     return re.sub(r"\]\((?!https?://|#|mailto:|nbs/|\.\./)([^)\s]+)\)", r"](nbs/\1)", text)
 
 # %% ../nbs/workshop/05_scaffold.ipynb #0072ebe1
+def _pictures_alone(nb):
+    "A picture keeps its PNG, the text beside it goes."
+    for o in (o for c in nb.cells for o in c.get("outputs", [])):
+        if "image/png" in o.get("data", {}):
+            o["data"] = {"image/png": o["data"]["image/png"]}
+
+# %% ../nbs/workshop/05_scaffold.ipynb #56fd45ca
 def readme(
     root:Path|None=None # the book's folder
 ) -> str: # markdown
@@ -153,9 +165,7 @@ def readme(
     from nbconvert import MarkdownExporter
     nb = nbformat.read((root or home())/"nbs/index.ipynb", 4)
     nb.cells = [c for c in nb.cells if not re.match(r"#\| *hide\b", c.source)]
-    for o in (o for c in nb.cells for o in c.get("outputs", [])):
-        if "image/png" in o.get("data", {}): # a picture keeps its PNG, the text beside it goes
-            o["data"] = {"image/png": o["data"]["image/png"]}
+    _pictures_alone(nb)
     text, _ = MarkdownExporter(exclude_input=True).from_notebook_node(nb)
     text = re.sub(r"!\[png\]\([^)]*\)", lambda _: f"![{_alt(nb)}](front.png)", text)
     text = re.sub(r"^(#+ .*?)\s*\{#[\w-]+\}$", r"\1", text, flags=re.M)
@@ -391,18 +401,20 @@ def _contents(
 ) -> str: # with one more chapter
     "`_quarto.yml` with the chapter listed last in its part."
     lines = text.splitlines()
-    at = [
-        (i, m)
-        for i, l in enumerate(lines)
-        if (m := re.match(r"( *)- (\w+)/\S+\.ipynb", l)) and m[2] in PARTS[: PARTS.index(part) + 1]
-    ]
-    if not at:
-        raise UsageError("_quarto.yml lists no chapter to put the new one after.")
-    i, m = max(at, key=lambda x: (PARTS.index(x[1][2]), x[0]))
+    i, m = _last_before(lines, PARTS[:PARTS.index(part)+1])
     new = [f"{m[1]}- {part}/{name}"]
     if m[2] != part:
         new = [f'{m[1][4:]}- part: "{TITLES[part]}"', f"{m[1][4:]}  chapters:"] + new
     return "\n".join(lines[:i+1] + new + lines[i+1:]) + "\n"
+
+# %% ../nbs/workshop/05_scaffold.ipynb #b8829e31
+def _last_before(lines, parts):
+    "Number and match of the line that names the last chapter of the last of these parts that has one."
+    found = [(i, re.match(r"( *)- (\w+)/\S+\.ipynb", l)) for i, l in enumerate(lines)]
+    at = [(i, m) for i, m in found if m and m[2] in parts]
+    if not at:
+        raise UsageError("_quarto.yml lists no chapter to put the new one after.")
+    return max(at, key=lambda x: (parts.index(x[1][2]), x[0]))
 
 # %% ../nbs/workshop/05_scaffold.ipynb #e8e7142f
 def _notebook(text):
@@ -458,6 +470,10 @@ def _filled(area, part, name, papers):
     )
 
 # %% ../nbs/workshop/05_scaffold.ipynb #78f6f4c5
+def _last_number(part, root):
+    return max((int(f.name.split("_")[0]) for f in root.glob(f"nbs/{part}/[0-9]*_*.ipynb")), default=0)
+
+# %% ../nbs/workshop/05_scaffold.ipynb #86b98334
 def new(
     area:str, # name of the chapter, like "unlearning"
     part:str, # folder it belongs to, like "trust"
@@ -467,8 +483,7 @@ def new(
     bibliography."""
     root = Path(root or home()).resolve()
     _check(area, part, root)
-    last = max((int(f.name.split("_")[0]) for f in root.glob(f"nbs/{part}/[0-9]*_*.ipynb")), default=0)
-    name, toml, yml = f"{last+1:02}_{area}.ipynb", _catalogue(area, root), root/"_quarto.yml"
+    name, toml, yml = f"{_last_number(part, root)+1:02}_{area}.ipynb", _catalogue(area, root), root/"_quarto.yml"
     fill = _filled(area, part, name, tomllib.loads(toml)["paper"])
     put = lambda text: re.sub("|".join(fr"\b{k}\b" for k in fill), lambda m: fill[m[0]], text)
     files = {root/f"nbs/{part}/{name}": _notebook(put(SKELETON)), root/f"data/papers/{area}.toml": toml,

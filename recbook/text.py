@@ -15,8 +15,8 @@ from .lm import nano_mlm, safely
 from .training import eval_mode
 
 # %% auto #0
-__all__ = ['text_vectors', 'tfidf_vectors', 'tfidf', 'pooled', 'load_encoder', 'pooling_of', 'fluency', 'ngram_entropy',
-           'consistency']
+__all__ = ['text_vectors', 'hash_vectors', 'tfidf_vectors', 'tfidf', 'pooled', 'encoder_of', 'load_encoder', 'pooling_of',
+           'fluency', 'ngram_entropy', 'consistency']
 
 # %% ../nbs/foundations/15_text.ipynb #b6a8d967
 def text_vectors(
@@ -32,8 +32,7 @@ def text_vectors(
     if dim < 1:
         raise ValueError(f"dim={dim}: must be at least 1")
     if encoder == "hash":
-        from sklearn.feature_extraction.text import HashingVectorizer
-        X = HashingVectorizer(n_features=dim, norm=None).transform(texts).toarray()
+        X = hash_vectors(texts, dim)
     elif encoder == "tfidf":
         X = tfidf_vectors(texts, dim, seed)
     elif encoder == "nano":
@@ -41,6 +40,12 @@ def text_vectors(
     else:
         X = pooled(*load_encoder(encoder), texts, batch_size, pooling_of(encoder))
     return (X/np.maximum(np.linalg.norm(X, axis=1, keepdims=True), 1e-12)).astype(np.float32)
+
+# %% ../nbs/foundations/15_text.ipynb #48e97013
+def hash_vectors(texts, dim):
+    "Counts of the words whose hash falls into each of `dim` columns: (n, dim)."
+    from sklearn.feature_extraction.text import HashingVectorizer
+    return HashingVectorizer(n_features=dim, norm=None).transform(texts).toarray()
 
 # %% ../nbs/foundations/15_text.ipynb #ec0df24b
 def tfidf_vectors(texts, dim, seed):
@@ -61,15 +66,19 @@ def tfidf(background:Sequence[str]): # -> (texts -> (n, n_words) float32, rows o
 @torch.no_grad()
 def pooled(model, tok, texts, batch_size=64, how="mean"):
     "Last hidden states, averaged over the tokens of each text, or those of the first token (`cls`)."
-    own, out = whole_model(model), []
-    body = own.get_encoder() if own.config.is_encoder_decoder else own.base_model
-    limit = min(context_limit(model) or 512, 512)
+    body, limit, out = encoder_of(model), min(context_limit(model) or 512, 512), []
     with eval_mode(model):
         for k in range(0, len(texts), batch_size):
             x = encode(tok, texts[k:k+batch_size], limit, "right").to(model.device)
             h, w = body(**tokens_only(x)).last_hidden_state.float(), x["attention_mask"][..., None]
             out.append(h[:, 0] if how == "cls" else (h*w).sum(1)/w.sum(1))
     return torch.cat(out).cpu().numpy()
+
+# %% ../nbs/foundations/15_text.ipynb #303ad335
+def encoder_of(model):
+    "The part that reads: of an encoder-decoder the encoder, else the model without its head."
+    own = whole_model(model)
+    return own.get_encoder() if own.config.is_encoder_decoder else own.base_model
 
 # %% ../nbs/foundations/15_text.ipynb #9963c4eb
 def load_encoder(name):
@@ -95,6 +104,7 @@ def fluency(texts:Sequence[str]) -> float: # bits
         raise ValueError("no texts: nothing to measure")
     return float(np.mean([ngram_entropy(t, 2)/3 + 2*ngram_entropy(t, 3)/3 for t in texts]))
 
+# %% ../nbs/foundations/15_text.ipynb #15e0858d
 def ngram_entropy(text, n):
     "Entropy of the distribution of a text's n-grams of words, in bits; 0 if it has none."
     words = re.findall(r"\w+|[^\w\s]", text)
@@ -102,6 +112,7 @@ def ngram_entropy(text, n):
     p = counts/counts.sum() if len(counts) else np.ones(1)
     return float(-(p*np.log2(p)).sum())
 
+# %% ../nbs/foundations/15_text.ipynb #86ef3f8b
 def consistency(texts:Sequence[str], about:Sequence[str]) -> float: # `about`: a reference for each text
     "Mean cosine of the TF-IDF vectors of texts and references."
     from sklearn.feature_extraction.text import TfidfVectorizer

@@ -5,7 +5,7 @@
 # %% ../nbs/foundations/07_training.ipynb #eaf41ca6
 from __future__ import annotations
 import os, random, sys, warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from numbers import Real
 from time import perf_counter, process_time
@@ -18,9 +18,11 @@ from tqdm.auto import tqdm
 from .data import whole_number
 
 # %% auto #0
-__all__ = ['set_seed', 'pick_device', 'Rows', 'batches', 'as_is', 'eval_mode', 'Objective', 'fit', 'check_fit', 'prepared',
-           'progress_bar', 'one_step', 'one_epoch', 'trained_epochs', 'mean_loss', 'keep_best', 'restore', 'minimise',
-           'step_some', 'fan_out', 'tokens_in', 'watched', 'CostMeter', 'sizes_of', 'costs']
+__all__ = ['set_seed', 'pick_device', 'Rows', 'batches', 'as_is', 'eval_mode', 'without_dropout', 'Objective', 'fit', 'check_fit',
+           'prepared', 'progress_bar', 'one_step', 'one_epoch', 'trained_epochs', 'mean_loss', 'keep_best', 'restore',
+           'minimise', 'step_some', 'params_of', 'flatten', 'unflatten', 'add_', 'leave_one_out', 'removal_curve',
+           'check_removal', 'agreement', 'pretrain', 'clipped_step', 'fan_out', 'tokens_in', 'watched', 'CostMeter',
+           'sizes_of', 'costs']
 
 # %% ../nbs/foundations/07_training.ipynb #58fbd141
 def set_seed(seed:int):
@@ -93,6 +95,21 @@ def eval_mode(
     finally:
         for part, training in held:
             part.training = training
+
+# %% ../nbs/foundations/07_training.ipynb #994f586b
+@contextmanager
+def without_dropout(*models, off=True):
+    "Inside the block no module drops anything, not even one that keeps its rate as a number (OPT)."
+    layer, parts = torch.nn.modules.dropout._DropoutNd, [m for model in models for m in model.modules()]*off
+    drops = lambda m, k, v: isinstance(v, float) and ("drop" in k or k == "p" and isinstance(m, layer))
+    rates = [(m, k, v) for m in parts for k, v in vars(m).items() if drops(m, k, v)]
+    try:
+        for m, k, _ in rates:
+            setattr(m, k, 0.)
+        yield
+    finally:
+        for m, k, v in rates:
+            setattr(m, k, v)
 
 # %% ../nbs/foundations/07_training.ipynb #6d8a15f8
 class Objective(nn.Module):
@@ -264,6 +281,124 @@ def step_some(opt, x, moving, limit):
     opt.step()
     x[~moving] = held[~moving]
     limit(x)
+
+# %% ../nbs/foundations/07_training.ipynb #f170b3e5
+def params_of(
+    model:nn.Module,
+    names:Sequence[str]|Callable|None=None, # names, a rule name -> bool, or None: all that require a gradient
+    ) -> dict[str, nn.Parameter]: # in the order of the model
+    "The parameters that a question is about."
+    have = dict(model.named_parameters())
+    if names is None:
+        keep = {k for k, p in have.items() if p.requires_grad}
+    elif callable(names):
+        keep = {k for k in have if names(k)}
+    else:
+        keep = set(names)
+        if missing := sorted(keep - set(have)):
+            raise ValueError(f"no parameters {missing}: the model has {list(have)[:8]}, ...")
+    if not keep:
+        raise ValueError("no parameters chosen: none requires a gradient or none fits the rule")
+    return {k: p for k, p in have.items() if k in keep}
+
+# %% ../nbs/foundations/07_training.ipynb #d45f214d
+def flatten(params:dict[str, Tensor]) -> Tensor: # (p,)
+    "All coordinates in one vector."
+    return torch.cat([v.reshape(-1) for v in params.values()])
+
+# %% ../nbs/foundations/07_training.ipynb #1871908f
+def unflatten(
+    v:Tensor, # (p,) or (n, p)
+    params:dict[str, Tensor], # shapes and order
+    ) -> dict[str, Tensor]: # views of v; with n in front of each shape if v has two dimensions
+    "The inverse of `flatten`."
+    if v.shape[-1] != (p := sum(x.numel() for x in params.values())):
+        raise ValueError(f"a vector of {v.shape[-1]} for {p} parameters")
+    parts = v.split([x.numel() for x in params.values()], -1)
+    return {k: part.reshape(*v.shape[:-1], *x.shape) for (k, x), part in zip(params.items(), parts)}
+
+# %% ../nbs/foundations/07_training.ipynb #f24ebc4b
+def add_(
+    params:dict[str, nn.Parameter],
+    delta:Tensor, # (p,)
+    scale:float=1.):
+    "Move the parameters in place: theta <- theta + scale*delta."
+    with torch.no_grad():
+        for p, d in zip(params.values(), unflatten(delta, params).values()):
+            p.add_(d, alpha=scale)
+
+# %% ../nbs/foundations/07_training.ipynb #215d6a49
+def leave_one_out(
+    retrain:Callable, # (n,) bool, rows to keep -> (q,) losses of the queries
+    n:int, # rows
+    which=None, # rows to leave out, default all
+    ) -> np.ndarray: # (len(which), q)
+    "Train once without each row: how much higher each query's loss is then."
+    before, rows = np.asarray(retrain(np.ones(n, bool))), np.arange(n) if which is None else np.asarray(which)
+    return np.stack([np.asarray(retrain(np.arange(n) != i)) - before for i in rows])
+
+# %% ../nbs/foundations/07_training.ipynb #52878109
+def removal_curve(
+    scores, # (n, q)
+    retrain:Callable, # as in `leave_one_out`
+    ks:Sequence[int], # how many of the most helpful rows to remove
+    ) -> pd.DataFrame: # query, k, rise of the query's loss
+    "Remove the k most helpful rows of each query, retrain, and see how much its loss rises."
+    scores = np.asarray(scores)
+    n, q = scores.shape
+    check_removal(scores, ks)
+    before = np.asarray(retrain(np.ones(n, bool)))
+    place = np.argsort(np.argsort(-scores, axis=0, kind="stable"), axis=0)
+    rise = lambda j, k: float(retrain(place[:, j] >= k)[j] - before[j])
+    return pd.DataFrame([dict(query=j, k=k, rise=rise(j, k)) for j in range(q) for k in ks])
+
+# %% ../nbs/foundations/07_training.ipynb #8da897a6
+def check_removal(scores, ks):
+    if not np.isfinite(scores).all():
+        raise ValueError(f"{(~np.isfinite(scores)).sum()} scores are not finite: they have no place in a ranking")
+    if min(map(int, ks), default=0) < 1:
+        raise ValueError(f"ks={list(ks)}: how many rows to remove, each 1 or more")
+    if max(ks) >= len(scores):
+        raise ValueError(f"k={max(ks)}: there are only {len(scores)} rows")
+
+# %% ../nbs/foundations/07_training.ipynb #743dc52a
+def agreement(
+    scores, truth, # (n, q) each
+    kind:str="pearson", # or "spearman"
+    ) -> np.ndarray: # (q,)
+    "Correlation of scores with what really happened, one value a query."
+    S, R = np.asarray(scores, float), np.asarray(truth, float)
+    if S.shape != R.shape:
+        raise ValueError(f"scores {S.shape} and truth {R.shape} must be the same rows and queries")
+    if kind == "spearman":
+        from scipy.stats import rankdata
+        S, R = rankdata(S, axis=0), rankdata(R, axis=0)
+    S, R = S - S.mean(0), R - R.mean(0)
+    return (S*R).sum(0)/np.maximum(np.linalg.norm(S, axis=0)*np.linalg.norm(R, axis=0), 1e-300)
+
+# %% ../nbs/foundations/07_training.ipynb #1e54dce5
+def pretrain(
+    model:nn.Module,
+    loss:Callable, # batch of ids -> scalar
+    batches, # endless iterator of ids (rows, length)
+    steps:int, lr:float,
+    desc:str="pre-training") -> list[float]: # loss of each step
+    "Train `model` in place with AdamW and a one-cycle learning rate."
+    opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=(.9, .98), weight_decay=.05)
+    plan = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=.1)
+    model.train()
+    bar = tqdm(range(steps), desc=desc, leave=False, disable=bool(os.environ.get("TQDM_DISABLE")))
+    return [clipped_step(model, loss(batch), opt, plan) for _, batch in zip(bar, batches)]
+
+# %% ../nbs/foundations/07_training.ipynb #98015fd3
+def clipped_step(model, loss, opt, plan):
+    "One step along a gradient of norm 1 at most; the loss as a number."
+    opt.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.)
+    opt.step()
+    plan.step()
+    return loss.item()
 
 # %% ../nbs/foundations/07_training.ipynb #519c36eb
 def fan_out(

@@ -62,6 +62,17 @@ def test_cells_and_functions_can_be_read(rel):
     assert max(p for _, _, p in fs) <= 8, [f for f in fs if f[2] > 8]
 
 
+def test_the_book_as_a_whole_can_be_read():
+    "All pages together: foundations, chapters, workshop."
+    pages = [c for c in ORDER if "/" in c]
+    sizes = [tokens(s) for rel in pages for s in code(rel)]
+    fs = [(area(rel), *f) for rel in pages for f in functions(rel)]
+    assert np.median(sizes) <= 80 and np.quantile(sizes, .9) <= 200, (
+        f"tokens a cell: median {np.median(sizes)}, 9 of 10 {np.quantile(sizes, .9)}"
+    )
+    assert np.quantile([f[2] for f in fs], .9) <= 160, sorted(fs, key=lambda f: -f[2])[:20]
+
+
 @pytest.mark.parametrize("rel", CHAPTERS, ids=area)
 def test_experiments_go_through_trials(rel):
     text = "\n".join(code(rel))
