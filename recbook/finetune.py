@@ -25,7 +25,8 @@ __all__ = ['lora', 'active_adapter', 'held', 'merge', 'tokens_in', 'CostMeter', 
            'encode_prompts', 'joined', 'encode_answers', 'next_logits', 'last_only', 'check_length', 'answer_loss',
            'sft', 'predictions', 'merged', 'adapter_params', 'check_strength', 'only_adapter', 'largest_gradient',
            'settle', 'beside', 'Fixed', 'RowStates', 'upper_layers', 'rehearsal_loss', 'answered', 'answer_batches',
-           'two_speeds', 'half_step', 'set_pace', 'rehearse', 'check_ratings', 'profiles', 'moments', 'click_prompts']
+           'two_speeds', 'half_step', 'set_pace', 'rehearse', 'check_ratings', 'profiles', 'moments', 'click_prompts',
+           'history_prompts', 'agreed_items']
 
 # %% ../nbs/foundations/14_finetune.ipynb #aab5cf68
 def lora(
@@ -476,3 +477,16 @@ def click_prompts(
     prompt = [f"{who} {u} likes {profile[u]}: {titles[i]}?" for u, i in zip(df.user, df.item)]
     part = np.where(df["at"] <= (1+history)/2, "train", "test")
     return df[["user", "item", "label"]].assign(part=part, prompt=prompt, completion=np.where(df.label, " yes", " no"))
+
+# %% ../nbs/foundations/14_finetune.ipynb #fb488db0
+def history_prompts(
+    ratings, titles, # as for `click_prompts`
+    k=3, each=16, history=.25, **how): # titles in a profile; ratings of a user, who else is left out; of `click_prompts`
+    "Yes/no prompts with titles that the user liked before."
+    df = ratings[ratings.groupby("user").item.transform("size") >= each].groupby("user").head(each)
+    return click_prompts(df, titles, [[f'"{t}"'] for t in titles], k, history, **how)
+
+def agreed_items(ratings, n=50, least=20):
+    "The n items with the lowest mean rating and the n with the highest, of those that have been rated often enough."
+    means = ratings.groupby("item").rating.agg(["mean", "size"]).query("size >= @least").sort_values("mean").index
+    return [*means[:n], *means[-n:]]
