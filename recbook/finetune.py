@@ -22,9 +22,10 @@ from .training import CostMeter, batches, eval_mode, fit, tokens_in
 # %% auto #0
 __all__ = ['lora', 'active_adapter', 'held', 'merge', 'priced', 'macs', 'Prompts', 'take', 'as_rows', 'encode_prompts', 'joined',
            'encode_answers', 'next_logits', 'last_only', 'check_length', 'answer_loss', 'sft', 'predictions', 'merged',
-           'adapter_params', 'check_strength', 'only_adapter', 'largest_gradient', 'settle', 'beside', 'rehearsal_loss',
-           'answered', 'answer_batches', 'two_speeds', 'half_step', 'set_pace', 'rehearse', 'check_ratings', 'profiles',
-           'moments', 'click_prompts']
+           'adapter_params', 'check_strength', 'only_adapter', 'largest_gradient', 'settle', 'beside', 'Fixed',
+           'RowStates', 'upper_layers', 'rehearsal_loss', 'answered', 'answer_batches', 'two_speeds', 'half_step',
+           'set_pace', 'rehearse', 'check_ratings', 'profiles', 'moments', 'click_prompts', 'history_prompts',
+           'agreed_items']
 
 # %% ../nbs/foundations/14_finetune.ipynb #aab5cf68
 def lora(
@@ -281,6 +282,55 @@ def beside(
         return (*batch, *(t[at] for t in rows))
     return sample
 
+# %% ../nbs/foundations/14_finetune.ipynb #1e8437da
+class Fixed(nn.Module):
+    "A layer that is neither trained nor copied with its model: the weights of `layer` are none of its parameters."
+    def __init__(self, layer):
+        super().__init__()
+        self.held = [layer]
+    def forward(self, x): return self.held[0](x)
+    def _apply(self, f, *args, **kw):
+        self.held[0]._apply(f, *args, **kw)
+        return self
+    def __deepcopy__(self, memo): return self
+
+# %% ../nbs/foundations/14_finetune.ipynb #125fbe47
+class RowStates(nn.Module):
+    "What a frozen body makes of rows padded on the left: computed once, looked up from then on."
+    def __init__(self, body, fill, batch_size=64): # causal; id that fills rows up
+        super().__init__()
+        self.body, self.fill, self.batch_size, self.known = body.eval(), fill, batch_size, {}
+    def forward(self, ids): # (n, length) -> (n, length, d) float32
+        rows = [tuple(r[(r != self.fill).cumsum(0) > 0].tolist()) for r in ids]
+        new = sorted({r for r in rows if r not in self.known}, key=len)
+        for k in range(0, len(new), self.batch_size):
+            self.learn(new[k:k+self.batch_size], ids.device)
+        return torch.stack([F.pad(self.known[r], (0, 0, ids.shape[1] - len(r), 0)) for r in rows]).to(ids.device)
+
+    @torch.no_grad()
+    def learn(self, rows, device):
+        x = nn.utils.rnn.pad_sequence([torch.tensor(r, device=device) for r in rows], batch_first=True)
+        H = self.body(input_ids=x, use_cache=False).last_hidden_state.float() # nothing looks at what follows it
+        self.known |= {r: h[:len(r)].clone() for r, h in zip(rows, H)}
+
+# %% ../nbs/foundations/14_finetune.ipynb #0a03ae3d
+def upper_layers(
+    model, tok, # Llama-like, that is with model.embed_tokens, model.layers, model.norm and lm_head; its tokenizer
+    n:int, # how many of its last layers
+    dtype=torch.bfloat16, # of the frozen layers below
+    ) -> PreTrainedModel: # float32; reads prompts padded on the left
+    "The last layers of a model as a model of their own; what lies below is computed once a row, the head is fixed."
+    parts = getattr(model, "model", None)
+    if not all(hasattr(parts, k) for k in ("embed_tokens", "layers", "norm")) or not hasattr(model, "lm_head"):
+        raise ValueError(f"{type(model).__name__} is not built like a Llama: give one that is, or a LoRA on all layers")
+    if not 0 < n <= (depth := len(parts.layers)):
+        raise ValueError(f"n={n}: the model has {depth} layers")
+    body, top = copy.deepcopy(parts).to(dtype), copy.deepcopy(model).float()
+    body.layers, body.norm, top.model.layers = body.layers[:depth-n], nn.Identity(), top.model.layers[depth-n:]
+    fill = next(t for t in (tok.pad_token_id, tok.eos_token_id, 0) if t is not None)
+    top.model.embed_tokens, top.lm_head = Fixed(RowStates(body, fill)), Fixed(top.lm_head)
+    return top
+
 # %% ../nbs/foundations/14_finetune.ipynb #295f016f
 def rehearsal_loss(
     model, x, # batch: input_ids, attention_mask (n, length)
@@ -393,3 +443,16 @@ def click_prompts(
     prompt = [f"{who} {u} likes {profile[u]}: {titles[i]}?" for u, i in zip(df.user, df.item)]
     part = np.where(df["at"] <= (1+history)/2, "train", "test")
     return df[["user", "item", "label"]].assign(part=part, prompt=prompt, completion=np.where(df.label, " yes", " no"))
+
+# %% ../nbs/foundations/14_finetune.ipynb #fb488db0
+def history_prompts(
+    ratings, titles, # as for `click_prompts`
+    k=3, each=16, history=.25, **how): # titles in a profile; ratings of a user, who else is left out; of `click_prompts`
+    "Yes/no prompts with titles that the user liked before."
+    df = ratings[ratings.groupby("user").item.transform("size") >= each].groupby("user").head(each)
+    return click_prompts(df, titles, [[f'"{t}"'] for t in titles], k, history, **how)
+
+def agreed_items(ratings, n=50, least=20):
+    "The n items with the lowest mean rating and the n with the highest, of those that have been rated often enough."
+    means = ratings.groupby("item").rating.agg(["mean", "size"]).query("size >= @least").sort_values("mean").index
+    return [*means[:n], *means[-n:]]

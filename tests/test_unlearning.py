@@ -12,8 +12,9 @@ from recbook.baselines import bpr_loss
 from recbook.collaborative.graph_cf import LightGCN
 from recbook.gradients import dense, flatten, grad_of, hvp, params_of
 from recbook.lm import mark_ids, nano_tokenizer
-from recbook.finetune import lora, macs
+from recbook.finetune import agreed_items, history_prompts, lora, macs, upper_layers
 from recbook.trust import unlearning as U
+from tiny import TITLES, byte_tokenizer, tiny_model
 
 torch.set_num_threads(1)
 WORDS = "dark calm merry sea city ghost"
@@ -695,3 +696,33 @@ def test_any_seed_has_readers_and_none_of_them_is_tuned_or_practised_on():
     assert set(c["club"](5).user) <= set(range(20*c["n_users"])) and not set(c["club"](1001).user) & reported
     for s in (5, 10**6):
         assert c["cohort"](s).equals(c["cohort"](s))
+
+
+def test_the_last_layers_answer_as_the_whole_model_and_unlearn_like_any_other():
+    tok = byte_tokenizer()
+    whole = tiny_model("llama", tok)
+    rows = pd.DataFrame([(p, f"{p} {t}?") for p in WORDS.split() for t in TITLES], columns=["user", "prompt"])
+    x = U.encode_prompts(tok, rows.assign(completion=np.resize([" yes", " no", " no"], len(rows))))
+    top = upper_layers(whole, tok, 1, torch.float32)
+    torch.testing.assert_close(U.predictions(top, x, 7), U.predictions(whole, x), atol=1e-4, rtol=1e-4)
+    f, r = (U.take(x, slice(*k)) for k in ((0, 6), (6, None)))
+    student = U.e2urec(top, tok, f, r, aug_steps=1, steps=1, warm_steps=1, adapt=partial(U.paper_lora, r=2))
+    assert not torch.allclose(U.predictions(student, f), U.predictions(top, f))
+    torch.testing.assert_close(U.predictions(top, x), U.predictions(whole, x), atol=1e-4, rtol=1e-4)
+    trained = U.sft(top, x, 1)
+    same = {k for k, p in trained.named_parameters() if torch.equal(p, dict(top.named_parameters())[k])}
+    assert not same and all(k.startswith(("model.layers.0.", "model.norm")) for k, _ in trained.named_parameters())
+    with pytest.raises(ValueError, match="n=3"):
+        upper_layers(whole, tok, 3)
+    with pytest.raises(ValueError, match="like a Llama"):
+        upper_layers(tiny_model("gpt2", tok), tok, 1)
+
+def test_history_prompts_ask_users_with_enough_ratings_about_what_others_agree_on():
+    rows = [(u, i, 5 if i < 4 else 1) for u in range(4) for i in range(8 if u else 3)]
+    df = pd.DataFrame(rows, columns=["user", "item", "rating"])
+    assert set(agreed_items(df, 3, 4)) == {0, 1, 2} # only these have four ratings
+    low, high = agreed_items(df, 1, 3)
+    assert low >= 4 and high < 4
+    out = history_prompts(df, [f"T{i}" for i in range(8)], k=1, each=8, history=.5)
+    assert set(out.user) == {1, 2, 3} and len(out) == 12
+    assert out.prompt.str.fullmatch(r'Reader \d likes "T\d": T\d\?').all()
