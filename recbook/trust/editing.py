@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..answers import accuracy, answer_nll, answer_scores, drift, hooked, key_moments, labelled, module_at
 from ..answers import next_logprobs, padded, passes, span_ids, span_of, token_columns, weight_of
 from ..datasets import fetch
-from ..decode import sample_prefixes
+from ..decode import continuations, sample_prefixes
 from ..finetune import answer_batches, rehearsal_loss, rehearse
 from ..lm import blank_causal, cached, colon, load_lm, next_token_loss, read, weights_mark
 from ..text import tfidf
