@@ -107,24 +107,6 @@ def test_without_anything_to_preserve_alphaedit_is_ridge():
     K, R, I = random_keys(6), random_keys(6, 8, seed=1), torch.eye(40, dtype=torch.float64)
     assert torch.allclose(E.alphaedit_update(R, K, I, 0., 2.), E.memit_update(R, K, I, 2.), atol=1e-10)
 
-def test_rect_and_prune():
-    W, D = random_keys(30, 10), random_keys(30, 10, seed=1)
-    kept = E.rect(W, D, .3)
-    assert 85 <= (kept != 0).sum() <= 95 and (D/W).abs()[kept != 0].min() >= (D/W).abs()[kept == 0].max()
-    top = torch.linalg.matrix_norm(W, 2)
-    assert torch.allclose(E.prune(W, D*1e-3), D*1e-3, atol=1e-12)
-    assert top < torch.linalg.matrix_norm(E.prune(W, D*50), 2) < torch.linalg.matrix_norm(D*50, 2)
-
-def test_prune_with_the_smooth_base_compresses_whatever_the_size():
-    W, D = (
-        torch.diag(torch.tensor([0.5, 0.1], dtype=torch.float64)),
-        torch.diag(torch.tensor([1.0, 0.2], dtype=torch.float64)),
-    )
-    assert torch.allclose(E.prune(W, D), D)  # .5 lies below 1/ln 1.2: the paper's base compresses nothing
-    assert torch.allclose(
-        torch.linalg.svdvals(E.prune(W, D, None)), torch.tensor([0.5 + 0.5 * np.log(2), 0.2], dtype=torch.float64)
-    )
-
 def test_names_are_read_without_facts():
     es = [
         E.Edit("Ann", "Ann sings:", "alto", "bass", neighbours=[("Ann lives in:", "Bonn")]),
@@ -172,7 +154,7 @@ def test_only_the_named_weights_change(model, tok, facts):
 def test_editing_nothing_changes_nothing(model, tok, facts):
     "A request that is fulfilled from the start (its loss is below `stop`) has z = h, and no method moves a weight."
     mem, es = E.remember(model, tok, facts.corpus()[:3], (0, 1)), facts.edits([7, 33], 0)
-    for method in ("rome", "memit", "memit-seq", "rect", "alphaedit"):
+    for method in ("rome", "memit", "memit-seq", "alphaedit"):
         m = copy.deepcopy(model)
         E.edit(m, tok, es, method, memory=mem, stop=1e9)
         assert all(torch.allclose(a, b, atol=1e-12, rtol=0) for a, b in zip(m.parameters(), model.parameters())), method
@@ -392,10 +374,7 @@ def test_bad_requests(model, tok, bad, kw, match):
         E.edit(model, tok, bad, **kw)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters()))
 
-def test_the_old_name_of_the_loss_and_no_other():
-    assert E.__getattr__("answer_loss") is E.rehearsal_loss
-    with pytest.raises(AttributeError, match="answer_los'"):
-        getattr(E, "answer_los") # noqa: B009
+def test_the_old_name_of_the_loss(): assert E.answer_loss is E.rehearsal_loss
 
 def test_bad_memory_and_world(facts):
     with pytest.raises(ValueError, match="empty"):
@@ -420,3 +399,63 @@ def test_bad_memory_and_world(facts):
 def test_a_subject_is_found_as_the_whole_name(text, subject, at):
     from recbook.answers import place_in
     assert place_in(text, subject) == at
+
+
+# --- On a real model -----------------------------------------------------------------------------
+
+@pytest.fixture
+def llama(tok):
+    "Two layers, random weights, the shape of a hub's Llama: a head of its own, grouped queries, no padding."
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(1)
+    heads = dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)
+    c = LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=96, **heads, **mark_ids(tok))
+    return LlamaForCausalLM(c).double().eval()
+
+def test_countries_are_the_statements_of_knowedit(monkeypatch):
+    same = dict(prompt="The name of the country of citizenship of Ann is", ground_truth="Peru")
+    same = dict(Relation_Specificity=[same])
+    more = dict(Relation_Specificity=[dict(prompt="The gender of Bob is", ground_truth="male")])
+    home = "The name of the country which {} is associated with is"
+    rows = [dict(subject="Ann", prompt="The gender of Ann is", ground_truth="female", locality=same)]
+    rows += [dict(subject="Bob", prompt=home.format("Bob"), ground_truth=c, locality=more) for c in ("Mali", "x")]
+    rows += [dict(subject="Eve", prompt=home.format("Eva"), ground_truth="Cuba", locality={})]
+    rows += [dict(subject="E"*41, prompt=home.format("E"*41), ground_truth="Cuba", locality={})]
+    monkeypatch.setattr(E, "knowedit", lambda name: rows)
+    assert E.countries()[["subject", "answer"]].to_numpy().tolist() == [["Ann", "Peru"], ["Bob", "Mali"]]
+
+def test_what_is_known_is_what_greedy_decoding_writes(llama, tok):
+    t = pd.DataFrame(dict(subject=["Quiet Elf", "Grim Clue", "Calm Fox"], prompt="", answer=["Acme", "oak", "Riga"]))
+    ids = encode(tok, [s + " is from the country of" for s in t.subject])
+    with torch.no_grad():
+        said = [llama(input_ids=x[m.bool()][None]).logits[0, -1].argmax().item() for x, m in zip(*ids.values())]
+    t.loc[1, "answer"] = tok.decode([said[1]]).strip() or "oak"
+    got = E.known_countries(llama, tok, t)
+    want = [tok(" "+a, add_special_tokens=False).input_ids == [y] for a, y in zip(t.answer, said)]
+    assert got.subject.tolist() == t.subject[want].tolist()
+
+def test_values_found_before_are_those_found_inside(llama, tok, facts):
+    es, how = facts.edits([7, 33, 90], 0), dict(site="subject_last", steps=5)
+    mem = E.remember(llama, tok, facts.corpus()[:60], (0, 1), threshold=.1)
+    for method, n in (("memit", 3), ("alphaedit", 3), ("rome", 1)):
+        a, b = copy.deepcopy(llama), copy.deepcopy(llama)
+        z = E.compute_z(a, tok, es[:n], 1, **how)
+        E.edit(a, tok, es[:n], method, memory=mem, lam=1., **how)
+        E.edit(b, tok, es[:n], method, memory=mem, lam=1., **how, z=z)
+        assert all(torch.allclose(p, q, atol=1e-12) for p, q in zip(a.parameters(), b.parameters())), method
+        assert not torch.equal(b.model.layers[1].mlp.down_proj.weight, llama.model.layers[1].mlp.down_proj.weight)
+    with pytest.raises(ValueError, match="z has 2 rows for 3 requests"):
+        E.edit(llama, tok, es, "memit", memory=mem, z=z.expand(2, -1))
+
+def test_rome_takes_each_request_with_its_own_value(llama, tok, facts):
+    es = facts.edits([7, 90], 0)
+    z = E.compute_z(llama, tok, es, 1, steps=5)
+    mem = E.remember(llama, tok, facts.corpus()[:60], (1,))
+    E.edit(llama, tok, es, "rome", layers=(1,), memory=mem, z=z)
+    at = E.read_at(llama, tok, E.sites(tok, es), llama.model.layers[1])
+    assert torch.allclose(at[1], z[1], atol=1e-8) # the last one is exact
+
+def test_a_memory_of_kept_moments_is_that_of_the_texts(llama, tok, facts):
+    a = E.remember(llama, tok, facts.corpus()[:60], (0, 1), threshold=1e-2)
+    b = E.fresh_memory(E.remember(llama, tok, facts.corpus()[:60], (0, 1), threshold=None).C, 1e-2)
+    assert all(torch.equal(x[l], y[l]) for x, y in zip(a, b) for l in (0, 1))

@@ -8,7 +8,7 @@ import copy, json, warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from statistics import harmonic_mean
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -28,15 +28,16 @@ from ..world import CUES, World
 
 # %% auto #0
 __all__ = ['LINES', 'PAIRS', 'RELATIONS', 'ONE_HOP', 'TWO_HOP', 'ASKED', 'OPTIONS', 'Targets', 'METHODS', 'FRAME', 'KINDS',
-           'LEVELS', 'say', 'Facts', 'fact_lm', 'Edit', 'refuse', 'check_request', 'check_requests', 'questions',
-           'evaluate_edits', 'subject_noise', 'restored', 'answer_probability', 'places_of', 'effect_table',
-           'causal_trace', 'spaced', 'sites', 'read_at', 'mean_keys', 'check_number', 'options_of', 'contexts',
-           'targets', 'site_of', 'z_loss', 'single', 'within', 'shifted_logits', 'at_site', 'compute_z', 'rome_update',
-           'memit_update', 'null_space', 'alphaedit_update', 'rect', 'prune', 'fit_weight', 'Memory', 'remember',
-           'firm', 'check_memory', 'check_layers', 'change', 'write', 'edit', 'zsre_edits', 'zsre_edit', 'known_texts',
-           'name_texts', 'lte_prompt', 'descriptor', 'EditMemory', 'Level', 'some_object', 'context_of', 'scope_of',
-           'outside_of', 'free_form', 'grid_of', 'lookalikes', 'invented_items', 'alignment_rows', 'lessons',
-           'in_order', 'study', 'learn_to_edit']
+           'LEVELS', 'answer_loss', 'say', 'Facts', 'fact_lm', 'Edit', 'refuse', 'check_request', 'check_requests',
+           'questions', 'evaluate_edits', 'subject_noise', 'restored', 'answer_probability', 'places_of',
+           'effect_table', 'causal_trace', 'spaced', 'sites', 'read_at', 'mean_keys', 'check_number', 'options_of',
+           'contexts', 'targets', 'site_of', 'z_loss', 'single', 'within', 'shifted_logits', 'at_site', 'compute_z',
+           'rome_update', 'memit_update', 'null_space', 'alphaedit_update', 'fit_weight', 'Memory', 'remember',
+           'fresh_memory', 'firm', 'check_memory', 'check_layers', 'change', 'turns', 'write', 'edit', 'knowedit',
+           'zsre_edits', 'zsre_edit', 'known_texts', 'name_texts', 'lte_prompt', 'descriptor', 'EditMemory', 'Level',
+           'some_object', 'context_of', 'scope_of', 'outside_of', 'free_form', 'grid_of', 'lookalikes',
+           'invented_items', 'alignment_rows', 'lessons', 'in_order', 'study', 'learn_to_edit', 'countries',
+           'known_countries']
 
 # %% ../../nbs/trust/03_editing.ipynb #571108b8
 LINES = """brand label Acme Bolt Corvo Delta Ember Fable Gusto Halo Isar Juno Kite Lumen Mira Nova Orbit Pico
@@ -105,8 +106,7 @@ def corpus(self:Facts) -> list[str]:
     return [out[k] for k in np.random.default_rng(self.seed).permutation(len(out))]
 
 # %% ../../nbs/trust/03_editing.ipynb #092bf80f
-def fact_lm(
-    docs:Sequence[str], steps=800, width=1024, seed=0, weight=50.): # weight: of the token behind a colon
+def fact_lm(docs:Sequence[str], steps=800, width=1024, seed=0, weight=50.): # weight: of the token behind a colon
     "A small Llama that has read `docs`, and its tokenizer; from the cache."
     def build(tok):
         m, mark = blank_causal(tok, 96, 3, width, 256), colon(tok)
@@ -144,7 +144,7 @@ def check_request(r, k=0):
 # %% ../../nbs/trust/03_editing.ipynb #36c4b5e1
 def check_requests(requests):
     "Requests as `Edit`s, one answer a prompt."
-    refuse(not len(requests), "no requests: nothing to edit")
+    refuse(not requests, "no requests: nothing to edit")
     out, told = [r if isinstance(r, Edit) else Edit(**r) for r in requests], {}
     for k, r in enumerate(out):
         check_request(r, k)
@@ -183,8 +183,7 @@ def questions(edits):
     return pd.DataFrame(rows, columns=["kind", "prompt", "good", "bad"])
 
 # %% ../../nbs/trust/03_editing.ipynb #db00e0c6
-def evaluate_edits(
-    model, tok, edits:Sequence[Edit], reads:Callable=list): # reads: prompts -> what the model is shown
+def evaluate_edits(model, tok, edits:Sequence[Edit], reads:Callable=list): # reads: prompts -> what the model is shown
     "Efficacy, generalisation, specificity (`_argmax`: strict), their harmonic mean `score`, portability (strict)."
     q = questions(edits)
     lp, hit = answer_scores(model, tok, reads(q.prompt.tolist())*2, [*q.good, *q.bad])
@@ -232,8 +231,7 @@ def effect_table(tok, ids, where, effect): # effect: layers x tokens
     return t.reset_index(names="position").melt(["position", "token", "place"], var_name="layer", value_name="effect")
 
 # %% ../../nbs/trust/03_editing.ipynb #bceba4c7
-def causal_trace(
-    model, tok, prompt:str, subject:str, answer:str,
+def causal_trace(model, tok, prompt:str, subject:str, answer:str,
     module:str="model.layers.{}", # whose output is restored; "model.layers.{}.mlp" or "...self_attn" for one part
     window:int=1, samples:int=10): # layers restored together, around the one named; draws of the noise
     "How much of the answer's probability one clean state brings back (ROME, 2.1): see `effect_table`."
@@ -278,13 +276,14 @@ OPTIONS = dict(
     lr=.5, steps=25, stop=.05, # a request whose loss is below `stop` is done
     kl=.0625, kl_prompt="{} is a", decay=.5, # weights of the divergence on that prompt and of |delta|/|h|^2
     clamp=.75, # |delta| <= clamp |h|
-    lam=15000., mu=1., share=.4, ft={}, # of MEMIT and its kin, AlphaEdit, RECT; steps, lr, clamp of `fit_weight`
+    z=None, # (n, d) values that were found before; else `compute_z` finds them
+    lam=15000., mu=1., ft={}, # of MEMIT and its kin, of AlphaEdit; steps, lr, clamp of `fit_weight`
 )
 
 # %% ../../nbs/trust/03_editing.ipynb #017503d0
 def check_number(name, v):
     "Refuse numbers that turn an equation into something else."
-    positive = name in ("lam", "mu", "steps", "share")
+    positive = name in ("lam", "mu", "steps")
     low = isinstance(v, (int, float)) and not (0 <= v < np.inf and (v or not positive))
     refuse(low, f"{name}={v}: must be {'positive' if positive else 'at least 0'}")
 
@@ -296,7 +295,6 @@ def options_of(given):
         refuse(odd, f"{what}unknown keyword {odd[:1]}; known are {sorted(may)}")
     for k, v in (given | ft).items():
         check_number(k, v)
-    refuse(given.get("share", 1) > 1, f"share={given.get('share')}: must not be above 1")
     refuse(site not in ("last", "subject_last"), f"site={site!r}: 'last' or 'subject_last'")
     return SimpleNamespace(**(OPTIONS | given))
 
@@ -353,8 +351,7 @@ def at_site(model, block, t):
     return h, shifted_logits(model, block, t, torch.zeros_like(h))
 
 # %% ../../nbs/trust/03_editing.ipynb #75907139
-def compute_z(
-    model, tok, requests:Sequence[Edit],
+def compute_z(model, tok, requests:Sequence[Edit],
     layer:int, module:str="model.layers.{}", # the last edited layer; the layers whose output is z
     **options) -> Tensor: # (n, d); options: of `OPTIONS`
     "The state at the site that makes the model say the new answer, for all requests at once (ROME, 4; MEMIT, 16)."
@@ -369,16 +366,14 @@ def compute_z(
     return (h + delta).detach()
 
 # %% ../../nbs/trust/03_editing.ipynb #a93b033b
-def rome_update(
-    W:Tensor, k:Tensor, v:Tensor, # (d, d_ff), (d_ff,) the key and (d,) the value it shall get
+def rome_update(W:Tensor, k:Tensor, v:Tensor, # (d, d_ff), (d_ff,) the key and (d,) the value it shall get
     C:Tensor) -> Tensor: # (d_ff, d_ff) mean of k k^T over generic text; (d, d_ff)
     "The change of smallest C-norm that writes one key exactly (ROME, eq. 2)."
     u = torch.linalg.solve(C, k)
     return torch.outer(v - W @ k, u)/(u @ k)
 
 # %% ../../nbs/trust/03_editing.ipynb #dc3a43b5
-def memit_update(
-    R:Tensor, K:Tensor, # (d, n) residuals, (d_ff, n) keys of the new facts
+def memit_update(R:Tensor, K:Tensor, # (d, n) residuals, (d_ff, n) keys of the new facts
     C:Tensor, lam:float=15000., # (d_ff, d_ff) mean of k k^T over generic text; weighed against the sum K K^T
     Kp:Tensor|None=None) -> Tensor: # (d_ff, d_ff) sum of k k^T over earlier edits, for MEMIT-seq; (d, d_ff)
     "Ridge regression of the residuals on the keys (MEMIT, eq. 14)."
@@ -386,8 +381,7 @@ def memit_update(
     return torch.linalg.solve(A, K @ R.T).T
 
 # %% ../../nbs/trust/03_editing.ipynb #095d9825
-def null_space(
-    KK:Tensor, # (d_ff, d_ff) sum (or mean) of k k^T over preserved keys
+def null_space(KK:Tensor, # (d_ff, d_ff) sum (or mean) of k k^T over preserved keys
     threshold:float=1e-4) -> Tensor: # singular values below this share of the largest are zero; (d_ff, d_ff)
     "Projection onto the directions preserved keys do not use (AlphaEdit, section 3.2; a relative threshold is ours)."
     lam, U = torch.linalg.eigh(KK)
@@ -395,32 +389,15 @@ def null_space(
     return U @ U.T
 
 # %% ../../nbs/trust/03_editing.ipynb #f8d81b84
-def alphaedit_update(
-    R:Tensor, K:Tensor, # (d, n), (d_ff, n) as in `memit_update`
+def alphaedit_update(R:Tensor, K:Tensor, # (d, n), (d_ff, n) as in `memit_update`
     P:Tensor, Kp=0., # (d_ff, d_ff) each: from `null_space`; sum of k k^T over earlier edits
     mu:float=1.) -> Tensor: # weight of |Delta|^2; (d, d_ff)
     "The least squares write within the null space of the preserved keys (AlphaEdit, eq. 14)."
     A = P @ (K @ K.T + Kp) + mu*torch.eye(len(P)).to(P)
     return torch.linalg.solve(A, P @ K @ R.T).T
 
-# %% ../../nbs/trust/03_editing.ipynb #a812a532
-def rect(W:Tensor, D:Tensor, share:float=.4) -> Tensor: # weight, its change; share of the entries
-    "RECT: keep only the largest relative changes."
-    rel = D.abs()/W.abs().clamp(min=1e-12)
-    return D*(rel >= rel.flatten().kthvalue(max(1, int((1-share)*rel.numel()))).values)
-
-# %% ../../nbs/trust/03_editing.ipynb #3c9c6664
-def prune(W:Tensor, D:Tensor, base:float|None=1.2) -> Tensor: # weight, its total change; None: slope 1 from the start
-    "PRUNE: singular values of the total change above the largest one of the weight grow only with their logarithm."
-    U, s, V = torch.linalg.svd(D, full_matrices=False)
-    top = torch.linalg.matrix_norm(W, 2)
-    base = base or np.exp(1/top.item())
-    small = torch.where(s > top, (torch.log(s.clamp(min=1e-12)) - torch.log(top))/np.log(base) + top, s)
-    return U*torch.minimum(s, small) @ V
-
 # %% ../../nbs/trust/03_editing.ipynb #72a480c7
-def fit_weight(
-    model, tok, requests:Sequence[Edit], W:Tensor, # the weight that may move
+def fit_weight(model, tok, requests:Sequence[Edit], W:Tensor, # the weight that may move
     steps:int=20, lr:float=1e-3, clamp:float|None=None): # clamp: largest change of an entry, FT with norm constraint
     "Plain gradient descent on the new answers (the papers' FT)."
     x, labels = labelled(tok, [r.prompt for r in requests], [" "+r.new for r in requests])
@@ -444,7 +421,10 @@ def remember(
     threshold:float|None=1e-4) -> Memory: # of `null_space`; None: no direction is taken away, P = I
     "Second moments of all tokens' keys and their null space, in float64."
     refuse(not len(preserve), "preserve is empty: give texts whose answers must stay")
-    C = {l: key_moments(model, tok, preserve, module_at(model, module, l)) for l in layers}
+    return fresh_memory({l: key_moments(model, tok, preserve, module_at(model, module, l)) for l in layers}, threshold)
+
+def fresh_memory(C, threshold):
+    "A memory of no edits yet from C, layer -> mean of k k^T over preserved keys."
     P = {l: torch.eye(len(c)).to(c) if threshold is None else null_space(c, threshold) for l, c in C.items()}
     return Memory(C, P, {l: torch.zeros_like(c) for l, c in C.items()})
 
@@ -485,17 +465,21 @@ def change(method, W, R, K, known, o):
         return rome_update(W, K[:, 0], W @ K[:, 0] + R[:, 0], C)
     if method == "alphaedit":
         return alphaedit_update(R, K, P, Kp, o.mu)
-    D = memit_update(R, K, C, o.lam, Kp if method == "memit-seq" else None)
-    return rect(W, D, o.share) if method == "rect" else D
+    return memit_update(R, K, C, o.lam, Kp if method == "memit-seq" else None)
 
 # %% ../../nbs/trust/03_editing.ipynb #218e84f0
+def turns(requests, z, n):
+    "n requests at a time, each with its values, if these are given."
+    refuse(z is not None and len(z) != len(requests), f"z has {0 if z is None else len(z)} rows for {len(requests)} requests")
+    return [(requests[k:k+n], None if z is None else z[k:k+n]) for k in range(0, len(requests), n)]
+
 @torch.no_grad()
 def write(model, tok, requests, method, W, memory, module, o):
     "One closed-form write, spread over the layers of W; returns the memory with its keys added."
     layers, blocks, Kp = list(W), module.split("{}")[0] + "{}", dict(memory.Kp)
     top, places = module_at(model, blocks, layers[-1]), sites(tok, requests, o.site)
     with torch.enable_grad():
-        Z = compute_z(model, tok, requests, layers[-1], blocks, **vars(o))
+        Z = compute_z(model, tok, requests, layers[-1], blocks, **vars(o)) if o.z is None else o.z
     for i, l in enumerate(layers):
         K = mean_keys(model, tok, requests, module_at(model, module, l), o.site, o.prefixes)
         R = (Z - read_at(model, tok, places, top)).double().T/(len(layers) - i)
@@ -505,10 +489,9 @@ def write(model, tok, requests, method, W, memory, module, o):
     return memory._replace(Kp=Kp)
 
 # %% ../../nbs/trust/03_editing.ipynb #ea319023
-METHODS = ["ft", "ft-clamp", "rome", "memit", "memit-seq", "rect", "alphaedit"]
+METHODS = ["ft", "ft-clamp", "rome", "memit", "memit-seq", "alphaedit"]
 
-def edit(
-    model:PreTrainedModel, tok:PreTrainedTokenizerBase, # changed in place
+def edit(model:PreTrainedModel, tok:PreTrainedTokenizerBase, # changed in place
     requests:Sequence[Edit|dict], method:str="alphaedit", # dicts need subject, prompt, new; one of METHODS
     layers:Sequence[int]=(0, 1), # what `causal_trace` finds; ft and rome take the last one
     module:str="model.layers.{}.mlp.down_proj", # e.g. "transformer.h.{}.mlp.c_proj"
@@ -524,15 +507,19 @@ def edit(
             fit_weight(model, tok, requests, W[layers[0]], **(dict(clamp=.02 if method == "ft-clamp" else None) | o.ft))
             return memory
         memory = check_memory(memory or remember(model, tok, preserve, layers, module), layers, method)
-        for some in [[r] for r in requests] if method == "rome" else [requests]:
-            memory = write(model, tok, some, method, W, memory, module, o)
+        for some, z in turns(requests, o.z, 1 if method == "rome" else len(requests)):
+            memory = write(model, tok, some, method, W, memory, module, SimpleNamespace(**vars(o) | dict(z=z)))
     return memory
 
 # %% ../../nbs/trust/03_editing.ipynb #d66efff9
+def knowedit(name:str) -> list[dict]: # file of KnowEdit
+    "Its records."
+    return json.loads(fetch("knowedit", [name])[name].read_text(encoding="utf-8"))
+
 def zsre_edits(n:int=600, longest:int=14) -> list[Edit]: # n records; longest: characters of an answer
     "Records of ZsRE (KnowEdit's test file) with short answers whose subject stands in both questions, in their order."
-    name, out = "ZsRE/ZsRE-test-all.json", {}
-    for x in json.loads(fetch("knowedit", [name])[name].read_text(encoding="utf-8")):
+    out = {}
+    for x in knowedit("ZsRE/ZsRE-test-all.json"):
         s, old, new = x["subject"], x["ground_truth"][0], x["target_new"]
         if s in x["prompt"] and s in x["rephrase_prompt"] and old != new and max(len(old), len(new)) <= longest:
             out.setdefault(s, zsre_edit(x, longest))
@@ -680,8 +667,7 @@ def invented_items(facts):
     return sorted({f"{a} {b}" for a in moods for b in genres} - set(facts.subjects))
 
 # %% ../../nbs/trust/03_editing.ipynb #89b2e23a
-def alignment_rows(
-    facts:Facts, subjects:Sequence[str], # whose facts are edited; keep those of the test out
+def alignment_rows(facts:Facts, subjects:Sequence[str], # whose facts are edited; keep those of the test out
     n_edits:int=2000, level:Level|None=None, # LTE's own if None
     kinds:Sequence[str]=KINDS, seed:int=0) -> pd.DataFrame: # kind, prompt, answer
     "LTE's parallel data: {with, without edit} x {in scope, out of scope, free form (for every fifth edit)}."
@@ -719,8 +705,7 @@ def study(model, tok, rows, steps):
     return rows.groupby(["step", "level", "kind"], as_index=False).accuracy.mean()
 
 # %% ../../nbs/trust/03_editing.ipynb #e320c91f
-def learn_to_edit(
-    model, tok, facts:Facts, subjects:Sequence[str], # whose facts the training edits
+def learn_to_edit(model, tok, facts:Facts, subjects:Sequence[str], # whose facts the training edits
     levels:Sequence[Level]=LEVELS, kinds:Sequence[str]=KINDS, steps:int=600, # of 128 rows
     seed:int=0): # -> a model, and how it went, see `study`
     "LTE's alignment phase: a copy of `model`, fine-tuned on the answers alone, easy rows first; from the cache."
@@ -735,9 +720,20 @@ def learn_to_edit(
     home = cached("lte", facts.corpus(), known | dict(steps=steps, seed=seed), build)
     return load_lm(home)[0], pd.read_json(home/"curriculum.json")
 
-# %% ../../nbs/trust/03_editing.ipynb #862af8eb
-def __getattr__(name):
-    "`answer_loss` was the name of `rehearsal_loss`."
-    if name == "answer_loss":
-        return rehearsal_loss
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+answer_loss = rehearsal_loss # its name of old
+
+# %% ../../nbs/trust/03_editing.ipynb #4309adf7
+def countries(longest:int=40) -> pd.DataFrame: # subject, prompt, answer; longest: characters of a subject
+    "What KnowEdit's counterfact records say of countries, before any edit; a row a subject."
+    rows = []
+    for x in knowedit("wiki_counterfact/train_cf.json"):
+        asked = [x, *x["locality"].get("Relation_Specificity", [])]
+        rows += [(x["subject"], q["prompt"], q["ground_truth"]) for q in asked if "the country" in q["prompt"]]
+    t = pd.DataFrame(rows, columns=["subject", "prompt", "answer"]).drop_duplicates("subject")
+    return t[[len(s) <= longest and s in p for s, p in zip(t.subject, t.prompt)]]
+
+# %% ../../nbs/trust/03_editing.ipynb #630f56cc
+def known_countries(model, tok, t) -> pd.DataFrame: # t: of `countries`; with a column `ask`
+    "Those countries that greedy decoding writes."
+    t = t.assign(ask=t.subject + " is from the country of")
+    return t[answer_scores(model, tok, t.ask.tolist(), t.answer.tolist(), 32)[1].numpy()]
