@@ -7,7 +7,7 @@ __all__ = ['PARTS', 'OPENING', 'MIME', 'PARSING', 'COUNTS', 'page', 'coin_page',
            'is_checkout', 'home', 'Chapter', 'chapters', 'unknown', 'pick', 'value', 'setting', 'reading', 'profiles',
            'check_sections', 'source', 'read_notebook', 'syntax', 'Code', 'declared', 'portable', 'span', 'wanted',
            'read_toml', 'read_papers', 'leaves', 'check_datasets', 'parameters', 'check_value', 'plan', 'pairs', 'walk',
-           'finite', 'write_text', 'write_json']
+           'finite', 'write_text', 'write_json', 'read_json']
 
 # %% ../nbs/workshop/01_book.ipynb #353ce8e1
 import ast, configparser, difflib, json, math, os, re, sys, tempfile, threading
@@ -550,3 +550,14 @@ def write_json(
     return write_text(
         path, json.dumps(walk(obj, finite), indent=1, ensure_ascii=False, allow_nan=False, default=str) + "\n"
     )
+
+# %% ../nbs/workshop/01_book.ipynb #6c3fb758
+def read_json(
+    path:Path # a file, maybe absent or broken
+) -> dict: # its content, or {}
+    "`data.read_json`, without importing pandas when you type `recbook list`."
+    try:
+        d = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return d if isinstance(d, dict) else {}

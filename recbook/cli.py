@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.syntax import Syntax
 from rich.table import Table
-from .data import read_json
+from .book import read_json
 from .book import OPENING, UsageError, chapters, home, is_checkout, pairs, pick, profiles, read_papers
 from .book import reading, unknown
 from .publish import complaints, prepare, render

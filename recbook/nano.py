@@ -134,7 +134,7 @@ def look_back(model, steps=(1, 2), parts=6, a=6.):
 # %% ../nbs/foundations/22_nano.ipynb #211fea03
 MODELS = {
     "nano": dict(kind="causal", hidden_size=192, n_layers=5, intermediate_size=448, steps=2900),
-    "nano-128": dict(kind="causal", hidden_size=128, n_layers=4, intermediate_size=320, steps=3000),
+    "nano-128": dict(kind="causal", hidden_size=128, n_layers=4, intermediate_size=320, steps=2200),
     "nano-64": dict(kind="causal", hidden_size=64, n_layers=4, intermediate_size=160, steps=5000),
     "nano-mlm": dict(kind="masked", hidden_size=160, n_layers=5, intermediate_size=384, steps=1400),
 }

@@ -15,8 +15,8 @@ from datetime import datetime, timezone
 from functools import lru_cache
 from importlib import metadata, util
 from pathlib import Path
+from .book import read_json
 from .book import MIME, PARSING, Chapter, UsageError, declared, finite, home, read_notebook, source, walk
-from .data import at_hand, read_json
 
 # %% ../nbs/workshop/02_records.ipynb #070c9613
 def harvest(
@@ -247,6 +247,7 @@ def origin(
     name:str # hub name or folder
     ) -> dict: # name, weights (start of their sha256, if they lie at hand), note (what an ORIGIN file beside them says)
     "What a record says of a language model that somebody else trained."
+    from recbook.data import at_hand
     place = Path(at_hand(name))
     files, note = sorted(place.glob("*.safetensors")), place/"ORIGIN"
     h = hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files)).hexdigest()[:12]

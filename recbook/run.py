@@ -19,8 +19,8 @@ from pathlib import Path
 from textwrap import shorten
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from .book import read_json
 from .book import OPENING, Chapter, UsageError, declared, home, is_checkout, pairs, plan
-from .data import read_json
 from .book import read_notebook, read_papers, source, value, walk, write_json, write_text
 from recbook.records import (
     VERDICTS, Result, claims_of, commit, header, on_the_model, outcome, true_device, unchanged, uninjected

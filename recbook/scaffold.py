@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 import nbformat
 from .claims import COLORS, results
-from .data import read_json
+from .book import read_json
 from .book import PARTS, UsageError, chapters, home, is_checkout, read_papers, unknown, write_text
 from .publish import bibliography
 if sys.version_info >= (3, 11):

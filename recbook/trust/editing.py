@@ -470,7 +470,8 @@ def change(method, W, R, K, known, o):
 # %% ../../nbs/trust/03_editing.ipynb #218e84f0
 def turns(requests, z, n):
     "n requests at a time, each with its values, if these are given."
-    refuse(z is not None and len(z) != len(requests), f"z has {0 if z is None else len(z)} rows for {len(requests)} requests")
+    rows = len(requests) if z is None else len(z)
+    refuse(rows != len(requests), f"z has {rows} rows for {len(requests)} requests")
     return [(requests[k:k+n], None if z is None else z[k:k+n]) for k in range(0, len(requests), n)]
 
 @torch.no_grad()
