@@ -447,7 +447,7 @@ def click_prompts(
 # %% ../nbs/foundations/14_finetune.ipynb #fb488db0
 def history_prompts(
     ratings, titles, # as for `click_prompts`
-    k=3, each=16, history=.25, **how): # titles in a profile; ratings of a user, who else is left out; of `click_prompts`
+    k=3, each=16, history=.25, **how): # titles in a profile; ratings of a user (fewer: left out); of `click_prompts`
     "Yes/no prompts with titles that the user liked before."
     df = ratings[ratings.groupby("user").item.transform("size") >= each].groupby("user").head(each)
     return click_prompts(df, titles, [[f'"{t}"'] for t in titles], k, history, **how)
