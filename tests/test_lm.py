@@ -2,6 +2,7 @@
 import json, os, subprocess, sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
+from recbook.training import CostMeter
 from recbook import lm as L
 from recbook.world import CUES, World
 
@@ -236,7 +237,7 @@ def test_text_vectors_of_a_sentence_encoder():
 
 def test_cost_meter(tiny):
     m, tok = tiny
-    with L.CostMeter(m) as c:
+    with CostMeter(m) as c:
         L.answer_logits(m, tok, PROMPTS, [" yes"], batch_size=1)
     assert c.passes == 2 and c.tokens == sum(len(tok(p).input_ids) for p in PROMPTS)
     assert c.total == c.trainable == m.num_parameters() and c.wall > 0
