@@ -297,11 +297,12 @@ class Fixed(nn.Module):
 # %% ../nbs/foundations/14_finetune.ipynb #125fbe47
 class RowStates(nn.Module):
     "What a frozen body makes of rows padded on the left: computed once, looked up from then on."
-    def __init__(self, body, fill, batch_size=64): # causal; id that fills rows up
+    def __init__(self, body, fill, own=0, batch_size=64): # causal; id that fills rows up; how many begin a text
         super().__init__()
-        self.body, self.fill, self.batch_size, self.known = body.eval(), fill, batch_size, {}
+        self.body, self.fill, self.own, self.batch_size, self.known = body.eval(), fill, own, batch_size, {}
     def forward(self, ids): # (n, length) -> (n, length, d) float32
-        rows = [tuple(r[(r != self.fill).cumsum(0) > 0].tolist()) for r in ids]
+        starts = (ids != self.fill).int().argmax(1).sub(self.own).clamp(min=0).tolist()
+        rows = [tuple(r[k:].tolist()) for r, k in zip(ids, starts)]
         new = sorted({r for r in rows if r not in self.known}, key=len)
         for k in range(0, len(new), self.batch_size):
             self.learn(new[k:k+self.batch_size], ids.device)
@@ -328,7 +329,8 @@ def upper_layers(
     body, top = copy.deepcopy(parts).to(dtype), copy.deepcopy(model).float()
     body.layers, body.norm, top.model.layers = body.layers[:depth-n], nn.Identity(), top.model.layers[depth-n:]
     fill = next(t for t in (tok.pad_token_id, tok.eos_token_id, 0) if t is not None)
-    top.model.embed_tokens, top.lm_head = Fixed(RowStates(body, fill)), Fixed(top.lm_head)
+    own = int(tok("a").input_ids[0] == fill) # the mark before a text may be the one that fills up
+    top.model.embed_tokens, top.lm_head = Fixed(RowStates(body, fill, own)), Fixed(top.lm_head)
     return top
 
 # %% ../nbs/foundations/14_finetune.ipynb #295f016f

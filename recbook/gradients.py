@@ -224,12 +224,14 @@ def definite(matvec, like, damping):
 
 # %% ../nbs/foundations/09_gradients.ipynb #e70a3c27
 def check_system(b, damping):
+    "Refuse a right-hand side that is not finite, and a negative damping."
     if not damping >= 0:
         raise ValueError(f"damping={damping}: must not be negative")
     if not torch.isfinite(b).all():
         raise ValueError("the right-hand side is not finite")
 
 def check_solution(product, x, rhs, tol, info):
+    "Refuse an answer that the solver did not reach, or that does not solve the system."
     if info > 0:
         raise RuntimeError(f"no solution to tol={tol:g} within {info} iterations: raise maxiter, tol or the damping")
     if (left := np.linalg.norm(product(x) - rhs)/np.linalg.norm(rhs)) > max(1e-2, 100*tol):

@@ -324,6 +324,7 @@ def reading_plan(wide, usual, size):
     return s
 
 def check_rate(lr):
+    "Refuse a learning rate that is no positive number."
     if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not 0 < lr < np.inf:
         raise ValueError(f"lr={lr!r}: must be a positive number")
 

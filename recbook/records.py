@@ -112,6 +112,7 @@ def commit(
 
 # %% ../nbs/workshop/02_records.ipynb #42912821
 def edited(status):
+    "Does git say that the tree differs from its commit?"
     return status.returncode != 0 or bool(status.stdout.strip())  # a tree that can't be looked at is not clean
 
 def _version(name):
@@ -240,7 +241,8 @@ def on_the_model(rec):
     if (lm := other_lm(rec["parameters"])) is None:
         return rec
     short = lm.rsplit("/", 1)[-1]
-    return rec | dict(claims=[c for c in rec["claims"] if short in str(c.get("dataset"))])
+    kept = [c for c in rec["claims"] if short in str(c.get("dataset"))]
+    return rec | dict(claims=kept, datasets=sorted({c["dataset"] for c in kept}))
 
 # %% ../nbs/workshop/02_records.ipynb #66f9c30e
 def origin(

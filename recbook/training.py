@@ -354,6 +354,7 @@ def removal_curve(
 
 # %% ../nbs/foundations/07_training.ipynb #8da897a6
 def check_removal(scores, ks):
+    "Refuse scores that are not finite, and numbers of rows that are no counts."
     if not np.isfinite(scores).all():
         raise ValueError(f"{(~np.isfinite(scores)).sum()} scores are not finite: they have no place in a ranking")
     if min(map(int, ks), default=0) < 1:

@@ -137,7 +137,7 @@ def test_half_precision_and_wrapped_models(tok, texts):
     E.edit(m, tok, ASKS, "memit", preserve=texts, module="base_model.model.model.layers.{}.mlp.down_proj", **FREE)
     assert (scores(m, tok) > before).all()
 
-@pytest.mark.parametrize("method", ["rome", "memit", "memit-seq"])
+@pytest.mark.parametrize("method", ["rome", "memit", "memit-seq", "rect"])
 def test_few_texts_get_a_ridge_and_a_word(method, tok, texts):
     where = dict(layers=(1,), module=MLP["gpt2"])
     def run(change):
@@ -181,6 +181,7 @@ E_BAD = [
     (dict(layers=()), "no layers"),
     (dict(lam=-1.0), "lam=-1"),
     (dict(mu=0.0), "mu=0"),
+    (dict(share=2.0), "share=2"),
     (dict(typo=3), "typo"),
     (dict(ft=dict(stepz=3)), "stepz"),
     (dict(steps=0), "steps=0"),

@@ -717,6 +717,16 @@ def test_the_last_layers_answer_as_the_whole_model_and_unlearn_like_any_other():
     with pytest.raises(ValueError, match="like a Llama"):
         upper_layers(tiny_model("gpt2", tok), tok, 1)
 
+def test_the_last_layers_keep_a_first_mark_that_also_pads():
+    tok = byte_tokenizer()
+    tok.pad_token = tok.bos_token # as where one mark begins, ends and fills up
+    assert tok("a").input_ids[0] == tok.pad_token_id
+    whole = tiny_model("llama", tok)
+    rows = pd.DataFrame(dict(prompt=["a?", "a much longer question?"], completion=[" yes", " no"]))
+    x = U.encode_prompts(tok, rows)
+    top = upper_layers(whole, tok, 1, torch.float32)
+    torch.testing.assert_close(U.predictions(top, x), U.predictions(whole, x), atol=1e-4, rtol=1e-4)
+
 def test_history_prompts_ask_users_with_enough_ratings_about_what_others_agree_on():
     rows = [(u, i, 5 if i < 4 else 1) for u in range(4) for i in range(8 if u else 3)]
     df = pd.DataFrame(rows, columns=["user", "item", "rating"])

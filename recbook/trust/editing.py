@@ -4,7 +4,7 @@
 
 # %% ../../nbs/trust/03_editing.ipynb #30730e70
 from __future__ import annotations
-import copy, json, warnings
+import copy, warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -18,92 +18,24 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..answers import accuracy, answer_nll, answer_scores, drift, hooked, key_moments, labelled, module_at
 from ..answers import next_logprobs, padded, passes, span_ids, span_of, token_columns, weight_of
-from ..datasets import fetch
 from ..decode import continuations, sample_prefixes
+from ..facts import ONE_HOP, RELATIONS, TWO_HOP, Facts, countries, known_countries, knowedit, say
 from ..finetune import answer_batches, rehearsal_loss, rehearse
 from ..lm import blank_causal, cached, colon, load_lm, next_token_loss, read, weights_mark
 from ..text import tfidf
 from ..training import eval_mode, minimise
-from ..world import CUES, World
+from ..world import CUES
 
 # %% auto #0
-__all__ = ['LINES', 'PAIRS', 'RELATIONS', 'ONE_HOP', 'TWO_HOP', 'ASKED', 'OPTIONS', 'Targets', 'METHODS', 'FRAME', 'KINDS',
-           'LEVELS', 'answer_loss', 'say', 'Facts', 'fact_lm', 'Edit', 'refuse', 'check_request', 'check_requests',
-           'questions', 'evaluate_edits', 'subject_noise', 'restored', 'answer_probability', 'places_of',
-           'effect_table', 'causal_trace', 'spaced', 'sites', 'read_at', 'mean_keys', 'check_number', 'options_of',
-           'contexts', 'targets', 'site_of', 'z_loss', 'single', 'within', 'shifted_logits', 'at_site', 'compute_z',
-           'rome_update', 'memit_update', 'null_space', 'alphaedit_update', 'fit_weight', 'Memory', 'remember',
-           'fresh_memory', 'firm', 'check_memory', 'check_layers', 'change', 'turns', 'write', 'edit', 'knowedit',
-           'zsre_edits', 'zsre_edit', 'known_texts', 'name_texts', 'lte_prompt', 'descriptor', 'EditMemory', 'Level',
-           'some_object', 'context_of', 'scope_of', 'outside_of', 'free_form', 'grid_of', 'lookalikes',
-           'invented_items', 'alignment_rows', 'lessons', 'in_order', 'study', 'learn_to_edit', 'countries',
-           'known_countries']
-
-# %% ../../nbs/trust/03_editing.ipynb #571108b8
-LINES = """brand label Acme Bolt Corvo Delta Ember Fable Gusto Halo Isar Juno Kite Lumen Mira Nova Orbit Pico
-country Norway Peru Kenya Japan Chile Egypt Italy India
-category shelf games music films books toys tools plants shoes bikes lamps rugs clocks cups pens maps bags
-floor attic hall cellar annex studio gallery garden lobby
-designer author Abel Berta Carlo Dora Emil Frida Gino Hanna Ivo Jana Karl Lena Milo Nora Otto Petra
-school Basel Delft Porto Lyon Turin Graz Leeds Malmo
-material fabric oak steel wool glass clay silk brass cork jute wax tin slate linen paper felt stone
-source forest mine farm river quarry kiln mill coast
-warehouse depot Lisbon Bremen Gdansk Rouen Split Tartu Varna Cadiz Genoa Malaga Bergen Aarhus Kotka Riga Bari Patras
-zone Red Blue Green Amber Pink Teal Gold Gray""".splitlines()
-PAIRS = [(a.split(), b.split()) for a, b in zip(LINES[::2], LINES[1::2])]
-RELATIONS = {r: (q, o, h, v) for (r, q, *o), (h, *v) in PAIRS} # synonym, 16 objects, what they belong to, its 8 values
-
-# %% ../../nbs/trust/03_editing.ipynb #2bdf03f7
-ONE_HOP = ["The {r} of {s}:", "{s} has the {q}:", "For {s} we note the {q}:"]
-ONE_HOP += ["Question: what is the {r} of {s}? Answer:"]
-TWO_HOP = ["The {h} of the {r} of {s}:", "Question: what is the {h} of the {r} of {s}? Answer:"]
-
-def say(template, s, r):
-    "A template about relation r of subject s."
-    return template.format(s=s, r=r, q=RELATIONS[r][0], h=RELATIONS[r][2])
-
-# %% ../../nbs/trust/03_editing.ipynb #f98bacc4
-class Facts:
-    "Planted facts: `table` (subject, relation, object, hop), a row a fact; `belongs`, relation -> object -> value."
-    def __init__(self, n_subjects:int=200, seed:int=0): # items of the World of that seed; each has five facts
-        w = World(seed, n_users=1, n_items=3*n_subjects+10, clicks_per_user=1)
-        self.seed, rng = seed, w.rng("facts")
-        self.subjects = list(dict.fromkeys(" ".join(t.split()[:2]) for t in w.items.title))[:n_subjects]
-        self.belongs = {r: dict(zip(o, rng.permutation(v*2).tolist())) for r, (_, o, _, v) in RELATIONS.items()}
-        rows = [(s, r, str(rng.choice(RELATIONS[r][1]))) for s in self.subjects for r in RELATIONS]
-        self.table = pd.DataFrame(rows, columns=["subject", "relation", "object"])
-        self.table["hop"] = [self.belongs[r][o] for _, r, o in rows]
-
-    def __len__(self): return len(self.table)
-
-# %% ../../nbs/trust/03_editing.ipynb #e85190e4
-@patch
-def ask(self:Facts, rows, template) -> list[str]:
-    "The prompts that `template` makes of facts."
-    t = self.table.iloc[list(rows)]
-    return [say(template, s, r) for s, r in zip(t.subject, t.relation)]
-
-# %% ../../nbs/trust/03_editing.ipynb #55e42ba3
-@patch
-def answers(self:Facts, rows, hop:bool=False) -> list[str]:
-    "The objects of facts, or what these belong to."
-    return self.table.iloc[list(rows)]["hop" if hop else "object"].tolist()
-
-# %% ../../nbs/trust/03_editing.ipynb #30597aac
-@patch
-def texts(self:Facts, rows, template) -> list[str]:
-    "Facts as sentences."
-    return [f"{p} {a}." for p, a in zip(self.ask(rows, template), self.answers(rows, template in TWO_HOP))]
-
-@patch
-def corpus(self:Facts) -> list[str]:
-    "All there is to read, shuffled: each fact in four wordings, its consequence in two, and what belongs to what."
-    out = [x for t in ONE_HOP + TWO_HOP for x in self.texts(range(len(self)), t)]
-    for r, (_, objects, h, _) in RELATIONS.items():
-        for o in objects:
-            out += [f"The {h} of the {r} {o}: {self.belongs[r][o]}.", f"{o} has the {h}: {self.belongs[r][o]}."]*4
-    out += ["Use what fits. [Updated Information]: 1. 2. 3. [Question]:"]*40 # the words of LTE's frame
-    return [out[k] for k in np.random.default_rng(self.seed).permutation(len(out))]
+__all__ = ['ASKED', 'OPTIONS', 'Targets', 'METHODS', 'FRAME', 'KINDS', 'LEVELS', 'answer_loss', 'fact_lm', 'Edit', 'refuse',
+           'check_request', 'check_requests', 'questions', 'evaluate_edits', 'subject_noise', 'restored',
+           'answer_probability', 'places_of', 'effect_table', 'causal_trace', 'spaced', 'sites', 'read_at', 'mean_keys',
+           'check_number', 'options_of', 'contexts', 'targets', 'site_of', 'z_loss', 'single', 'within',
+           'shifted_logits', 'at_site', 'compute_z', 'rome_update', 'memit_update', 'null_space', 'alphaedit_update',
+           'rect', 'prune', 'fit_weight', 'Memory', 'remember', 'fresh_memory', 'firm', 'check_memory', 'check_layers',
+           'change', 'turns', 'write', 'edit', 'zsre_edits', 'zsre_edit', 'known_texts', 'name_texts', 'lte_prompt',
+           'descriptor', 'EditMemory', 'Level', 'some_object', 'context_of', 'scope_of', 'outside_of', 'free_form',
+           'grid_of', 'lookalikes', 'invented_items', 'alignment_rows', 'lessons', 'in_order', 'study', 'learn_to_edit']
 
 # %% ../../nbs/trust/03_editing.ipynb #092bf80f
 def fact_lm(docs:Sequence[str], steps=800, width=1024, seed=0, weight=50.): # weight: of the token behind a colon
@@ -277,13 +209,13 @@ OPTIONS = dict(
     kl=.0625, kl_prompt="{} is a", decay=.5, # weights of the divergence on that prompt and of |delta|/|h|^2
     clamp=.75, # |delta| <= clamp |h|
     z=None, # (n, d) values that were found before; else `compute_z` finds them
-    lam=15000., mu=1., ft={}, # of MEMIT and its kin, of AlphaEdit; steps, lr, clamp of `fit_weight`
+    lam=15000., mu=1., share=.4, ft={}, # of MEMIT and its kin, AlphaEdit, RECT; steps, lr, clamp of `fit_weight`
 )
 
 # %% ../../nbs/trust/03_editing.ipynb #017503d0
 def check_number(name, v):
     "Refuse numbers that turn an equation into something else."
-    positive = name in ("lam", "mu", "steps")
+    positive = name in ("lam", "mu", "steps", "share")
     low = isinstance(v, (int, float)) and not (0 <= v < np.inf and (v or not positive))
     refuse(low, f"{name}={v}: must be {'positive' if positive else 'at least 0'}")
 
@@ -295,6 +227,7 @@ def options_of(given):
         refuse(odd, f"{what}unknown keyword {odd[:1]}; known are {sorted(may)}")
     for k, v in (given | ft).items():
         check_number(k, v)
+    refuse(given.get("share", 1) > 1, f"share={given.get('share')}: must not be above 1")
     refuse(site not in ("last", "subject_last"), f"site={site!r}: 'last' or 'subject_last'")
     return SimpleNamespace(**(OPTIONS | given))
 
@@ -396,6 +329,20 @@ def alphaedit_update(R:Tensor, K:Tensor, # (d, n), (d_ff, n) as in `memit_update
     A = P @ (K @ K.T + Kp) + mu*torch.eye(len(P)).to(P)
     return torch.linalg.solve(A, P @ K @ R.T).T
 
+# %% ../../nbs/trust/03_editing.ipynb #4257f764
+def rect(W:Tensor, D:Tensor, share:float=.4) -> Tensor: # weight, its change; share of the entries
+    "RECT: keep only the largest relative changes."
+    rel = D.abs()/W.abs().clamp(min=1e-12)
+    return D*(rel >= rel.flatten().kthvalue(max(1, int((1-share)*rel.numel()))).values)
+
+def prune(W:Tensor, D:Tensor, base:float|None=1.2) -> Tensor: # weight, its total change; None: slope 1 from the start
+    "PRUNE: singular values of the total change above the largest one of the weight grow only with their logarithm."
+    U, s, V = torch.linalg.svd(D, full_matrices=False)
+    top = torch.linalg.matrix_norm(W, 2)
+    base = base or np.exp(1/top.item())
+    small = torch.where(s > top, (torch.log(s.clamp(min=1e-12)) - torch.log(top))/np.log(base) + top, s)
+    return U*torch.minimum(s, small) @ V
+
 # %% ../../nbs/trust/03_editing.ipynb #72a480c7
 def fit_weight(model, tok, requests:Sequence[Edit], W:Tensor, # the weight that may move
     steps:int=20, lr:float=1e-3, clamp:float|None=None): # clamp: largest change of an entry, FT with norm constraint
@@ -465,7 +412,8 @@ def change(method, W, R, K, known, o):
         return rome_update(W, K[:, 0], W @ K[:, 0] + R[:, 0], C)
     if method == "alphaedit":
         return alphaedit_update(R, K, P, Kp, o.mu)
-    return memit_update(R, K, C, o.lam, Kp if method == "memit-seq" else None)
+    D = memit_update(R, K, C, o.lam, Kp if method == "memit-seq" else None)
+    return rect(W, D, o.share) if method == "rect" else D
 
 # %% ../../nbs/trust/03_editing.ipynb #218e84f0
 def turns(requests, z, n):
@@ -490,7 +438,7 @@ def write(model, tok, requests, method, W, memory, module, o):
     return memory._replace(Kp=Kp)
 
 # %% ../../nbs/trust/03_editing.ipynb #ea319023
-METHODS = ["ft", "ft-clamp", "rome", "memit", "memit-seq", "alphaedit"]
+METHODS = ["ft", "ft-clamp", "rome", "memit", "memit-seq", "rect", "alphaedit"]
 
 def edit(model:PreTrainedModel, tok:PreTrainedTokenizerBase, # changed in place
     requests:Sequence[Edit|dict], method:str="alphaedit", # dicts need subject, prompt, new; one of METHODS
@@ -513,10 +461,6 @@ def edit(model:PreTrainedModel, tok:PreTrainedTokenizerBase, # changed in place
     return memory
 
 # %% ../../nbs/trust/03_editing.ipynb #d66efff9
-def knowedit(name:str) -> list[dict]: # file of KnowEdit
-    "Its records."
-    return json.loads(fetch("knowedit", [name])[name].read_text(encoding="utf-8"))
-
 def zsre_edits(n:int=600, longest:int=14) -> list[Edit]: # n records; longest: characters of an answer
     "Records of ZsRE (KnowEdit's test file) with short answers whose subject stands in both questions, in their order."
     out = {}
@@ -722,19 +666,3 @@ def learn_to_edit(model, tok, facts:Facts, subjects:Sequence[str], # whose facts
     return load_lm(home)[0], pd.read_json(home/"curriculum.json")
 
 answer_loss = rehearsal_loss # its name of old
-
-# %% ../../nbs/trust/03_editing.ipynb #4309adf7
-def countries(longest:int=40) -> pd.DataFrame: # subject, prompt, answer; longest: characters of a subject
-    "What KnowEdit's counterfact records say of countries, before any edit; a row a subject."
-    rows = []
-    for x in knowedit("wiki_counterfact/train_cf.json"):
-        asked = [x, *x["locality"].get("Relation_Specificity", [])]
-        rows += [(x["subject"], q["prompt"], q["ground_truth"]) for q in asked if "the country" in q["prompt"]]
-    t = pd.DataFrame(rows, columns=["subject", "prompt", "answer"]).drop_duplicates("subject")
-    return t[[len(s) <= longest and s in p for s, p in zip(t.subject, t.prompt)]]
-
-# %% ../../nbs/trust/03_editing.ipynb #630f56cc
-def known_countries(model, tok, t) -> pd.DataFrame: # t: of `countries`; with a column `ask`
-    "Those countries that greedy decoding writes."
-    t = t.assign(ask=t.subject + " is from the country of")
-    return t[answer_scores(model, tok, t.ask.tolist(), t.answer.tolist(), 32)[1].numpy()]

@@ -54,8 +54,7 @@ def behaviour(model, forget, unseen, test, yes, no): # -> logits on the forget s
     return zf, out | dict(gap=out["forget_auc"] - out["test_auc"], mia=auc(np.arange(len(lp)) < len(zf), lp), mass=mass)
 
 # %% ../../nbs/trust/02_unlearning.ipynb #797baed4
-def evaluate_unlearning(
-    model, retrained, # the unlearned model, or a list of them (averaged), and the reference
+def evaluate_unlearning(model, retrained, # the unlearned model, or a list of them (averaged), and the reference
     forget, unseen, test, yes, no): # Prompts: to forget; like them, but never trained on; others; answer ids -> dict
     "Forgetting and utility; d_: distance to the retrained model, lost: its test AUC less ours, mass: P(yes) + P(no)."
     (z, out), (z_re, ref) = (behaviour(m, forget, unseen, test, yes, no) for m in (model, retrained))
@@ -87,8 +86,7 @@ def bad_teacher(model, forget, retain, steps, lr=5e-5, weight=.2, batch_size=32,
     return neg_grad(model, forget._replace(y=answers.sum() - forget.y), retain, steps, lr, -weight, batch_size, seed)
 
 # %% ../../nbs/trust/02_unlearning.ipynb #3cbbc4d3
-def sisa(
-    base, rows, user, # plain model; Prompts; (n,) whose row it is: user u belongs to shard u mod n_shards
+def sisa(base, rows, user, # plain model; Prompts; (n,) whose row it is: user u belongs to shard u mod n_shards
     steps, n_shards=4, # steps of all shards together
     before=None, asks=(), # models of an earlier call, and the users forgotten since: only their shards are trained
     **kw): # of `sft` -> list of models, one a shard, for `next_logits`
@@ -97,8 +95,7 @@ def sisa(
     return shard_models(train, n_shards, before, [int(u) % n_shards for u in asks])
 
 # %% ../../nbs/trust/02_unlearning.ipynb #cddc8d05
-def forgetting_teacher(
-    z_o, z_aug, # (n, vocab) logits of the original and of the augmented model
+def forgetting_teacher(z_o, z_aug, # (n, vocab) logits of the original and of the augmented model
     alpha=2., normalise=False, # True: of log-probabilities, where a constant added to all logits changes nothing
     one_sided=True): # False: the difference itself instead of its ReLU (ablation) -> (n, vocab)
     "Logits that imitate a model without the forget set (E2URec, eq. for z_f; `normalise` is ours)."
@@ -166,8 +163,7 @@ def paper_lora(model, r=16, alpha=32, dropout=.05, target_modules=("q_proj", "v_
     return lora(model, r, alpha, list(target_modules), dropout, task)
 
 # %% ../../nbs/trust/02_unlearning.ipynb #f7aa4896
-def e2urec(
-    model, # fine-tuned on forget and retain; plain or peft (a copy is merged)
+def e2urec(model, # fine-tuned on forget and retain; plain or peft (a copy is merged)
     tok, forget, retain, # rows with `prompt` and `completion`, or Prompts
     alpha=2., beta=.4, teacher=forgetting_teacher, # its strength and its weight; (z_o, z_aug, alpha) -> z_f
     adapt=paper_lora, # plain model -> peft model, e.g. partial(paper_lora, r=8)
@@ -187,8 +183,7 @@ def e2urec(
 # %% ../../nbs/trust/02_unlearning.ipynb #41045d48
 def chunks(rows, size): return [tuple(t[k:k+size] for t in rows) for k in range(0, len(rows[0]), size)]
 
-def request_gradient(
-    model, n, # n: rows that the model was trained on
+def request_gradient(model, n, # n: rows that the model was trained on
     before=None, after=None, # tensors of the rows to be changed, and of what takes their place; None: nothing
     params=None, loss=answer_loss, chunk=64): # -> (p,)
     "How a request changes the gradient of the empirical risk: IR, QM and RC in one formula (LLMEraser)."
@@ -200,8 +195,7 @@ def request_gradient(
     return total(after) - total(before)
 
 # %% ../../nbs/trust/02_unlearning.ipynb #b9431c49
-def curvature_products(
-    model, rows, params, # rows: tensors of n rows each
+def curvature_products(model, rows, params, # rows: tensors of n rows each
     kind="ggn", # Gauss-Newton of `answer_loss`, never negative; "hessian": the true one, indefinite for LoRA
     batch_size=64, seed=0, loss=answer_loss): # -> endless; each is v -> C_B v for the next mini-batch B
     "Curvature-vector products on mini-batches (double backward), dropout off."
@@ -247,8 +241,7 @@ def solve_by_cg(model, rows, params, b, damping, tol=2e-3, kind="ggn"): # -> (p,
     return solve(full_product(model, rows, params, kind), -b, damping, tol)
 
 # %% ../../nbs/trust/02_unlearning.ipynb #b9d0ed14
-def llmeraser(
-    model, # peft model, fine-tuned on forget and retain to (near) a minimum, e.g. by `settle`
+def llmeraser(model, # peft model, fine-tuned on forget and retain to (near) a minimum, e.g. by `settle`
     tok, forget, retain, # rows with `prompt` and `completion`, or Prompts
     replace=None, # the rows that take the place of `forget` one by one (QM, RC); None removes them (IR)
     damping=1e-2, solver="adam", # the ridge of the training, or more; mini-batches, or "cg" on all rows
@@ -370,8 +363,7 @@ def simulated_batches(edges, n_users, n_items, epochs, every=5, share=.2, batch_
             yield x, batch
 
 # %% ../../nbs/trust/02_unlearning.ipynb #f0630009
-def encoder_loss(
-    encoder, x, batch, # InfluenceEncoder, Simulated, and u, i, j of remaining edges
+def encoder_loss(encoder, x, batch, # InfluenceEncoder, Simulated, and u, i, j of remaining edges
     weights=(1., .005, 1e-3), l2=1e-4): # lambda_u, lambda_p, lambda_c; of the layer-0 rows -> scalar
     "All four losses (UnlearnRec)."
     E0, (U0, I0), (u, i, _) = encoder(x.A), encoder.E.split(x.rest.sizes), batch
@@ -435,8 +427,7 @@ class Asked(NamedTuple):
     sample:object # u, i -> u, i, j: negatives that were never an edge
 
 # %% ../../nbs/trust/02_unlearning.ipynb #cb2d0ef9
-def request_loss(
-    E0, asked, batch, # (N, d), Asked, and u, i, j of remaining edges
+def request_loss(E0, asked, batch, # (N, d), Asked, and u, i, j of remaining edges
     push=.2, keep=0., l2=1e-4): # weights of L_u, L_p and of the layer-0 rows -> scalar
     "What a request is tuned for (UnlearnRec)."
     (U, I), (U0, I0), (u, i, _) = asked.rest.embed(E0), asked.E.split(asked.rest.sizes), batch
@@ -454,8 +445,7 @@ def held_out(g, valid): # Graph, (m, 2) edges or None -> function of layer 0
     return lambda E0: 0. if held is None else pair_loss(E0, *g.embed(E0), held).item()
 
 # %% ../../nbs/trust/02_unlearning.ipynb #a8aa6ed3
-def refine_answer(
-    answer, asked, loss, steps, lr, # Answer, tuned in place; Asked; (E0, asked, batch) -> scalar
+def refine_answer(answer, asked, loss, steps, lr, # Answer, tuned in place; Asked; (E0, asked, batch) -> scalar
     valid=None, # (m, 2) edges; the step with the lowest BPR loss on them is kept
     batch_size=1024, seed=0): # -> (N, d)
     "A few steps of a request's answer."
@@ -471,8 +461,7 @@ def refine_answer(
     return best
 
 # %% ../../nbs/trust/02_unlearning.ipynb #761e0320
-def unlearn_edges(
-    model, # a pre-trained InfluenceEncoder; or the LightGCN itself: tuned without an encoder; not touched
+def unlearn_edges(model, # a pre-trained InfluenceEncoder; or the LightGCN itself: tuned without an encoder; not touched
     forget, remaining, n_users, n_items, # (m, 2) edges
     steps=10, lr=1e-3, # steps=0: the encoder's answer as it is
     loss=request_loss, # (E0, asked, batch) -> scalar; e.g. partial(request_loss, push=1.), or ascent_loss
@@ -510,8 +499,7 @@ class Pairwise:
         return self.back(torch.sigmoid(self.z)*torch.sigmoid(-self.z)*Jv)
 
 # %% ../../nbs/trust/02_unlearning.ipynb #ef069890
-def graph_influence(
-    model, forget, remaining, n_users, n_items, # LightGCN, not touched; (m, 2) edges
+def graph_influence(model, forget, remaining, n_users, n_items, # LightGCN, not touched; (m, 2) edges
     damping=1e-3, negatives=5, tol=.05): # the ridge; negatives of each edge; of conjugate gradients -> LightGCN
     "One influence step on the layer-0 embeddings: edges and smoothing change at once (GIF)."
     forget, remaining = as_edge_request(forget, remaining, n_users, n_items)
