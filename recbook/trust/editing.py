@@ -5,7 +5,7 @@
 # %% ../../nbs/trust/03_editing.ipynb #30730e70
 from __future__ import annotations
 import copy, warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -77,7 +77,7 @@ def check_request(r, k=0):
 def check_requests(requests):
     "Requests as `Edit`s, one answer a prompt."
     refuse(not requests, "no requests: nothing to edit")
-    out, told = [r if isinstance(r, Edit) else Edit(**r) for r in requests], {}
+    out, told = [Edit(**r) if isinstance(r, Mapping) else r for r in requests], {}
     for k, r in enumerate(out):
         check_request(r, k)
         refuse(told.setdefault(r.prompt, r.new) != r.new, f"two answers to {r.prompt!r}: keep one, or edit in turn")
